@@ -1,0 +1,76 @@
+"""Every error that Penstock raises on purpose.
+
+PenstockError
+├── InvalidInput          a request or option is wrong; carries the field, the value and what is allowed
+├── NotFound              a model, file or version that does not exist
+├── Exhausted             a bound was reached; try again after `retry_after_s`
+├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
+├── DeadlineExceeded      the caller's deadline passed
+├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
+├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
+└── ProtocolViolation     a peer sent what does not fit the loaded manifest or the state of the stream
+    └── ChecksumMismatch  bytes changed between the stages
+
+`services/common/statuses.py` is the one table that maps these to gRPC statuses.
+"""
+
+from __future__ import annotations
+
+
+class PenstockError(Exception):
+    """Root of the tree. The message is one sentence for people and leaks no internals."""
+
+
+class InvalidInput(PenstockError):
+    """A request or option is wrong.
+
+    `field` is the path of the offending field (`sampling.temperature`), `value`
+    what was seen (shortened), `allowed` what would be accepted.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        self.field = field
+        self.value = shown if len(shown) <= 100 else shown[:97] + "..."
+        self.allowed = allowed
+        super().__init__(f"{field} is {self.value}; allowed: {allowed}")
+
+
+class NotFound(PenstockError):
+    """What was named does not exist; the message lists what does."""
+
+
+class Exhausted(PenstockError):
+    """A bound was reached. `retry_after_s` is None where trying again cannot help."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class Unavailable(PenstockError):
+    """A part of the mesh is down; the request may succeed after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class DeadlineExceeded(PenstockError):
+    """The caller's deadline passed before the answer was complete."""
+
+
+class CorruptWeights(PenstockError):
+    """A weight file is truncated, damaged or of an unsupported type."""
+
+
+class PlanImpossible(PenstockError):
+    """No partition satisfies the constraints."""
+
+
+class ProtocolViolation(PenstockError):
+    """A peer sent what does not fit the loaded manifest or the state of the stream."""
+
+
+class ChecksumMismatch(ProtocolViolation):
+    """Bytes changed on their way between two stages."""

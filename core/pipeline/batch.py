@@ -1,0 +1,78 @@
+"""A micro-batch as stages compute it: ragged runs of rows, and the changes before it.
+
+The arrays mirror `penstock.v1.MicroBatch`; services translate between the two.
+
+Letters: R runs, T rows (tokens) in all, B new blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from core.sampling.parameters import SamplingParameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceStart:
+    """A sequence begins in `slot`. `sampling` and `known_token_ids` reach the last stage only."""
+
+    slot: int
+    request_id: int
+    sampling: SamplingParameters | None = None
+    known_token_ids: tuple[int, ...] = ()
+    num_prompt_tokens: int = 0
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceUpdates:
+    """Changes to mirrored sequences, applied in this order: ends, starts, blocks."""
+
+    ended_slots: tuple[int, ...] = ()
+    starts: tuple[SequenceStart, ...] = ()
+    block_slots: tuple[int, ...] = ()
+    block_ids: tuple[int, ...] = ()  # same length as block_slots, in order of position
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Runs of consecutive rows of several sequences.
+
+    `samples_R[r]` asks for a token after the last row of run r. `token_ids_T` is empty
+    except on the first stage.
+    """
+
+    id: int
+    slots_R: npt.NDArray[np.int32]
+    first_positions_R: npt.NDArray[np.int32]
+    num_rows_R: npt.NDArray[np.int32]
+    samples_R: npt.NDArray[np.bool_]
+    token_ids_T: npt.NDArray[np.int32]
+    updates: SequenceUpdates = field(default_factory=SequenceUpdates)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.num_rows_R.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionLogprobs:
+    """Log probabilities at one position: the chosen token's and the likeliest ones'."""
+
+    token_id: int
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTokens:
+    """Tokens of a micro-batch: one per run with `samples`, in order."""
+
+    micro_batch_id: int
+    token_ids: tuple[int, ...]
+    # Same length as token_ids where any run asked for log probabilities, else empty.
+    logprobs: tuple[PositionLogprobs | None, ...] = ()

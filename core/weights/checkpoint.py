@@ -1,0 +1,64 @@
+"""What every weight file format offers, so that nothing above knows formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Checkpoint(Protocol):
+    """An open, memory-mapped weight file (or folder of shards).
+
+    Opening reads headers only. `read` touches only the bytes of the tensor asked for.
+    """
+
+    @property
+    def format(self) -> str:
+        """ "gguf", "safetensors" or "llama2c"."""
+        ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """GGUF key-values (big arrays, such as the vocabulary, parsed on first access);
+        config.json of a Hugging Face folder; the header fields of a llama2.c file."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the file's headers and sizes: equal for equal models, cheap to make."""
+        ...
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names as the file has them."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that `read` has touched so far."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape in C order: [out_features, in_features] for a projection."""
+        ...
+
+    def size_bytes(self, name: str) -> int:
+        """Bytes of the tensor in the file."""
+        ...
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """Reads and dequantises one tensor to float32, C order.
+
+        Raises CorruptWeights when the bytes are missing or of an unsupported type, KeyError
+        when there is no such tensor.
+        """
+        ...
+
+    def close(self) -> None: ...

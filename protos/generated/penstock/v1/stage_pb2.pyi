@@ -1,0 +1,180 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from penstock.v1 import generation_pb2 as _generation_pb2
+from penstock.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ControlRequest(_message.Message):
+    __slots__ = ("open", "micro_batch", "updates", "report")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    open: OpenPipeline
+    micro_batch: MicroBatch
+    updates: SequenceUpdates
+    report: ReportRequest
+    def __init__(self, open: _Optional[_Union[OpenPipeline, _Mapping]] = ..., micro_batch: _Optional[_Union[MicroBatch, _Mapping]] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., report: _Optional[_Union[ReportRequest, _Mapping]] = ...) -> None: ...
+
+class OpenPipeline(_message.Message):
+    __slots__ = ("epoch", "stage_index", "num_stages", "downstream_address", "num_slots")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    stage_index: int
+    num_stages: int
+    downstream_address: str
+    num_slots: int
+    def __init__(self, epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., downstream_address: _Optional[str] = ..., num_slots: _Optional[int] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SequenceUpdates(_message.Message):
+    __slots__ = ("ended_slots", "starts", "block_slots", "block_ids")
+    ENDED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    ended_slots: _containers.RepeatedScalarFieldContainer[int]
+    starts: _containers.RepeatedCompositeFieldContainer[SequenceStart]
+    block_slots: _containers.RepeatedScalarFieldContainer[int]
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ended_slots: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[_Union[SequenceStart, _Mapping]]] = ..., block_slots: _Optional[_Iterable[int]] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SequenceStart(_message.Message):
+    __slots__ = ("slot", "request_id", "sampling", "known_token_ids", "num_prompt_tokens", "traceparent")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    request_id: int
+    sampling: _generation_pb2.SamplingParameters
+    known_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_prompt_tokens: int
+    traceparent: str
+    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class MicroBatch(_message.Message):
+    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "samples", "token_ids")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    updates: SequenceUpdates
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    first_positions: _containers.RepeatedScalarFieldContainer[int]
+    num_rows: _containers.RepeatedScalarFieldContainer[int]
+    samples: _containers.RepeatedScalarFieldContainer[bool]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., samples: _Optional[_Iterable[bool]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ControlResponse(_message.Message):
+    __slots__ = ("ready", "sampled", "report")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    ready: StageReady
+    sampled: SampledTokens
+    report: StageReport
+    def __init__(self, ready: _Optional[_Union[StageReady, _Mapping]] = ..., sampled: _Optional[_Union[SampledTokens, _Mapping]] = ..., report: _Optional[_Union[StageReport, _Mapping]] = ...) -> None: ...
+
+class StageReady(_message.Message):
+    __slots__ = ("model", "first_layer", "end_layer", "num_layers", "hidden_size", "vocab_size", "context_length", "number_format", "codec", "kv_block_size", "num_kv_blocks", "max_rows", "weights_bytes", "bytes_read", "numerics_fingerprint", "load_duration", "eos_token_ids", "model_digest")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    END_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_DURATION_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    first_layer: int
+    end_layer: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    number_format: str
+    codec: _tensor_pb2.Codec
+    kv_block_size: int
+    num_kv_blocks: int
+    max_rows: int
+    weights_bytes: int
+    bytes_read: int
+    numerics_fingerprint: str
+    load_duration: _duration_pb2.Duration
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    model_digest: str
+    def __init__(self, model: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., number_format: _Optional[str] = ..., codec: _Optional[_Union[_tensor_pb2.Codec, str]] = ..., kv_block_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., max_rows: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., numerics_fingerprint: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., model_digest: _Optional[str] = ...) -> None: ...
+
+class SampledTokens(_message.Message):
+    __slots__ = ("micro_batch_id", "token_ids", "logprobs")
+    MICRO_BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    micro_batch_id: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.PositionLogprobs]
+    def __init__(self, micro_batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.PositionLogprobs, _Mapping]]] = ...) -> None: ...
+
+class StageReport(_message.Message):
+    __slots__ = ("interval", "busy", "starved", "wire", "serialise", "batch_rows", "batch_compute_us", "kv_blocks_used")
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    SERIALISE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    interval: _duration_pb2.Duration
+    busy: _duration_pb2.Duration
+    starved: _duration_pb2.Duration
+    wire: _duration_pb2.Duration
+    serialise: _duration_pb2.Duration
+    batch_rows: _containers.RepeatedScalarFieldContainer[int]
+    batch_compute_us: _containers.RepeatedScalarFieldContainer[int]
+    kv_blocks_used: int
+    def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., serialise: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_rows: _Optional[_Iterable[int]] = ..., batch_compute_us: _Optional[_Iterable[int]] = ..., kv_blocks_used: _Optional[int] = ...) -> None: ...
+
+class ActivateRequest(_message.Message):
+    __slots__ = ("frame",)
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    frame: _tensor_pb2.ActivationFrame
+    def __init__(self, frame: _Optional[_Union[_tensor_pb2.ActivationFrame, _Mapping]] = ...) -> None: ...
+
+class ActivateResponse(_message.Message):
+    __slots__ = ("credits",)
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    credits: int
+    def __init__(self, credits: _Optional[int] = ...) -> None: ...
