@@ -1,7 +1,82 @@
 # One Makefile for everything; `make help` lists the targets.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 
-.PHONY: help
-help:
-	@echo "see README.md"
+# What `make mesh MODEL=... STAGES=...` takes. The values reach the programs as
+# PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
+# or a path contains.
+OPTIONS := MODEL STAGES DTYPE SPLIT KV_MEMORY GRPC_PORT METRICS_PORT DETACH \
+	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
+	MEMORY NAME STREAMS SECONDS REQUESTS JSON
+unexport $(OPTIONS)
+$(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
+
+CLI := $(PYTHON) -m services.cli
+
+.DEFAULT_GOAL := help
+.PHONY: help mesh generate status stop plan models pull test check format protos bench clean
+
+help: ## shows this list
+	@echo "Penstock: make TARGET [OPTION=value ...]"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@echo
+	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
+	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
+
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 DTYPE=bf16 SPLIT=0:14,14:30 KV_MEMORY=2GiB GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
+	@$(CLI) mesh
+
+generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE= TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
+	@$(CLI) generate -- "$$PENSTOCK_PROMPT"
+
+status: $(RUN_STAMP) ## shows the running mesh: stages, layers, health, memory, load
+	@$(CLI) status
+
+stop: $(RUN_STAMP) ## ends the running mesh
+	@$(CLI) stop
+
+plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT=
+	@$(CLI) plan
+
+models: $(RUN_STAMP) ## lists the models of the catalogue
+	@$(CLI) models
+
+pull: $(RUN_STAMP) ## fetches a model of the catalogue into the cache: NAME=
+	@$(CLI) pull -- "$$PENSTOCK_NAME"
+
+test: $(DEV_STAMP) ## runs all tests: TESTS=tests/core runs some
+	@$(PYTHON) -m services.cli warm
+	@$(PYTHON) -m pytest $(TESTS)
+
+check: $(DEV_STAMP) ## lint, format, types, layers, protos
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	cd protos && ../$(VENV)/bin/buf lint
+	$(PYTHON) protos/generate.py --check
+
+format: $(DEV_STAMP) ## puts the code into its standard form
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto files
+	$(PYTHON) protos/generate.py
+
+bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE=
+	@$(PYTHON) -m tests.benchmarks
+
+clean: ## removes the virtual environment and the tools' caches; models stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+
+$(RUN_STAMP): $(INSTALLED_FROM)
+	@VENV=$(VENV) infra/setup.sh run
+	@touch $@
+
+$(DEV_STAMP): $(INSTALLED_FROM)
+	@VENV=$(VENV) infra/setup.sh dev
+	@touch $(RUN_STAMP) $@
