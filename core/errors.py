@@ -1,14 +1,15 @@
 """Every error that Penstock raises on purpose.
 
 PenstockError
-├── InvalidInput          a request or option is wrong; carries the field, the value and what is allowed
+├── InvalidInput          a request or option is wrong: the field, its value, what is allowed
 ├── NotFound              a model, file or version that does not exist
 ├── Exhausted             a bound was reached; try again after `retry_after_s`
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
 ├── DeadlineExceeded      the caller's deadline passed
 ├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
 ├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
-└── ProtocolViolation     a peer sent what does not fit the loaded manifest or the state of the stream
+└── ProtocolViolation     a peer sent what does not fit the manifest or the stream's state
+    ├── MalformedMessage  the message is wrong in itself, whatever the state
     └── ChecksumMismatch  bytes changed between the stages
 
 `services/common/statuses.py` is the one table that maps these to gRPC statuses.
@@ -70,6 +71,10 @@ class PlanImpossible(PenstockError):
 
 class ProtocolViolation(PenstockError):
     """A peer sent what does not fit the loaded manifest or the state of the stream."""
+
+
+class MalformedMessage(ProtocolViolation):
+    """A message whose own fields contradict each other or the loaded manifest."""
 
 
 class ChecksumMismatch(ProtocolViolation):

@@ -1,0 +1,147 @@
+"""gRPC servers: how they are made, bound, run and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+import grpc
+
+from core.errors import InvalidInput, PenstockError
+from services.common.channels import KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S, MAX_MESSAGE_BYTES
+from services.common.interceptors import ServerInterceptor
+from services.common.telemetry import Telemetry
+
+_LOG = logging.getLogger(__name__)
+
+
+def create_server(
+    telemetry: Telemetry,
+    *,
+    max_receive_bytes: int = MAX_MESSAGE_BYTES,
+    max_send_bytes: int = MAX_MESSAGE_BYTES,
+) -> grpc.aio.Server:
+    """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
+
+    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
+    """
+    options = [
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.max_send_message_length", max_send_bytes),
+        # Two servers on one port would share its connections between them, silently.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_S * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Clients that ping as often as our channels do are welcome.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_S * 500),
+    ]
+    return grpc.aio.server(interceptors=[ServerInterceptor(telemetry)], options=options)
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """Takes `host:port` for the server and returns the port (port 0: a free one).
+
+    Raises InvalidInput when the address is malformed or the port is taken.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidInput("listen", address, "host:port")
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        allowed = "an address of this machine with a free port"
+        raise InvalidInput("listen", address, allowed) from error
+
+
+async def run_until_stopped(
+    server: grpc.aio.Server,
+    *,
+    tasks: Sequence[Coroutine[Any, Any, None]] = (),
+    drain: Callable[[], Awaitable[None]] | None = None,
+    grace_s: float = 5.0,
+    exit_with_parent: bool = False,
+) -> None:
+    """Runs a started server until SIGINT or SIGTERM, then drains and stops it.
+
+    `tasks` run beside the server. One that returns has done its work; one that fails
+    stops the server, and its error is raised. `drain` is awaited before the server
+    stops taking calls; running calls then have `grace_s`. With `exit_with_parent` the
+    end of standard input counts as a signal: whoever started this process holds the
+    other end of the pipe, and it breaks however that process dies. A second signal
+    ends the process at once.
+    """
+    stop = asyncio.Event()
+    _on_signals(stop)
+    if exit_with_parent:
+        _on_end_of_input(stop)
+    running = [asyncio.ensure_future(task) for task in tasks]
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await _first_failure_or(stopping, running)
+        if drain is not None:
+            await drain()
+    finally:
+        stopping.cancel()
+        for task in running:
+            task.cancel()
+        await server.stop(grace_s)
+        await asyncio.gather(stopping, *running, return_exceptions=True)
+
+
+def run_process(main: Coroutine[Any, Any, None]) -> None:
+    """Runs a process's main coroutine; an error of ours is one line on stderr and exit code 1."""
+    try:
+        asyncio.run(main)
+    except PenstockError as error:
+        exit_with(error)
+
+
+def exit_with(error: PenstockError) -> None:
+    """Ends the process with exit code 1 and the error as one line on stderr."""
+    line = " ".join(str(error).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+async def _first_failure_or(
+    stopping: asyncio.Future[Any], running: Sequence[asyncio.Future[None]]
+) -> None:
+    pending: set[asyncio.Future[Any]] = {stopping, *running}
+    while not stopping.done():
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def begin() -> None:
+        stop.set()
+        for number in signals:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in signals:
+        loop.add_signal_handler(number, begin)
+
+
+def _on_end_of_input(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    descriptor = sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(descriptor, 4096):
+            _LOG.info("the parent process has gone")
+            loop.remove_reader(descriptor)
+            stop.set()
+
+    loop.add_reader(descriptor, readable)
