@@ -32,7 +32,8 @@ class Checkpoint(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over the file's headers and sizes: equal for equal models, cheap to make."""
+        """SHA-256 (hex) over headers, sizes and a few bytes of weights: equal for equal models,
+        cheap to make."""
         ...
 
     @property

@@ -1,0 +1,66 @@
+"""A GGUF file as a Checkpoint."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import CorruptWeights
+from core.weights.dequantise import dequantise
+from core.weights.digest import digest_of
+from core.weights.gguf_header import GgufMetadata, read_header
+from core.weights.mapped_file import MappedFile
+
+
+class GgufCheckpoint:
+    """An open GGUF file. Opening parses the header only; see `Checkpoint` for the promises."""
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        """Raises NotFound or CorruptWeights."""
+        self.path = path
+        self.bytes_read = 0
+        self._file = MappedFile(path)
+        try:
+            self._header = read_header(self._file)
+        except CorruptWeights:
+            self._file.close()
+            raise
+
+    @property
+    def metadata(self) -> GgufMetadata:
+        return self._header.metadata
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of([(self._file, self._header.size_bytes)])
+
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self._header.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header.tensors[name].shape
+
+    def size_bytes(self, name: str) -> int:
+        return self._header.tensors[name].size_bytes
+
+    def block_type(self, name: str) -> str:
+        """Name of the tensor's number format in the file, "Q4_K" say."""
+        return self._header.tensors[name].block_type.name
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        tensor = self._header.tensors[name]
+        raw = self._file.view(tensor.offset, tensor.size_bytes)
+        values = dequantise(raw, block_type=tensor.block_type, shape=tensor.shape)
+        del raw
+        self._file.release(tensor.offset, tensor.size_bytes)
+        self.bytes_read += tensor.size_bytes
+        return values
+
+    def close(self) -> None:
+        self._file.close()
