@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -125,14 +125,14 @@ class _Cursor:
         self._end = file.size_bytes
         self.position = 0
 
-    def fail(self, message: str) -> NoReturn:
-        raise CorruptWeights(f"{self._file.path} is not a valid GGUF file: {message}")
+    def error(self, message: str) -> CorruptWeights:
+        return CorruptWeights(f"{self._file.path} is not a valid GGUF file: {message}")
 
     def require(self, num_bytes: int, what: str) -> int:
         """Returns the position of the next `num_bytes` and steps over them."""
         position = self.position
         if num_bytes > self._end - position:
-            self.fail(
+            raise self.error(
                 f"it ends inside {what} ({num_bytes} bytes wanted at {position}, "
                 f"{self._end - position} left)"
             )
@@ -169,7 +169,7 @@ class _Cursor:
     def _scalar(self, value_type: int, key: str) -> Any:
         layout = _SCALARS.get(value_type)
         if layout is None:
-            self.fail(f"{key!r} has the unknown type {value_type}")
+            raise self.error(f"{key!r} has the unknown type {value_type}")
         first = self.require(layout.size, f"the value of {key!r}")
         return layout.unpack_from(self._data, first)[0]
 
@@ -180,22 +180,24 @@ class _Cursor:
             return self._step_over_strings(count, key)
         dtype = _ARRAY_DTYPES.get(item_type)
         if dtype is None:
-            self.fail(f"{key!r} is an array of the unsupported type {item_type}")
+            raise self.error(f"{key!r} is an array of the unsupported type {item_type}")
         first = self.require(count * np.dtype(dtype).itemsize, f"the array {key!r}")
         return _Array(item_type, count, first)
 
     def _step_over_strings(self, count: int, key: str) -> _Array:
         if count > (self._end - self.position) // 8:
-            self.fail(f"the array {key!r} claims {count} strings, more than the file can hold")
+            raise self.error(
+                f"the array {key!r} claims {count} strings, more than the file can hold"
+            )
         array = _Array(_STRING, count, self.position)
         # A plain loop over local names: it runs once per token of the vocabulary.
         data, end, position, unpack = self._data, self._end, self.position, _U64.unpack_from
         for _ in range(count):
             if position + 8 > end:
-                self.fail(f"it ends inside the array {key!r}")
+                raise self.error(f"it ends inside the array {key!r}")
             position += 8 + unpack(data, position)[0]
         if position > end:
-            self.fail(f"a string of the array {key!r} is longer than the file")
+            raise self.error(f"a string of the array {key!r} is longer than the file")
         self.position = position
         return array
 
@@ -211,7 +213,7 @@ class _Cursor:
         try:
             return self._data[first : first + size].decode()
         except UnicodeDecodeError:
-            self.fail(f"{what} is not UTF-8")
+            raise self.error(f"{what} is not UTF-8") from None
 
 
 def read_header(file: MappedFile) -> GgufHeader:
@@ -226,7 +228,7 @@ def read_header(file: MappedFile) -> GgufHeader:
         (num_key_values, _MIN_KEY_VALUE_BYTES, "key-values"),
     ):
         if count > left // smallest:
-            cursor.fail(f"it claims {count} {what}, more than its {left} bytes can hold")
+            raise cursor.error(f"it claims {count} {what}, more than its {left} bytes can hold")
     metadata = _read_metadata(cursor, num_key_values)
     alignment = _alignment(cursor, metadata)
     entries = [_read_tensor(cursor) for _ in range(num_tensors)]
@@ -239,12 +241,12 @@ def read_header(file: MappedFile) -> GgufHeader:
 def _read_version(cursor: _Cursor, file: MappedFile) -> int:
     first = cursor.require(4, "the magic number")
     if file.data[first : first + 4] != MAGIC:
-        cursor.fail("it does not begin with 'GGUF'")
+        raise cursor.error("it does not begin with 'GGUF'")
     version = cursor.u32("the version")
     if version not in _VERSIONS:
         if version & 0xFFFF == 0 and version:
-            cursor.fail("it is big-endian, which is not supported")
-        cursor.fail(f"its version is {version}; 2 and 3 are supported")
+            raise cursor.error("it is big-endian, which is not supported")
+        raise cursor.error(f"its version is {version}; 2 and 3 are supported")
     return version
 
 
@@ -253,7 +255,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> GgufMetadata:
     for _ in range(count):
         key = cursor.string("a key")
         if key in values:
-            cursor.fail(f"the key {key!r} occurs twice")
+            raise cursor.error(f"the key {key!r} occurs twice")
         values[key] = cursor.value(key)
     return GgufMetadata(cursor, values)
 
@@ -265,7 +267,9 @@ def _alignment(cursor: _Cursor, metadata: GgufMetadata) -> int:
         or not 0 < alignment <= _MAX_ALIGNMENT
         or alignment & (alignment - 1)
     ):
-        cursor.fail(f"the alignment {alignment!r} is not a power of two up to {_MAX_ALIGNMENT}")
+        raise cursor.error(
+            f"the alignment {alignment!r} is not a power of two up to {_MAX_ALIGNMENT}"
+        )
     return alignment
 
 
@@ -273,16 +277,22 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
     """Reads one tensor entry; its offset is still relative to the data section."""
     name = cursor.string("a tensor's name")
     if not name or len(name) > _MAX_NAME_BYTES:
-        cursor.fail(f"a tensor's name has {len(name)} characters; 1 to {_MAX_NAME_BYTES} allowed")
+        raise cursor.error(
+            f"a tensor's name has {len(name)} characters; 1 to {_MAX_NAME_BYTES} allowed"
+        )
     num_dimensions = cursor.u32(f"the dimensions of {name!r}")
     if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-        cursor.fail(f"{name!r} has {num_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} allowed")
+        raise cursor.error(
+            f"{name!r} has {num_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} allowed"
+        )
     # The file has the fastest varying dimension first.
     shape = tuple(cursor.u64(f"the shape of {name!r}") for _ in range(num_dimensions))[::-1]
     block_type = _block_type(cursor, name)
     num_values, block_bytes = block_layout(block_type)
     if 0 in shape or shape[-1] % num_values:
-        cursor.fail(f"{name!r} of shape {shape} does not consist of {block_type.name} blocks")
+        raise cursor.error(
+            f"{name!r} of shape {shape} does not consist of {block_type.name} blocks"
+        )
     return GgufTensor(
         name=name,
         block_type=block_type,
@@ -298,7 +308,7 @@ def _block_type(cursor: _Cursor, name: str) -> GGMLQuantizationType:
         block_type = GGMLQuantizationType(number)
         block_layout(block_type)
     except (ValueError, KeyError):
-        cursor.fail(f"{name!r} has the unknown type {number}")
+        raise cursor.error(f"{name!r} has the unknown type {number}") from None
     return block_type
 
 
@@ -309,12 +319,12 @@ def _place(
     tensors: dict[str, GgufTensor] = {}
     for entry in entries:
         if entry.name in tensors:
-            cursor.fail(f"the tensor {entry.name!r} occurs twice")
+            raise cursor.error(f"the tensor {entry.name!r} occurs twice")
         if entry.offset % alignment:
-            cursor.fail(f"{entry.name!r} is not aligned to {alignment} bytes")
+            raise cursor.error(f"{entry.name!r} is not aligned to {alignment} bytes")
         offset = data_offset + entry.offset
         if offset + entry.size_bytes > file_bytes:
-            cursor.fail(
+            raise cursor.error(
                 f"{entry.name!r} reaches byte {offset + entry.size_bytes}, but the file has "
                 f"{file_bytes}; is it cut short?"
             )
@@ -327,5 +337,5 @@ def _place(
         )
     for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
         if before.offset + before.size_bytes > after.offset:
-            cursor.fail(f"{before.name!r} and {after.name!r} overlap")
+            raise cursor.error(f"{before.name!r} and {after.name!r} overlap")
     return tensors
