@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+# Sampling makes log probabilities, and may not import this module; it is theirs.
+from core.sampling.logprobs import PositionLogprobs as PositionLogprobs
 from core.sampling.parameters import SamplingParameters
 
 
@@ -56,16 +58,6 @@ class MicroBatch:
     @property
     def num_rows(self) -> int:
         return int(self.num_rows_R.sum())
-
-
-@dataclass(frozen=True, kw_only=True)
-class PositionLogprobs:
-    """Log probabilities at one position: the chosen token's and the likeliest ones'."""
-
-    token_id: int
-    logprob: float
-    top_token_ids: tuple[int, ...] = ()
-    top_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
