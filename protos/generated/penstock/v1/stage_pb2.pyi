@@ -168,10 +168,18 @@ class StageReport(_message.Message):
     def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., serialise: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_rows: _Optional[_Iterable[int]] = ..., batch_compute_us: _Optional[_Iterable[int]] = ..., kv_blocks_used: _Optional[int] = ...) -> None: ...
 
 class ActivateRequest(_message.Message):
-    __slots__ = ("frame",)
+    __slots__ = ("frame", "open")
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     frame: _tensor_pb2.ActivationFrame
-    def __init__(self, frame: _Optional[_Union[_tensor_pb2.ActivationFrame, _Mapping]] = ...) -> None: ...
+    open: OpenLink
+    def __init__(self, frame: _Optional[_Union[_tensor_pb2.ActivationFrame, _Mapping]] = ..., open: _Optional[_Union[OpenLink, _Mapping]] = ...) -> None: ...
+
+class OpenLink(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class ActivateResponse(_message.Message):
     __slots__ = ("credits",)
