@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
-from penstock.v1 import tensor_pb2
+from penstock.v1 import stage_pb2, tensor_pb2
 
 from core.errors import ChecksumMismatch, MalformedMessage, ProtocolViolation
 from core.wire.codecs import Activations, codec_named
@@ -33,11 +33,11 @@ def encode_frames(
     first_sequence_number: int,
     codec: str,
     max_frame_bytes: int = MAX_FRAME_BYTES,
-) -> list[tensor_pb2.ActivationFrame]:
-    """Returns the frames of a micro-batch's activations, in row order.
+) -> list[stage_pb2.ActivateRequest]:
+    """Returns the frames of a micro-batch's activations, in row order, as they are sent.
 
     `hidden_TH` has at least one row, is C-contiguous and in the codec's dtype. Its bytes are
-    copied once: the array may be overwritten afterwards. A row bigger than
+    copied: the array may be overwritten afterwards. A row bigger than
     `max_frame_bytes` gets a frame of its own.
     """
     form = codec_named(codec)
@@ -45,24 +45,24 @@ def encode_frames(
     assert num_rows > 0
     assert hidden_TH.dtype == form.dtype
     assert hidden_TH.flags.c_contiguous
-    frames = []
+    requests = []
     for number, (first, end) in enumerate(_cuts(hidden_TH, max_frame_bytes)):
         started_ns = time.perf_counter_ns()
         data = hidden_TH[first:end].tobytes()
-        frame = tensor_pb2.ActivationFrame(
-            epoch=epoch,
-            micro_batch_id=micro_batch_id,
-            sequence_number=first_sequence_number + number,
-            codec=form.number,
-            first_row=first,
-            num_rows=end - first,
-            hidden_size=hidden_size,
-            data=data,
-            checksum=xxhash.xxh3_64_intdigest(data),
-        )
+        request = stage_pb2.ActivateRequest()
+        frame = request.frame  # filled in place: a frame set as a whole is copied again
+        frame.epoch = epoch
+        frame.micro_batch_id = micro_batch_id
+        frame.sequence_number = first_sequence_number + number
+        frame.codec = form.number
+        frame.first_row = first
+        frame.num_rows = end - first
+        frame.hidden_size = hidden_size
+        frame.data = data
+        frame.checksum = xxhash.xxh3_64_intdigest(data)
         frame.serialise_ns = time.perf_counter_ns() - started_ns
-        frames.append(frame)
-    return frames
+        requests.append(request)
+    return requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ class CompleteActivations:
 
     micro_batch_id: int
     hidden_TH: Activations
+    num_frames: int
 
 
 @dataclass
@@ -190,7 +191,9 @@ class FrameAssembler:
         del self._open[micro_batch_id]
         parts = partial.parts
         hidden_TH = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return CompleteActivations(micro_batch_id=micro_batch_id, hidden_TH=hidden_TH)
+        return CompleteActivations(
+            micro_batch_id=micro_batch_id, hidden_TH=hidden_TH, num_frames=len(parts)
+        )
 
 
 def _cuts(hidden_TH: Activations, max_frame_bytes: int) -> Iterator[tuple[int, int]]:

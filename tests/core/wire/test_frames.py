@@ -29,7 +29,7 @@ def activations(num_rows: int, *, codec: str = "f32", seed: int = 0) -> np.ndarr
 def frames_of(
     hidden_TH: np.ndarray, *, codec: str = "f32", id: int = 1, first: int = 0, max_bytes: int = 64
 ) -> list[tensor_pb2.ActivationFrame]:
-    return encode_frames(
+    requests = encode_frames(
         hidden_TH,
         epoch=EPOCH,
         micro_batch_id=id,
@@ -37,6 +37,7 @@ def frames_of(
         codec=codec,
         max_frame_bytes=max_bytes,
     )
+    return [request.frame for request in requests]
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
@@ -45,9 +46,10 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 def test_golden_bytes() -> None:
     hidden_TH = np.array([[0x3F80, 0xC000], [0x7FC1, 0x0001]], np.uint16)  # 1, -2, a NaN, denormal
-    (frame,) = encode_frames(
+    (request,) = encode_frames(
         hidden_TH, epoch=1, micro_batch_id=2, first_sequence_number=300, codec="bf16"
     )
+    frame = request.frame
     frame.serialise_ns = 0
     assert frame.SerializeToString(deterministic=True).hex() == (
         "0801"  # epoch 1
@@ -109,6 +111,7 @@ def test_frames_that_come_before_their_schedule_are_kept() -> None:
     complete = assembler.expect(4, 5)
     assert complete is not None
     assert same_bits(complete.hidden_TH, hidden_TH)
+    assert complete.num_frames == len(frames_of(hidden_TH))
 
 
 def test_micro_batches_may_interleave_on_a_link() -> None:
