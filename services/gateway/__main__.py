@@ -1,0 +1,58 @@
+"""`python -m services.gateway`: the public face of a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from core.errors import PenstockError
+from core.tokens.tokenizer import load_tokenizer
+from services.common.logs import configure_logging
+from services.common.servers import exit_with, run_process
+from services.common.telemetry import start_telemetry
+from services.gateway.gateway import Gateway
+from services.gateway.settings import GatewaySettings
+
+
+async def serve(settings: GatewaySettings, *, exit_with_parent: bool) -> None:
+    """Runs a gateway until it is stopped; raises errors of ours when it cannot start."""
+    telemetry = start_telemetry("penstock-gateway", metrics_port=settings.metrics_port)
+    try:
+        gateway = Gateway(settings, load_tokenizer(settings.model), telemetry)
+        await gateway.start()
+        await gateway.run(exit_with_parent=exit_with_parent)
+    finally:
+        telemetry.shutdown()
+
+
+def main(
+    coordinator: Annotated[str, typer.Option(help="host:port of the coordinator")],
+    model: Annotated[Path, typer.Option(help="weight file or folder with the tokenizer")],
+    listen: Annotated[str, typer.Option(help="host:port to serve on")] = "127.0.0.1:8001",
+    metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
+    drain_s: Annotated[float, typer.Option(help="seconds open requests have at the end")] = 10.0,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
+    exit_with_parent: Annotated[
+        bool, typer.Option(help="stop when standard input is closed")
+    ] = False,
+) -> None:
+    """Serves the public API of a mesh: generation, Open Inference Protocol, health, reflection."""
+    configure_logging("gateway", level=log_level)
+    try:
+        settings = GatewaySettings(
+            coordinator=coordinator,
+            model=model,
+            listen=listen,
+            metrics_port=metrics_port,
+            drain_s=drain_s,
+            log_level=log_level,
+        )
+    except PenstockError as error:
+        exit_with(error)
+    run_process(serve(settings, exit_with_parent=exit_with_parent))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""A gateway put together: tokenizer, link, servicers and server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from oip import grpc_service_pb2 as oip
+from oip import grpc_service_pb2_grpc as oip_grpc
+from penstock.v1 import generation_pb2, generation_pb2_grpc
+
+from core.tokens.tokenizer import Tokenizer
+from services.common.channels import open_channel
+from services.common.health import HealthService, add_reflection
+from services.common.servers import bind, create_server, run_until_stopped
+from services.common.telemetry import Telemetry
+from services.gateway.coordinator_link import CoordinatorLink
+from services.gateway.generation import TextGenerator
+from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.mesh_view import MeshView
+from services.gateway.servicer import GenerationServicer
+from services.gateway.settings import GatewaySettings
+
+_LOG = logging.getLogger(__name__)
+# After the drain, for the last messages to leave.
+_WRITE_GRACE_S = 1.0
+# The coordinator batches news of many requests into one message.
+_MAX_COORDINATOR_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+class Gateway:
+    """Serves until stopped. To be made inside a running event loop."""
+
+    def __init__(
+        self, settings: GatewaySettings, tokenizer: Tokenizer, telemetry: Telemetry
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._channel = open_channel(
+            settings.coordinator, max_message_bytes=_MAX_COORDINATOR_MESSAGE_BYTES
+        )
+        self.health = HealthService()
+        mesh = MeshView(
+            self.health,
+            vocab_size=tokenizer.vocab_size,
+            has_chat_template=tokenizer.has_chat_template,
+        )
+        self.link = CoordinatorLink(self._channel, on_mesh=mesh.update)
+        self._generator = TextGenerator(tokenizer, mesh, self.link, telemetry)
+        self._server = create_server(telemetry, max_receive_bytes=settings.max_message_bytes)
+
+    async def start(self) -> int:
+        """Starts serving and dialling, and returns the port; raises InvalidInput."""
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationServicer(self._generator), self._server
+        )
+        oip_grpc.add_GRPCInferenceServiceServicer_to_server(
+            InferenceServicer(self._generator), self._server
+        )
+        await self.health.add_to(self._server)
+        services = (
+            generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+            oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+        )
+        add_reflection(self._server, services=services)
+        port = bind(self._server, self._settings.listen)
+        await self._server.start()
+        _LOG.info(
+            "gateway listens", extra={"port": port, "coordinator": self._settings.coordinator}
+        )
+        return port
+
+    async def run(self, *, exit_with_parent: bool = False) -> None:
+        """Serves until SIGINT or SIGTERM, then drains and closes. To be called after `start`."""
+        try:
+            await run_until_stopped(
+                self._server,
+                tasks=[self.link.run()],
+                drain=self.drain,
+                grace_s=_WRITE_GRACE_S,
+                exit_with_parent=exit_with_parent,
+            )
+        finally:
+            await self.close()
+
+    async def drain(self) -> None:
+        """Refuses new requests, tells health so, and waits for the open ones up to `drain_s`."""
+        self._generator.refuse_new()
+        await self.health.stop_serving()
+        try:
+            async with asyncio.timeout(self._settings.drain_s):
+                await self.link.wait_until_idle()
+        except TimeoutError:
+            _LOG.warning("requests were cut off", extra={"open": self.link.num_open})
+
+    async def close(self) -> None:
+        """Cuts off what is still open and lets go of everything."""
+        await self._server.stop(_WRITE_GRACE_S)
+        await self._channel.close()
+        self._tokenizer.close()

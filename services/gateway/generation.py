@@ -1,0 +1,221 @@
+"""From a checked request to a stream of responses, for every protocol that the gateway speaks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from google.protobuf.duration_pb2 import Duration
+from opentelemetry.context import Context
+from opentelemetry.trace import Span
+from penstock.v1 import coordinator_pb2, generation_pb2
+
+from core import telemetry as names
+from core.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    InvalidInput,
+    NotFound,
+    PenstockError,
+    Unavailable,
+)
+from core.tokens.tokenizer import Tokenizer
+from services.common.statuses import status_from_error
+from services.common.telemetry import Telemetry, traceparent_of
+from services.gateway.completion import Completion
+from services.gateway.coordinator_link import CoordinatorLink, OpenRequest
+from services.gateway.mesh_view import MeshView
+from services.gateway.validation import PreparedRequest, prepare
+
+# How long the coordinator has to tell what a request cost after a stop string ended it.
+_USAGE_TIMEOUT_S = 1.0
+_REASON_LABELS = {
+    number: name.removeprefix("FINISH_REASON_").lower()
+    for name, number in generation_pb2.FinishReason.items()
+}
+
+
+class TextGenerator:
+    """Generates text for the servicers. Owns no state beyond its open requests."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, mesh: MeshView, link: CoordinatorLink, telemetry: Telemetry
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self._link = link
+        self._telemetry = telemetry
+        self._first_token = telemetry.histogram(names.TIME_TO_FIRST_TOKEN)
+        self._token_gap = telemetry.histogram(names.INTER_TOKEN_LATENCY)
+        self._duration = telemetry.histogram(names.REQUEST_DURATION)
+        self._tokens = telemetry.counter(names.TOKENS)
+        self._ended = telemetry.counter(names.REQUESTS_ENDED)
+        self._refuses = False
+
+    def refuse_new(self) -> None:
+        """From now on every new request gets Unavailable; open ones go on."""
+        self._refuses = True
+
+    async def generate(
+        self,
+        request: generation_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None,
+        parent: Context | None = None,
+    ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
+        """Checks, submits and streams; the last response has `finish_reason` and `usage`.
+
+        Ending the iteration early cancels the request at the coordinator. `parent` is the
+        span's parent where that is not the current span. Raises errors of ours.
+        """
+        record = _Record(self, parent)
+        try:
+            if self._refuses:
+                raise Unavailable("the gateway is shutting down")
+            model = self.mesh.model(request.model)
+            record.model = model.name
+            prepared = await prepare(request, model, self.tokenizer)
+            record.describe(prepared)
+            async with aclosing(self._stream(prepared, record, timeout_s)) as responses:
+                async for response in responses:
+                    yield response
+        except PenstockError as error:
+            record.outcome = status_from_error(error).code.name.lower()
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.outcome = "cancelled"
+            raise
+        finally:
+            record.end()
+
+    async def _stream(
+        self, prepared: PreparedRequest, record: _Record, timeout_s: float | None
+    ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
+        completion = Completion(prepared, self.tokenizer)
+        request = self._link.submit(_submission(prepared, timeout_s, record.span))
+        try:
+            while True:
+                updates = await request.receive()
+                response = completion.take(updates)
+                record.count(len(response.token_ids))
+                _raise_refusal(updates[-1])
+                if response.finish_reason:
+                    break
+                if response.token_ids:
+                    yield response
+            if completion.stopped and not request.ended:
+                await self._cancel_and_await_usage(request, completion)
+            elif completion.stopped:
+                completion.usage = updates[-1].usage
+            completion.finish(response)
+            record.outcome = _REASON_LABELS[response.finish_reason]
+            yield response
+        finally:
+            request.cancel()
+
+    async def _cancel_and_await_usage(self, request: OpenRequest, completion: Completion) -> None:
+        request.cancel()
+        try:
+            async with asyncio.timeout(_USAGE_TIMEOUT_S):
+                while not request.ended:
+                    updates = await request.receive()
+                    if updates[-1].finish_reason:
+                        completion.usage = updates[-1].usage
+        except (TimeoutError, Unavailable):
+            # The text is complete; only the queue's and the prefill's durations are missing.
+            self._link.forget(request)
+
+
+class _Record:
+    """Span and metrics of one request."""
+
+    __slots__ = ("_arrived", "_generator", "_last", "_num_tokens", "model", "outcome", "span")
+
+    def __init__(self, generator: TextGenerator, parent: Context | None) -> None:
+        self._generator = generator
+        self._arrived = self._last = time.perf_counter()
+        self._num_tokens = 0
+        self.model = ""
+        self.outcome = "internal"
+        self.span: Span = generator._telemetry.tracer.start_span(
+            names.GENERATE_SPAN.name,
+            context=parent,
+            attributes={names.OPERATION: "generate_content"},
+        )
+
+    def describe(self, prepared: PreparedRequest) -> None:
+        num_tokens = len(prepared.token_ids)
+        labels = {names.MODEL: self.model, names.TOKEN_TYPE: "input"}
+        self._generator._tokens.add(num_tokens, labels)
+        if not self.span.is_recording():
+            return
+        self.span.set_attributes({names.MODEL: self.model, names.INPUT_TOKENS: num_tokens})
+        for name in ("max_tokens", "temperature", "top_k", "top_p"):
+            self.span.set_attribute(f"gen_ai.request.{name}", getattr(prepared.sampling, name))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self.span.set_attribute(f"gen_ai.request.{name}", getattr(prepared.sampling, name))
+        # Attributes are signed; a seed need not be.
+        self.span.set_attribute("gen_ai.request.seed", str(prepared.sampling.seed))
+
+    def count(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now = time.perf_counter()
+        labels = {names.MODEL: self.model}
+        if self._num_tokens:
+            self._generator._token_gap.record((now - self._last) / num_tokens, labels)
+        else:
+            self._generator._first_token.record(now - self._arrived, labels)
+        self._num_tokens += num_tokens
+        self._last = now
+
+    def end(self) -> None:
+        labels = {names.MODEL: self.model, names.OUTCOME: self.outcome}
+        self._generator._ended.add(1, labels)
+        self._generator._duration.record(time.perf_counter() - self._arrived, labels)
+        if self._num_tokens:
+            kind = {names.MODEL: self.model, names.TOKEN_TYPE: "output"}
+            self._generator._tokens.add(self._num_tokens, kind)
+        if self.span.is_recording():
+            self.span.set_attribute(names.OUTPUT_TOKENS, self._num_tokens)
+            self.span.set_attribute(names.FINISH_REASON, [self.outcome])
+        self.span.end()
+
+
+def _submission(
+    prepared: PreparedRequest, timeout_s: float | None, span: Span
+) -> coordinator_pb2.Submission:
+    submission = coordinator_pb2.Submission(
+        token_ids=prepared.token_ids,
+        sampling=prepared.sampling,
+        traceparent=traceparent_of(span),
+    )
+    if timeout_s is not None:
+        submission.timeout.FromNanoseconds(max(1, round(timeout_s * 1e9)))
+    return submission
+
+
+def _raise_refusal(update: coordinator_pb2.RequestUpdate) -> None:
+    """Raises the error that the coordinator ended the request with, if it did."""
+    if update.finish_reason != generation_pb2.FINISH_REASON_ERROR:
+        return
+    refusal = update.refusal
+    delay_s = _seconds(refusal.retry_delay) if refusal.HasField("retry_delay") else None
+    match refusal.code:
+        case 3:
+            raise InvalidInput("request", "", refusal.message)
+        case 4:
+            raise DeadlineExceeded(refusal.message)
+        case 5:
+            raise NotFound(refusal.message)
+        case 8:
+            raise Exhausted(refusal.message, retry_after_s=delay_s)
+        case 14:
+            raise Unavailable(refusal.message, retry_after_s=delay_s)
+    raise PenstockError(refusal.message or "the mesh failed")
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9

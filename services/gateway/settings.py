@@ -1,0 +1,33 @@
+"""Settings of a gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """What one gateway is started with."""
+
+    coordinator: str
+    """host:port of the pipeline's coordinator."""
+    model: Path
+    """Weight file or folder: the tokenizer is read from it, or from beside it."""
+    listen: str = "127.0.0.1:8001"
+    """host:port to serve on; port 0 takes a free one."""
+    metrics_port: int | None = None
+    """Port of /metrics on the loopback interface; None: no metrics."""
+    max_message_bytes: int = 16 * 1024 * 1024
+    """Bigger requests get RESOURCE_EXHAUSTED."""
+    drain_s: float = 10.0
+    """How long open requests may go on after a signal to stop."""
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        if self.max_message_bytes < 1024:
+            raise InvalidInput("max_message_bytes", self.max_message_bytes, "at least 1024")
+        if not 0 <= self.drain_s <= 3600:
+            raise InvalidInput("drain_s", self.drain_s, "0 to 3600")

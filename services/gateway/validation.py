@@ -1,0 +1,172 @@
+"""Checks requests and fills in what they leave open; every refusal names field, value, allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from penstock.v1 import generation_pb2
+
+from core.errors import InvalidInput
+from core.tokens.chat_template import ChatMessage
+from core.tokens.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOPS, MAX_STOP_BYTES = 16, 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
+# Longer texts would hold up the event loop for more than about a millisecond.
+_INLINE_CHARS = 2048
+_TEXT_OR_IDS = "exactly one of prompt, messages and token_ids"
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    # lowest and highest allowed; a range whose text begins with "(" excludes the lowest.
+    "temperature": (0.0, 100.0, "[0, 100]"),
+    "top_p": (0.0, 1.0, "(0, 1]"),
+    "min_p": (0.0, 1.0, "[0, 1]"),
+    "repetition_penalty": (0.0, 100.0, "(0, 100]"),
+    "presence_penalty": (-100.0, 100.0, "[-100, 100]"),
+    "frequency_penalty": (-100.0, 100.0, "[-100, 100]"),
+}
+_DEFAULTS = generation_pb2.SamplingParameters(
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    ignore_eos=False,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRequest:
+    """A request that can be submitted.
+
+    `sampling` has every field set except `stop`, which is `stops` here. `continues_text`:
+    the completion goes on from a raw prompt, so that a first space is shown.
+    """
+
+    model: generation_pb2.Model
+    token_ids: list[int]
+    sampling: generation_pb2.SamplingParameters
+    stops: tuple[str, ...]
+    continues_text: bool
+
+
+async def prepare(
+    request: generation_pb2.GenerateRequest, model: generation_pb2.Model, tokenizer: Tokenizer
+) -> PreparedRequest:
+    """Checks and tokenises a request for `model`; raises InvalidInput."""
+    check_sampling(request.sampling, vocab_size=model.vocab_size)
+    field = _only_input(request)
+    if field == "token_ids":
+        token_ids = list(request.token_ids)
+        check_token_ids(token_ids, vocab_size=model.vocab_size)
+    else:
+        limit = model.context_length
+        token_ids = await tokenise(
+            request.prompt, request.messages, tokenizer, context_length=limit
+        )
+    num_free = model.context_length - len(token_ids)
+    if not token_ids or num_free < 1:
+        allowed = f"1 to {model.context_length - 1} tokens"
+        raise InvalidInput(field, f"{len(token_ids)} tokens", allowed)
+    return PreparedRequest(
+        model=model,
+        token_ids=token_ids,
+        sampling=_resolved(request.sampling, num_free=num_free),
+        stops=tuple(request.sampling.stop),
+        continues_text=field == "prompt",
+    )
+
+
+def _only_input(request: generation_pb2.GenerateRequest) -> str:
+    given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name)]
+    if len(given) != 1:
+        raise InvalidInput(given[0] if given else "prompt", given, _TEXT_OR_IDS)
+    return given[0]
+
+
+async def tokenise(
+    prompt: str,
+    messages: Iterable[generation_pb2.ChatMessage],
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+) -> list[int]:
+    """Token ids of a prompt, or of messages where there is no prompt; raises InvalidInput.
+
+    Texts that cannot fit `context_length` tokens are refused before they cost anything.
+    """
+    chat = [ChatMessage(message.role, message.content) for message in messages]
+    texts = [prompt, *(message.content for message in chat)]
+    size = sum(map(len, texts))
+    longest = max(1, context_length * tokenizer.longest_token_bytes)
+    if size > longest:
+        field = "prompt" if prompt else "messages"
+        allowed = f"at most {context_length - 1} tokens"
+        raise InvalidInput(field, f"{size} characters", allowed)
+    if chat:  # rendering waits for another process
+        now = datetime.now().astimezone()
+        return await asyncio.to_thread(tokenizer.encode_chat, chat, now=now)
+    if size > _INLINE_CHARS:
+        return await asyncio.to_thread(tokenizer.encode, prompt)
+    return tokenizer.encode(prompt)
+
+
+def check_token_ids(token_ids: list[int], *, vocab_size: int, field: str = "token_ids") -> None:
+    """Raises InvalidInput unless every id is below `vocab_size`."""
+    if token_ids and max(token_ids) >= vocab_size:
+        index = next(i for i, token_id in enumerate(token_ids) if token_id >= vocab_size)
+        raise InvalidInput(f"{field}[{index}]", token_ids[index], f"0 to {vocab_size - 1}")
+
+
+def check_sampling(sampling: generation_pb2.SamplingParameters, *, vocab_size: int) -> None:
+    """Raises InvalidInput for the first field out of its range; max_tokens' upper end is left."""
+    for name, (lowest, highest, allowed) in _RANGES.items():
+        if not sampling.HasField(name):
+            continue
+        value = getattr(sampling, name)
+        # Written so that NaN fails.
+        inside = lowest < value <= highest if allowed[0] == "(" else lowest <= value <= highest
+        if not inside:
+            raise InvalidInput(f"sampling.{name}", value, allowed)
+    if sampling.HasField("max_tokens") and sampling.max_tokens == 0:
+        raise InvalidInput("sampling.max_tokens", 0, "at least 1")
+    if sampling.logprobs > MAX_LOGPROBS:
+        raise InvalidInput("sampling.logprobs", sampling.logprobs, f"0 to {MAX_LOGPROBS}")
+    _check_stops(sampling, vocab_size=vocab_size)
+
+
+def _check_stops(sampling: generation_pb2.SamplingParameters, *, vocab_size: int) -> None:
+    if len(sampling.stop) > MAX_STOPS:
+        given = f"{len(sampling.stop)} strings"
+        raise InvalidInput("sampling.stop", given, f"at most {MAX_STOPS}")
+    for index, stop in enumerate(sampling.stop):
+        if not 1 <= len(stop.encode(errors="replace")) <= MAX_STOP_BYTES:
+            raise InvalidInput(f"sampling.stop[{index}]", stop, f"1 to {MAX_STOP_BYTES} bytes")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        given = f"{len(sampling.stop_token_ids)} ids"
+        raise InvalidInput("sampling.stop_token_ids", given, f"at most {MAX_STOP_TOKEN_IDS}")
+    ids = list(sampling.stop_token_ids)
+    check_token_ids(ids, vocab_size=vocab_size, field="sampling.stop_token_ids")
+
+
+def _resolved(
+    sampling: generation_pb2.SamplingParameters, *, num_free: int
+) -> generation_pb2.SamplingParameters:
+    if sampling.max_tokens > num_free:
+        allowed = f"1 to {num_free}, the room that the prompt leaves in the context"
+        raise InvalidInput("sampling.max_tokens", sampling.max_tokens, allowed)
+    resolved = generation_pb2.SamplingParameters()
+    resolved.CopyFrom(_DEFAULTS)
+    resolved.max_tokens = min(DEFAULT_MAX_TOKENS, num_free)
+    resolved.seed = secrets.randbits(64)
+    resolved.MergeFrom(sampling)
+    resolved.ClearField("stop")
+    return resolved
