@@ -185,20 +185,25 @@ def _chunk_sums(row_V, largest, scale, least_weight, cut, sums_C):
         # Two loops: the float part fills twice as many lanes as the integer part.
         for i in range(len(chunk)):
             powers[i] = float_weight(exponent_of(chunk[i], largest, scale))
+        if cut != KEEP_ALL:
+            _drop_below(cut, chunk.view(np.int32), c * CHUNK, powers)
         chunk_sum = np.int64(0)
-        if cut == KEEP_ALL:
-            for i in range(len(chunk)):
-                weight = np.int64(powers[i])
-                chunk_sum += weight if weight >= least_weight else np.int64(0)
-        else:
-            chunk_bits = chunk.view(np.int32)
-            for i in range(len(chunk)):
-                weight = np.int64(powers[i])
-                kept = weight >= least_weight and order_of(chunk_bits[i], c * CHUNK + i) >= cut
-                chunk_sum += weight if kept else np.int64(0)
+        for i in range(len(chunk)):
+            weight = np.int64(powers[i])
+            chunk_sum += weight if weight >= least_weight else np.int64(0)
         sums_C[c] = chunk_sum
         total += chunk_sum
     return total
+
+
+@inlined
+def _drop_below(cut, bits, first_id, powers):
+    """Zeroes the weights of a chunk's tokens whose order is below the cut."""
+    key, last = np.int32(cut >> np.int64(32)), np.int32(id_of(cut) - first_id)
+    for i in range(len(bits)):
+        above = np.int32(rank_key(bits[i]) > key)
+        level = np.int32(np.int32(rank_key(bits[i]) == key) & np.int32(np.int32(i) <= last))
+        powers[i] *= np.float32(np.int32(above | level))
 
 
 @kernel
@@ -253,7 +258,9 @@ def _cut_candidates(row_V, orders_K, top_k, floor, top_p, total, largest, scale)
 def _cut_by_histogram(row_V, top_k, top_p, largest, scale):
     """The cut of top-k and top-p, whatever the width of what they keep."""
     counts_B, masses_B = np.zeros(NUM_BUCKETS, np.int64), np.zeros(NUM_BUCKETS, np.int64)
-    _fill_histogram(row_V, largest, scale, counts_B, masses_B)
+    # Bucket 0 has the likeliest; the last has only weights of zero.
+    buckets_V = np.empty(len(row_V), np.int32)
+    _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V)
     cut, total = KEEP_ALL, masses_B.sum()
     if 0 < top_k < len(row_V):
         bucket = 0
@@ -262,7 +269,7 @@ def _cut_by_histogram(row_V, top_k, top_p, largest, scale):
             above += counts_B[bucket]
             mass += masses_B[bucket]
             bucket += 1
-        ranked_K = _rank_bucket(row_V, bucket, counts_B[bucket], largest, scale)
+        ranked_K = _rank_bucket(row_V, buckets_V, bucket, counts_B[bucket])
         cut, total = ranked_K[top_k - above - 1], mass
         for rank in range(top_k - above):
             total += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
@@ -274,7 +281,7 @@ def _cut_by_histogram(row_V, top_k, top_p, largest, scale):
     while mass + masses_B[bucket] < needed:
         mass += masses_B[bucket]
         bucket += 1
-    ranked_K = _rank_bucket(row_V, bucket, counts_B[bucket], largest, scale)
+    ranked_K = _rank_bucket(row_V, buckets_V, bucket, counts_B[bucket])
     rank = 0
     mass += weight_of(row_V[id_of(ranked_K[0])], largest, scale)
     while mass < needed:
@@ -283,38 +290,41 @@ def _cut_by_histogram(row_V, top_k, top_p, largest, scale):
     return max(cut, ranked_K[rank])
 
 
-@inlined
-def _bucket_of(exponent):
-    """Histogram bucket, 0 for the likeliest; the last holds only weights of zero."""
-    return np.int32(-exponent * _BUCKET_SCALE)
-
-
 @kernel
-def _fill_histogram(row_V, largest, scale, counts_B, masses_B):
-    exponents = np.empty(CHUNK, np.float32)
-    weights = np.empty(CHUNK, np.int64)
+def _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V):
+    """Counts and weighs every bucket, and notes the bucket of every token."""
+    powers, weights = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int64)
     for first in range(0, len(row_V), CHUNK):
-        chunk = row_V[first : first + CHUNK]
+        chunk, buckets = row_V[first : first + CHUNK], buckets_V[first : first + CHUNK]
         for i in range(len(chunk)):
-            exponents[i] = exponent_of(chunk[i], largest, scale)
+            exponent = exponent_of(chunk[i], largest, scale)
+            powers[i] = float_weight(exponent)
+            buckets[i] = np.int32(-exponent * _BUCKET_SCALE)
         for i in range(len(chunk)):
-            weights[i] = np.int64(float_weight(exponents[i]))
+            weights[i] = np.int64(powers[i])
         for i in range(len(chunk)):
-            bucket = _bucket_of(exponents[i])
+            # Unsigned, so that numba compiles no test for an index from the end.
+            bucket = np.uint64(buckets[i])
             counts_B[bucket] += 1
             masses_B[bucket] += weights[i]
 
 
 @kernel
-def _rank_bucket(row_V, bucket, count, largest, scale):
+def _rank_bucket(row_V, buckets_V, bucket, count):
     """Orders of the tokens of one bucket, likeliest first."""
     bits_V = row_V.view(np.int32)
     orders_K = np.empty(count, np.int64)
     filled = 0
-    for token_id in range(len(row_V)):
-        if _bucket_of(exponent_of(row_V[token_id], largest, scale)) == bucket:
-            orders_K[filled] = order_of(bits_V[token_id], token_id)
-            filled += 1
+    for first in range(0, len(row_V), CHUNK):
+        buckets = buckets_V[first : first + CHUNK]
+        found = np.int32(0)
+        for i in range(len(buckets)):
+            found = np.int32(found | np.int32(buckets[i] == bucket))
+        if found:
+            for i in range(len(buckets)):
+                if buckets[i] == bucket:
+                    orders_K[filled] = order_of(bits_V[first + i], first + i)
+                    filled += 1
     orders_K.sort()
     return orders_K[::-1]
 
