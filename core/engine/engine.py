@@ -1,0 +1,280 @@
+"""One stage's slice of a model with its KV cache: micro-batches in, activations or tokens out.
+
+Letters: T rows, H hidden size, R runs, S sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from core.engine.sequences import BLOCK_SIZE, SequenceTable
+from core.engine.settings import EngineSettings
+from core.engine.stage_memory import (
+    allocate_attention,
+    allocate_cache,
+    allocate_outputs,
+    allocate_workspace,
+    kv_bytes_per_block,
+    load_weights,
+)
+from core.errors import InvalidInput, ProtocolViolation
+from core.kernels.arithmetic import Arithmetic, host_arithmetic
+from core.kernels.attention.cpu import RowTable
+from core.kernels.fingerprint import kernel_cache_key
+from core.models.llama.config import LlamaConfig
+from core.models.llama.model import StageInputs, run_stage
+from core.models.llama.packing import StageLayout, element_type
+from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
+from core.pipeline.plan import StageSlice
+from core.sampling.sampler import Sampler
+from core.weights.checkpoint import Checkpoint
+
+__all__ = ["Engine", "EngineSettings", "StepResult", "kv_bytes_per_block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step computed: activations, or on the last stage the tokens that were asked for."""
+
+    hidden_TH: npt.NDArray[Any] | None = None
+    sampled: SampledTokens | None = None
+
+
+class Engine:
+    """Computes the micro-batches of one stage. To be used by one thread at a time.
+
+    A row's result depends on its sequence alone: not on the rows beside it, the size of
+    prefill chunks, the blocks that hold its keys and values, or where the model is cut.
+    Construction reads and packs the weights and compiles (or loads) the kernels.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        stage_slice: StageSlice,
+        settings: EngineSettings,
+        *,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """`arithmetic` overrides the host's best. Raises CorruptWeights, InvalidInput."""
+        _check_slice(stage_slice, config)
+        self.config = config
+        self.stage_slice = stage_slice
+        self.settings = settings
+        self.arithmetic = arithmetic or host_arithmetic(settings.number_format)
+        context_length = min(settings.context_length or config.context_length, config.context_length)
+        num_positions = min(context_length, settings.num_kv_blocks * BLOCK_SIZE)
+        projects = stage_slice.is_last
+        num_layers = stage_slice.end_layer - stage_slice.first_layer
+        layout = StageLayout(config, self.arithmetic)
+        self._sequences = SequenceTable(
+            num_slots=settings.num_slots,
+            num_kv_blocks=settings.num_kv_blocks,
+            context_length=num_positions,
+        )
+        self._weights = load_weights(layout, checkpoint, stage_slice, num_positions=num_positions)
+        self._cache = allocate_cache(layout, num_layers, settings.num_kv_blocks)
+        self._work = allocate_workspace(layout, settings, projects=projects)
+        self._attention_work = allocate_attention(layout, num_positions=num_positions)
+        self._outputs = allocate_outputs(layout, settings, projects=projects)
+        self._sizes, self._heads = layout.stage_sizes(num_layers), layout.head_sizes()
+        self._sampler = Sampler(config.vocab_size, settings.num_slots) if projects else None
+        self._can_sample_S = np.zeros(settings.num_slots, np.bool_)
+        self._is_greedy_S = np.zeros(settings.num_slots, np.bool_)
+        self._slots_T, self._positions_T, self._token_ids_T = (
+            np.zeros(settings.max_rows, np.int32) for _ in range(3)
+        )
+        self._all_rows = np.arange(settings.max_rows, dtype=np.int32)
+        self._no_rows = np.zeros(0, np.int32)
+        self._run(0, greedy_rows=self._no_rows, logits_rows=self._no_rows)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights in memory."""
+        return sum(array.nbytes for array in self._weights)
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers of the stage."""
+        return kv_bytes_per_block(self.config, self.stage_slice, self.settings.number_format)
+
+    @property
+    def kv_block_size(self) -> int:
+        """Positions in a KV block."""
+        return BLOCK_SIZE
+
+    @property
+    def codec(self) -> str:
+        """How activations leave and arrive: "f32" or "bf16"."""
+        return "bf16" if self.settings.number_format == "bf16" else "f32"
+
+    @property
+    def fingerprint(self) -> str:
+        """Two engines with equal fingerprints and weights compute the same bits."""
+        return f"{self.arithmetic.name}-{kernel_cache_key()}"
+
+    def apply(self, updates: SequenceUpdates) -> None:
+        """Ends and starts sequences and gives them blocks.
+
+        Raises ProtocolViolation, with nothing changed, where that does not fit.
+        """
+        self._sequences.apply(updates)
+        if self._sampler is None:
+            return
+        for slot in updates.ended_slots:
+            if self._can_sample_S[slot] and not self._is_greedy_S[slot]:
+                self._sampler.end(slot)
+            self._can_sample_S[slot] = False
+        for start in updates.starts:
+            sampling = start.sampling
+            if sampling is None:
+                continue
+            self._can_sample_S[start.slot] = True
+            self._is_greedy_S[start.slot] = (
+                sampling.is_greedy and not sampling.has_penalties and sampling.logprobs is None
+            )
+            if not self._is_greedy_S[start.slot]:
+                self._sampler.start(
+                    start.slot, sampling, start.known_token_ids, start.num_prompt_tokens
+                )
+
+    def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
+        """Applies the batch's updates and computes it.
+
+        `hidden_TH` is None on the first stage; else uint16 bit patterns (bf16) or float32. The
+        result's array is valid until the next step. Raises ProtocolViolation.
+        """
+        num_rows = self._prepare(batch, hidden_TH)
+        if self._sampler is None:
+            self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
+            self._sequences.advance(batch)
+            result_TH = self._work.wire_TG[:num_rows, : self.config.hidden_size]
+            return StepResult(hidden_TH=np.ascontiguousarray(result_TH))
+        samples_R = np.flatnonzero(batch.samples_R)
+        slots_S = batch.slots_R[samples_R]
+        if not self._can_sample_S[slots_S].all():
+            raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
+        rows_S = (np.cumsum(batch.num_rows_R)[samples_R] - 1).astype(np.int32)
+        is_greedy_S = self._is_greedy_S[slots_S]
+        self._run(num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S])
+        self._sequences.advance(batch)
+        return StepResult(sampled=self._sample(batch.id, slots_S, rows_S, is_greedy_S))
+
+    def logits(
+        self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None
+    ) -> npt.NDArray[np.float32]:
+        """As `step`, on the last stage, but returns the logits [T, V] of all rows.
+
+        Valid until the next step. Nothing is sampled.
+        """
+        if self._sampler is None:
+            raise InvalidInput("stage", self.stage_slice.end_layer, "the last stage")
+        num_rows = self._prepare(batch, hidden_TH)
+        self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows])
+        self._sequences.advance(batch)
+        return np.ascontiguousarray(self._outputs.logits_SV[:num_rows, : self.config.vocab_size])
+
+    def _prepare(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> int:
+        """Checks the batch and lays its rows out; returns their number."""
+        self.apply(batch.updates)
+        num_rows = self._sequences.check(batch, max_rows=self.settings.max_rows)
+        if self.stage_slice.is_first:
+            self._take_token_ids(batch, num_rows)
+        else:
+            self._take_hidden(hidden_TH, num_rows)
+        num_rows_R = batch.num_rows_R
+        start_R = np.cumsum(num_rows_R) - num_rows_R
+        self._slots_T[:num_rows] = np.repeat(batch.slots_R, num_rows_R)
+        self._positions_T[:num_rows] = np.repeat(batch.first_positions_R - start_R, num_rows_R)
+        self._positions_T[:num_rows] += self._all_rows[:num_rows]
+        return num_rows
+
+    def _take_token_ids(self, batch: MicroBatch, num_rows: int) -> None:
+        token_ids_T = np.asarray(batch.token_ids_T)
+        if token_ids_T.shape != (num_rows,) or token_ids_T.dtype.kind not in "iu":
+            raise ProtocolViolation(f"{num_rows} rows have token ids of shape {token_ids_T.shape}")
+        if token_ids_T.min() < 0 or token_ids_T.max() >= self.config.vocab_size:
+            raise ProtocolViolation(f"a token id is not below {self.config.vocab_size}")
+        self._token_ids_T[:num_rows] = token_ids_T
+
+    def _take_hidden(self, hidden_TH: npt.NDArray[Any] | None, num_rows: int) -> None:
+        shape, dtype = (num_rows, self.config.hidden_size), np.dtype(element_type(self.arithmetic))
+        if hidden_TH is None or hidden_TH.shape != shape or hidden_TH.dtype != dtype:
+            seen = None if hidden_TH is None else (hidden_TH.shape, str(hidden_TH.dtype))
+            raise ProtocolViolation(f"activations are {seen}, expected {(shape, str(dtype))}")
+        self._work.wire_TG[:num_rows, : self.config.hidden_size] = hidden_TH
+
+    def _run(
+        self,
+        num_rows: int,
+        *,
+        greedy_rows: npt.NDArray[np.int32],
+        logits_rows: npt.NDArray[np.int32],
+    ) -> None:
+        """One call into compiled code, without the GIL."""
+        inputs = StageInputs(
+            embeds=self.stage_slice.is_first,
+            projects=self.stage_slice.is_last,
+            token_ids_T=self._token_ids_T,
+            greedy_rows_S=greedy_rows,
+            num_greedy=len(greedy_rows),
+            logits_rows_S=logits_rows,
+            num_logits=len(logits_rows),
+        )
+        rows = RowTable(
+            num_rows, self._slots_T, self._positions_T, self._sequences.block_tables_SB
+        )
+        run_stage(
+            self.arithmetic,
+            self._sizes,
+            self._heads,
+            self._weights,
+            self._cache,
+            inputs,
+            rows,
+            self._work,
+            self._attention_work,
+            self._outputs,
+        )
+
+    def _sample(
+        self,
+        micro_batch_id: int,
+        slots_S: npt.NDArray[np.int32],
+        rows_S: npt.NDArray[np.int32],
+        is_greedy_S: npt.NDArray[np.bool_],
+    ) -> SampledTokens:
+        """Tokens of the sampled rows, in order, from what the call left in the outputs."""
+        assert self._sampler is not None
+        tokens_S = np.empty(len(rows_S), np.int64)
+        logprobs_S: list[PositionLogprobs | None] = [None] * len(rows_S)
+        has_logprobs = False
+        tokens_S[is_greedy_S] = self._outputs.greedy_tokens_S[: int(is_greedy_S.sum())]
+        drawn = np.flatnonzero(~is_greedy_S)
+        if len(drawn):
+            logits_SV = self._outputs.logits_SV[: len(drawn), : self.config.vocab_size]
+            token_ids, logprobs = self._sampler.sample(
+                np.ascontiguousarray(logits_SV),
+                slots_S[drawn].astype(np.int32),
+                self._positions_T[rows_S[drawn]] + 1,
+            )
+            tokens_S[drawn] = token_ids
+            has_logprobs = bool(logprobs)
+            for at, entry in zip(drawn, logprobs, strict=False):
+                logprobs_S[at] = entry
+        return SampledTokens(
+            micro_batch_id=micro_batch_id,
+            token_ids=tuple(tokens_S.tolist()),
+            logprobs=tuple(logprobs_S) if has_logprobs else (),
+        )
+
+
+def _check_slice(stage_slice: StageSlice, config: LlamaConfig) -> None:
+    if not 0 <= stage_slice.first_layer < stage_slice.end_layer <= config.num_layers:
+        shown = f"{stage_slice.first_layer}:{stage_slice.end_layer}"
+        raise InvalidInput("layers", shown, f"a non-empty range within 0:{config.num_layers}")

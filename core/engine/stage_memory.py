@@ -1,0 +1,122 @@
+"""Allocates what one stage holds: packed weights, KV cache and workspaces.
+
+Letters: see `core.models.llama.model`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from core.engine.settings import EngineSettings
+from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
+from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
+from core.kernels.memory import aligned_zeros
+from core.models.llama.config import LlamaConfig
+from core.models.llama.model import StageOutputs, StageWeights, StageWorkspace, WordArray
+from core.models.llama.packing import (
+    StageLayout,
+    element_type,
+    layer_windows,
+    pack_embedding,
+    pack_head,
+    pack_layer,
+    rotary_angles,
+)
+from core.models.llama.weight_names import read_embedding, read_head, read_layer
+from core.pipeline.plan import StageSlice
+from core.weights.checkpoint import Checkpoint
+
+
+def load_weights(
+    layout: StageLayout, checkpoint: Checkpoint, stage_slice: StageSlice, *, num_positions: int
+) -> StageWeights:
+    """Reads and packs the stage's own tensors and no others.
+
+    Raises CorruptWeights where one is missing or damaged.
+    """
+    config, first = layout.config, stage_slice.first_layer
+    num_layers = stage_slice.end_layer - first
+    panels_L = aligned_zeros((num_layers, layout.layer_words), np.uint32)
+    vectors_L = aligned_zeros((num_layers, layout.layer_floats), np.float32)
+    for layer in range(num_layers):
+        weights = read_layer(checkpoint, config, first + layer)
+        pack_layer(layout, weights, panels_L[layer], vectors_L[layer])
+    elements = element_type(layout.arithmetic)
+    embedding_VG = aligned_zeros((0, layout.hidden), elements)
+    if stage_slice.is_first:
+        embedding_VG = pack_embedding(layout, read_embedding(checkpoint, config))
+    head_panels = aligned_zeros((0,), np.uint32)
+    head_bias_V, final_norm_G = (aligned_zeros((0,), np.float32) for _ in range(2))
+    if stage_slice.is_last:
+        head = pack_head(layout, read_head(checkpoint, config))
+        head_panels, head_bias_V = head.panels, head.bias_V
+        final_norm_G = head.final_norm_G
+    angles = rotary_angles(config, num_positions)
+    return StageWeights(
+        panels_L=panels_L,
+        vectors_L=vectors_L,
+        windows_L=layer_windows(config, first, stage_slice.end_layer),
+        embedding_VG=embedding_VG,
+        head_panels=head_panels,
+        head_bias_V=head_bias_V,
+        final_norm_G=final_norm_G,
+        cos=angles.cos,
+        sin=angles.sin,
+    )
+
+
+def allocate_cache(layout: StageLayout, num_layers: int, num_kv_blocks: int) -> WordArray:
+    """The KV cache [L, blocks, KV heads, 2, words]; memory is taken as blocks are first used."""
+    shape = (num_layers, num_kv_blocks, layout.config.num_kv_heads, 2, layout.block_words // 2)
+    return aligned_zeros(shape, np.uint32)
+
+
+def kv_bytes_per_block(config: LlamaConfig, stage_slice: StageSlice, number_format: str) -> int:
+    """Bytes of one KV block of 16 positions over all layers of the stage."""
+    layout = StageLayout(config, Arithmetic(number_format, "portable"))
+    num_layers = stage_slice.end_layer - stage_slice.first_layer
+    return num_layers * config.num_kv_heads * layout.block_words * 4
+
+
+def allocate_workspace(
+    layout: StageLayout, settings: EngineSettings, *, projects: bool
+) -> StageWorkspace:
+    """Buffers for `max_rows` rows; those of the head only where the stage `projects`."""
+    rows, sampled = settings.max_rows, settings.max_rows if projects else 0
+    return StageWorkspace(
+        wire_TG=aligned_zeros((rows, layout.hidden), element_type(layout.arithmetic)),
+        hidden_TG=aligned_zeros((rows, layout.hidden), np.float32),
+        normed_T=aligned_zeros((rows * layout.words(layout.hidden),), np.uint32),
+        attended_T=aligned_zeros((rows * layout.words(layout.attention),), np.uint32),
+        qkv_TC=aligned_zeros((rows, layout.qkv), np.float32),
+        gate_up_T=aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
+        intermediate_T=aligned_zeros((rows * layout.words(layout.intermediate),), np.uint32),
+        sampled_hidden_SG=aligned_zeros((sampled, layout.hidden), np.float32),
+        panel_logits_S=aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
+        head_scratch=aligned_zeros((layout.head_width,), np.uint32),
+    )
+
+
+def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionWorkspace:
+    """Buffers for one tile of queries over the longest sequence."""
+    group = layout.config.num_heads // layout.config.num_kv_heads
+    queries = max(TILE_QUERIES, group)
+    positions = -(-num_positions // LANES) * LANES + 2 * LANES
+    return AttentionWorkspace(
+        queries_QW=aligned_zeros((queries, layout.words(layout.head_width)), np.uint32),
+        scores_QP=aligned_zeros((queries, positions), np.float32),
+        weights_QP=aligned_zeros((queries, layout.words(positions)), np.uint32),
+        outputs_QD=aligned_zeros((queries, layout.head_width), np.float32),
+        scales_Q=aligned_zeros((queries,), np.float32),
+    )
+
+
+def allocate_outputs(
+    layout: StageLayout, settings: EngineSettings, *, projects: bool
+) -> StageOutputs:
+    """Room for one token and one row of logits for each row."""
+    rows = settings.max_rows if projects else 0
+    return StageOutputs(
+        greedy_tokens_S=np.zeros(rows, np.int32),
+        logits_SV=aligned_zeros((rows, layout.vocabulary), np.float32),
+    )

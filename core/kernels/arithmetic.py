@@ -1,0 +1,121 @@
+"""Which arithmetic the kernels use: a number format and the instructions that compute it.
+
+Everything hot is stored in *words* of 32 bits: one float32, or two neighbouring
+bfloat16 values, lower index in the lower half. A product step multiplies words and
+adds to float32 sums; so kernels of both formats differ only in what one step does.
+
+`Arithmetic` is a value that numba types by its content: kernels take it as their first
+argument and are compiled once for each. (Kernels made by a factory would do as well,
+but numba's disk cache misses closures at every start.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.extending import (
+    NativeValue,
+    intrinsic,
+    models,
+    register_model,
+    typeof_impl,
+    unbox,
+)
+
+from core.errors import InvalidInput
+
+LANES = 16  # float32 values in a vector, and positions in a KV block
+PANEL_COLUMNS = 64  # columns of a packed weight panel
+MAX_TILE_ROWS = 6  # 6 rows x 4 vectors of sums, 4 of weights and 1 of inputs fill 32 registers
+
+NUMBER_FORMATS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A number format and the instructions for it: "avx512" (with AVX512-BF16 for bf16)
+    or "portable" (whatever LLVM makes of vectors on the host).
+
+    bf16 sums of the two may differ in the last bit, since AVX512-BF16 adds pairs and
+    flushes subnormals; so `name` belongs to the numerics fingerprint.
+    """
+
+    number_format: str
+    instructions: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.number_format}-{self.instructions}"
+
+    @property
+    def elements_per_word(self) -> int:
+        return 2 if self.number_format == "bf16" else 1
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 // self.elements_per_word
+
+    @property
+    def tile_vectors(self) -> int:
+        """Vectors of columns that a register tile spans: a CPU without AVX-512 has half as
+        many registers of at most half the width."""
+        return 4 if self.instructions == "avx512" else 1
+
+
+def host_arithmetic(number_format: str) -> Arithmetic:
+    """The fastest arithmetic of this host for "fp32" or "bf16"; raises InvalidInput for others."""
+    if number_format not in NUMBER_FORMATS:
+        raise InvalidInput("number_format", number_format, " or ".join(NUMBER_FORMATS))
+    needed = "avx512bf16" if number_format == "bf16" else "avx512f"
+    features = llvm.get_host_cpu_features()
+    return Arithmetic(number_format, "avx512" if features.get(needed) else "portable")
+
+
+class ArithmeticType(types.Opaque):
+    """The numba type of one `Arithmetic`: known while compiling, nothing at run time."""
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic = arithmetic
+        super().__init__(name=f"Arithmetic({arithmetic.name})")
+
+
+register_model(ArithmeticType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Arithmetic)
+def _type_of_arithmetic(value: Arithmetic, context: Any) -> ArithmeticType:
+    return ArithmeticType(value)
+
+
+@unbox(ArithmeticType)
+def _unbox_arithmetic(numba_type: Any, value: Any, c: Any) -> NativeValue:
+    return NativeValue(c.context.get_dummy_value())
+
+
+def _constant(value: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(64), value)
+
+    return codegen
+
+
+@intrinsic
+def elements_per_word(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+    """1 for fp32, 2 for bf16: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.elements_per_word)
+
+
+@intrinsic
+def element_bytes(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+    """4 for fp32, 2 for bf16: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.element_bytes)
+
+
+@intrinsic
+def tile_columns(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+    """Columns of a register tile: 64 or 16: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.tile_vectors * LANES)

@@ -1,0 +1,145 @@
+"""Linear projections with packed weights, on the CPU.
+
+Weights lie in panels of 64 columns: panel after panel, and within a panel one row of 64
+words for each word of the inner dimension, so that a product reads memory in order and a
+register tile loads whole vectors. Columns and inner elements beyond the matrix are zero.
+
+Letters: T rows, K inputs, W words of K, N outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from core.kernels.arithmetic import (
+    LANES,
+    MAX_TILE_ROWS,
+    PANEL_COLUMNS,
+    element_bytes,
+    elements_per_word,
+    tile_columns,
+)
+from core.kernels.compile import kernel
+from core.kernels.tiles import PANEL_ROW_BYTES, product_tile
+from core.kernels.vectors import (
+    BYTES_OF_FLOATS,
+    address,
+    largest_lane,
+    load_floats,
+    load_word,
+    maximum,
+    store_elements,
+    store_word,
+)
+
+@kernel
+def pack_panels(arithmetic, weight_NK, num_words, panels, first_column, column_step, scratch):  # type: ignore[no-untyped-def]
+    """Packs a float32 [N, K] matrix into `panels` (uint32, flat), rounding to the format.
+
+    Column n of the product is placed at `first_column` + n, except that every whole run of 64
+    columns moves on by `column_step` columns (64: dense; 128: every other panel). `num_words`
+    is the padded inner dimension. `scratch`: float32, at least K rounded up to 16.
+    """
+    num_columns, size = weight_NK.shape
+    rounded = address(scratch)
+    target = address(panels)
+    scratch[:] = np.float32(0.0)
+    used_words = (size + elements_per_word(arithmetic) - 1) // elements_per_word(arithmetic)
+    for n in range(num_columns):
+        for k in range(size):
+            scratch[k] = weight_NK[n, k]
+        # In place: elements are at most as wide as the floats they come from.
+        for vector in range((size + LANES - 1) // LANES):
+            floats = load_floats(rounded + vector * BYTES_OF_FLOATS)
+            store_elements(arithmetic, rounded + vector * LANES * element_bytes(arithmetic), floats)
+        column = first_column + n // PANEL_COLUMNS * column_step + n % PANEL_COLUMNS
+        panel = target + column // PANEL_COLUMNS * num_words * PANEL_ROW_BYTES
+        where = panel + column % PANEL_COLUMNS * 4
+        for word in range(used_words):
+            store_word(where + word * PANEL_ROW_BYTES, load_word(rounded + word * 4))
+
+
+@kernel
+def multiply_panels(  # type: ignore[no-untyped-def]
+    arithmetic,
+    inputs,
+    input_stride,
+    num_rows,
+    panels,
+    num_words,
+    num_panels,
+    bias,
+    outputs,
+    output_stride,
+    accumulates,
+):
+    """outputs[T, 64 x num_panels] = bias + inputs[T, W] x panels, or adds that to outputs.
+
+    All by address, strides in bytes: `inputs` in words, the others float32. Rows are cut into
+    tiles of nearly equal height; a panel stays in the second-level cache meanwhile.
+    """
+    num_tiles = (num_rows + MAX_TILE_ROWS - 1) // MAX_TILE_ROWS
+    columns = tile_columns(arithmetic)
+    for panel in range(num_panels):
+        for first in range(0, PANEL_COLUMNS, columns):
+            weights = panels + panel * num_words * PANEL_ROW_BYTES + first * 4
+            offset = (panel * PANEL_COLUMNS + first) * 4
+            row = 0
+            for tile in range(num_tiles):
+                rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
+                product_tile(
+                    arithmetic,
+                    rows,
+                    inputs + row * input_stride,
+                    input_stride,
+                    weights,
+                    num_words,
+                    bias + offset,
+                    outputs + row * output_stride + offset,
+                    output_stride,
+                    accumulates,
+                )
+                row += rows
+
+
+@kernel
+def greedy_tokens(  # type: ignore[no-untyped-def]
+    arithmetic, inputs, input_stride, num_rows, panels, num_words, num_panels, bias, logits, tokens
+):
+    """The column with the largest product for each row, the lowest one among equals.
+
+    `logits` is scratch [T, 64] and `tokens` int32 [T]. The panel's products never leave the
+    cache. `bias` must be minus infinity for columns beyond the vocabulary. By address, except
+    `logits` and `tokens`.
+    """
+    best = np.empty(num_rows, np.float32)
+    for row in range(num_rows):
+        best[row] = -np.inf
+        tokens[row] = 0
+    where = address(logits)
+    for panel in range(num_panels):
+        multiply_panels(
+            arithmetic,
+            inputs,
+            input_stride,
+            num_rows,
+            panels + panel * num_words * PANEL_ROW_BYTES,
+            num_words,
+            1,
+            bias + panel * PANEL_ROW_BYTES,
+            where,
+            PANEL_ROW_BYTES,
+            0,
+        )
+        for row in range(num_rows):
+            at = where + row * PANEL_ROW_BYTES
+            largest = load_floats(at)
+            for vector in range(1, PANEL_COLUMNS // LANES):
+                largest = maximum(largest, load_floats(at + vector * BYTES_OF_FLOATS))
+            value = largest_lane(largest)
+            if value > best[row]:
+                best[row] = value
+                for column in range(PANEL_COLUMNS):
+                    if logits[row, column] == value:
+                        tokens[row] = panel * PANEL_COLUMNS + column
+                        break

@@ -1,0 +1,89 @@
+"""Rotary embedding and the write of keys and values into the paged cache, on the CPU.
+
+The cache of one layer is [blocks, KV heads, 2, words]: of each block and head first the
+keys as [words of D][16 positions], then the values as [words of 16 positions][D] (see
+`core.kernels.arithmetic` for words): both as the products of attention read them.
+
+Letters: T rows, C columns of the q/k/v product, D elements in a head (padded to 16).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from core.kernels.arithmetic import LANES, element_bytes, elements_per_word
+from core.kernels.compile import kernel
+from core.kernels.norm.cpu import norm_head
+from core.kernels.vectors import (
+    BYTES_OF_FLOATS,
+    address,
+    load_floats,
+    load_word,
+    merge_elements,
+    store_elements,
+    store_word,
+)
+
+
+@kernel
+def rotate_heads(row_C, first, num_heads, width, half, cos_F, sin_F, scale):  # type: ignore[no-untyped-def]
+    """Rotates `num_heads` heads of a row in place, each `width` apart, and scales them."""
+    for head in range(num_heads):
+        start = first + head * width
+        for i in range(half):
+            a, b = row_C[start + i], row_C[start + half + i]
+            row_C[start + i] = (a * cos_F[i] - b * sin_F[i]) * scale
+            row_C[start + half + i] = (b * cos_F[i] + a * sin_F[i]) * scale
+
+
+@kernel
+def write_key(arithmetic, head, num_vectors, keys, position, scratch):  # type: ignore[no-untyped-def]
+    """Writes one head's key (float32 at `head`) as column `position` of a block; by address."""
+    for vector in range(num_vectors):
+        where = scratch + vector * LANES * element_bytes(arithmetic)
+        store_elements(arithmetic, where, load_floats(head + vector * BYTES_OF_FLOATS))
+    for word in range(num_vectors * LANES // elements_per_word(arithmetic)):
+        store_word(keys + (word * LANES + position) * 4, load_word(scratch + word * 4))
+
+
+@kernel
+def write_value(arithmetic, head, num_vectors, values, position):  # type: ignore[no-untyped-def]
+    """Writes one head's value (float32 at `head`) as row `position` of a block; by address."""
+    row = position // elements_per_word(arithmetic)
+    half = position % elements_per_word(arithmetic)
+    for vector in range(num_vectors):
+        where = values + (row * num_vectors + vector) * BYTES_OF_FLOATS
+        merge_elements(arithmetic, where, load_floats(head + vector * BYTES_OF_FLOATS), half)
+
+
+@kernel
+def rotate_and_write(arithmetic, heads, rows, qkv_TC, cos_LF, sin_LF, norms, cache, scratch):  # type: ignore[no-untyped-def]
+    """Norms (where `heads.norms_heads`), rotates and scales q in place, and writes k and v.
+
+    `heads` is a HeadSizes, `rows` a RowTable, `norms` the address of q's and k's norm
+    weights, `cache` that of this layer's cache, `scratch` of room for one head in words.
+    """
+    num_vectors = heads.width // LANES
+    half = heads.head_dim // 2
+    first_key = heads.num_heads * heads.width
+    first_value = first_key + heads.num_kv_heads * heads.width
+    half_bytes = LANES * heads.width * element_bytes(arithmetic)
+    for t in range(rows.num_rows):
+        row = address(qkv_TC[t])
+        position = rows.positions_T[t]
+        cos_F, sin_F = cos_LF[position], sin_LF[position]
+        if heads.norms_heads:
+            for head in range(heads.num_heads + heads.num_kv_heads):
+                weight = norms + (heads.width * 4 if head >= heads.num_heads else 0)
+                where = row + head * heads.width * 4
+                norm_head(where, num_vectors, heads.head_dim, weight, heads.norm_eps)
+        rotate_heads(qkv_TC[t], 0, heads.num_heads, heads.width, half, cos_F, sin_F, heads.scale)
+        one = np.float32(1.0)
+        rotate_heads(qkv_TC[t], first_key, heads.num_kv_heads, heads.width, half, cos_F, sin_F, one)
+        block = np.int64(rows.block_tables_SB[rows.slots_T[t], position // LANES])
+        for head in range(heads.num_kv_heads):
+            keys = cache + (block * heads.num_kv_heads + head) * 2 * half_bytes
+            key = row + (first_key + head * heads.width) * 4
+            write_key(arithmetic, key, num_vectors, keys, position % LANES, scratch)
+            value = row + (first_value + head * heads.width) * 4
+            write_value(arithmetic, value, num_vectors, keys + half_bytes, position % LANES)

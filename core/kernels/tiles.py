@@ -1,0 +1,317 @@
+"""Register tiles: the innermost loops of products and attention, as LLVM intrinsics for numba.
+
+A tile keeps the sums of up to 6 rows in registers while it walks over the words of the
+inner dimension. Each sum adds its terms in one fixed order, whatever the number of rows
+in the tile, so that a row's result never depends on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, PANEL_COLUMNS, Arithmetic
+from core.kernels.vectors import (
+    BYTES_OF_FLOATS,
+    FLOATS,
+    I32,
+    I64,
+    WORDS,
+    emit_call,
+    emit_fma,
+    emit_load,
+    emit_splat,
+    emit_store,
+    index,
+    splat_constant,
+    splat_word,
+)
+
+WORD_BYTES = 4
+PANEL_ROW_BYTES = PANEL_COLUMNS * WORD_BYTES
+
+
+class _BFloat16(ir.Type):
+    """LLVM's `bfloat`, which llvmlite lacks; needed in the signature of one instruction only."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+def _emit_dot(builder: Any, arithmetic: Arithmetic, sums: Any, inputs: Any, weights: Any) -> Any:
+    """sums + inputs . weights, lane by lane, for 16 words of each."""
+    if arithmetic.number_format == "fp32":
+        return emit_fma(builder, builder.bitcast(inputs, FLOATS), builder.bitcast(weights, FLOATS), sums)
+    if arithmetic.instructions == "avx512":
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        pairs = [builder.bitcast(words, _PAIRS) for words in (inputs, weights)]
+        return emit_call(builder, name, FLOATS, [sums, *pairs])
+    for widen in (_emit_lower_halves, _emit_upper_halves):
+        sums = emit_fma(builder, widen(builder, inputs), widen(builder, weights), sums)
+    return sums
+
+
+def _emit_lower_halves(builder: Any, words: Any) -> Any:
+    return builder.bitcast(builder.shl(words, splat_word(16)), FLOATS)
+
+
+def _emit_upper_halves(builder: Any, words: Any) -> Any:
+    return builder.bitcast(builder.and_(words, splat_word(0xFFFF0000)), FLOATS)
+
+
+def _emit_loop(
+    builder: Any, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Runs `body(i, values) -> values` for i in 0 .. count - 1, at least once."""
+    entry = builder.block
+    loop = builder.append_basic_block("tile.loop")
+    done = builder.append_basic_block("tile.done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(I64)
+    values = [builder.phi(value.type) for value in initial]
+    results = body(step, values)
+    following = builder.add(step, index(1))
+    for phi, start, result in zip(
+        [step, *values], [index(0), *initial], [following, *results], strict=True
+    ):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(result, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    builder.position_at_end(done)
+    return results
+
+
+def _emit_for_rows(builder: Any, num_rows: Any, emit: Callable[[int], None]) -> None:
+    """Branches to the code that `emit(rows)` makes for the number of rows, 1 to 6."""
+    origin = builder.block
+    done = builder.append_basic_block("tile.end")
+    unreachable = builder.append_basic_block("tile.unreachable")
+    builder.position_at_end(unreachable)
+    builder.unreachable()
+    builder.position_at_end(origin)
+    switch = builder.switch(num_rows, unreachable)
+    for rows in range(1, MAX_TILE_ROWS + 1):
+        block = builder.append_basic_block(f"tile.rows{rows}")
+        switch.add_case(index(rows), block)
+        builder.position_at_end(block)
+        emit(rows)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> list[Any]:
+    return [builder.add(start, builder.mul(stride, index(row))) for row in range(rows)]
+
+
+def _emit_input(builder: Any, row_address: Any, offset: Any) -> Any:
+    """One word of a row in every lane."""
+    return emit_splat(builder, emit_load(builder, builder.add(row_address, offset), I32))
+
+
+def _vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
+    return [builder.add(start, index(BYTES_OF_FLOATS * vector)) for vector in range(count)]
+
+
+@intrinsic
+def product_tile(  # type: ignore[no-untyped-def]
+    typing_context,
+    arithmetic,
+    num_rows,
+    inputs,
+    input_stride,
+    weights,
+    num_words,
+    bias,
+    outputs,
+    output_stride,
+    accumulates,
+):
+    """outputs = bias + inputs x weights for 1 to 6 rows and `tile_columns` columns.
+
+    Arguments are addresses and byte strides: `inputs` rows of words, `weights` a packed panel
+    (rows of 64 words, one for each input word), `bias` and `outputs` float32. Where
+    `accumulates` is not 0, the sum is added to what `outputs` holds.
+    """
+    kind = arithmetic.arithmetic
+    vectors = kind.tile_vectors
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, num_rows, inputs, input_stride, weights, num_words, bias, outputs, *rest = args
+        output_stride, accumulates = rest
+        biases = [emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)]
+
+        def emit(rows: int) -> None:
+            input_rows = _emit_row_addresses(builder, inputs, input_stride, rows)
+
+            def body(step: Any, sums: list[Any]) -> list[Any]:
+                row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
+                panel = [
+                    emit_load(builder, at, WORDS) for at in _vector_addresses(builder, row, vectors)
+                ]
+                offset = builder.mul(step, index(WORD_BYTES))
+                results = []
+                for number, input_row in enumerate(input_rows):
+                    word = _emit_input(builder, input_row, offset)
+                    results += [
+                        _emit_dot(builder, kind, sums[number * vectors + vector], word, weight)
+                        for vector, weight in enumerate(panel)
+                    ]
+                return results
+
+            sums = _emit_loop(builder, num_words, biases * rows, body)
+            for number, row in enumerate(
+                _emit_row_addresses(builder, outputs, output_stride, rows)
+            ):
+                for vector, at in enumerate(_vector_addresses(builder, row, vectors)):
+                    _emit_output(builder, sums[number * vectors + vector], at, accumulates)
+
+        _emit_for_rows(builder, num_rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, *[types.intp] * 9), codegen
+
+
+def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None:
+    """Stores `value`, or adds it to what is there."""
+    with builder.if_else(builder.icmp_signed("!=", accumulates, index(0))) as (then, otherwise):
+        with then:
+            emit_store(builder, builder.fadd(value, emit_load(builder, where, FLOATS)), where)
+        with otherwise:
+            emit_store(builder, value, where)
+
+
+@intrinsic
+def scores_tile(  # type: ignore[no-untyped-def]
+    typing_context,
+    arithmetic,
+    num_rows,
+    queries,
+    query_stride,
+    keys_0,
+    keys_1,
+    num_words,
+    scores,
+    score_stride,
+):
+    """Scores of 1 to 6 queries with the keys of two blocks, 32 float32 for each query.
+
+    A block's keys are `num_words` (even) rows of 16 words, one word for each position. Even and
+    odd words are summed apart, for shorter chains of dependent additions.
+    """
+    kind = arithmetic.arithmetic
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, num_rows, queries, query_stride, *blocks, num_words, scores, score_stride = args
+        zero = splat_constant(0.0)
+        num_pairs = builder.lshr(num_words, index(1))
+
+        def emit(rows: int) -> None:
+            query_rows = _emit_row_addresses(builder, queries, query_stride, rows)
+
+            def body(step: Any, sums: list[Any]) -> list[Any]:
+                results = list(sums)
+                for parity in range(2):
+                    word = builder.add(builder.mul(step, index(2)), index(parity))
+                    key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
+                    keys = [
+                        emit_load(builder, builder.add(block, key_offset), WORDS)
+                        for block in blocks
+                    ]
+                    offset = builder.mul(word, index(WORD_BYTES))
+                    for number, query_row in enumerate(query_rows):
+                        query = _emit_input(builder, query_row, offset)
+                        for block, key in enumerate(keys):
+                            at = (number * 2 + block) * 2 + parity
+                            results[at] = _emit_dot(builder, kind, sums[at], query, key)
+                return results
+
+            sums = _emit_loop(builder, num_pairs, [zero] * (rows * 4), body)
+            for number, row in enumerate(_emit_row_addresses(builder, scores, score_stride, rows)):
+                for block, at in enumerate(_vector_addresses(builder, row, 2)):
+                    first = (number * 2 + block) * 2
+                    emit_store(builder, builder.fadd(sums[first], sums[first + 1]), at)
+
+        _emit_for_rows(builder, num_rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, *[types.intp] * 8), codegen
+
+
+@intrinsic(prefer_literal=True)
+def values_tile(  # type: ignore[no-untyped-def]
+    typing_context,
+    arithmetic,
+    num_rows,
+    vectors,
+    weights,
+    weight_stride,
+    block_table,
+    num_words,
+    values,
+    block_stride,
+    value_stride,
+    outputs,
+    output_stride,
+):
+    """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
+
+    `weights` has rows of `num_words` words, one for each position (fp32) or pair of them
+    (bf16), from the first of the block that `block_table` points at. A block's values are 16
+    (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart.
+    """
+    kind = arithmetic.arithmetic
+    count = vectors.literal_value
+    words_per_block = LANES // kind.elements_per_word
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, num_rows, _, weights, weight_stride, block_table, num_words, values, *strides = args
+        block_stride, value_stride, outputs, output_stride = strides
+
+        def emit(rows: int) -> None:
+            weight_rows = _emit_row_addresses(builder, weights, weight_stride, rows)
+
+            def body(step: Any, sums: list[Any]) -> list[Any]:
+                entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
+                entry_address = builder.add(block_table, builder.mul(entry, index(4)))
+                block = builder.sext(emit_load(builder, entry_address, I32), I64)
+                row_in_block = builder.and_(step, index(words_per_block - 1))
+                row = builder.add(values, builder.mul(block, block_stride))
+                row = builder.add(row, builder.mul(row_in_block, value_stride))
+                elements = [
+                    emit_load(builder, at, WORDS) for at in _vector_addresses(builder, row, count)
+                ]
+                offset = builder.mul(step, index(WORD_BYTES))
+                results = []
+                for number, weight_row in enumerate(weight_rows):
+                    weight = _emit_input(builder, weight_row, offset)
+                    results += [
+                        _emit_dot(builder, kind, sums[number * count + vector], weight, element)
+                        for vector, element in enumerate(elements)
+                    ]
+                return results
+
+            sums = _emit_loop(builder, num_words, [splat_constant(0.0)] * (rows * count), body)
+            for number, row in enumerate(
+                _emit_row_addresses(builder, outputs, output_stride, rows)
+            ):
+                for vector, at in enumerate(_vector_addresses(builder, row, count)):
+                    emit_store(builder, sums[number * count + vector], at)
+
+        _emit_for_rows(builder, num_rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 9), codegen

@@ -1,0 +1,239 @@
+"""A stage of a Llama-architecture decoder as one compiled call per micro-batch.
+
+All sizes are run-time values; only the arithmetic is compiled in. Everything that the call
+touches is allocated beforehand and handed in as named tuples of arrays.
+
+Letters: L layers of the stage, T rows, S sampled rows, V vocabulary, F intermediate size, C
+columns of q, k and v together, P columns of all query heads, G the hidden size. All of F, C, P, G
+and V are rounded up to multiples of 64 (a weight panel); what is beyond the model's own
+size is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from core.kernels.activation.cpu import silu_multiply_panel
+from core.kernels.arithmetic import PANEL_COLUMNS, element_bytes, elements_per_word
+from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
+from core.kernels.compile import kernel
+from core.kernels.linear.cpu import greedy_tokens, multiply_panels
+from core.kernels.norm.cpu import norm_rows
+from core.kernels.packing.cpu import gather_rows, gather_widened_rows, narrow_rows, widen_rows
+from core.kernels.rotary.cpu import rotate_and_write
+from core.kernels.tiles import PANEL_ROW_BYTES
+from core.kernels.vectors import address
+
+FloatArray = npt.NDArray[np.float32]
+WordArray = npt.NDArray[np.uint32]
+# Elements in the number format: uint16 bit patterns for bf16, float32 for fp32.
+ElementArray = npt.NDArray[Any]
+
+
+class StageSizes(NamedTuple):
+    """Sizes of a stage's layers, in elements."""
+
+    hidden_size: int
+    num_layers: int
+    attention_size: int  # P: inputs of the output projection
+    intermediate_size: int  # F
+    qkv_columns: int  # C
+    norm_eps: float
+
+
+class StageWeights(NamedTuple):
+    """Weights of all layers of a stage, packed; see `core.models.llama.packing`."""
+
+    panels_L: WordArray  # [L, words]: q/k/v, output, gate/up (panels alternate), down
+    # [L, floats]: attention norm, MLP norm, q norm, k norm, then biases as the panels
+    vectors_L: FloatArray
+    windows_L: npt.NDArray[np.int64]  # positions that a layer's rows see
+    embedding_VG: ElementArray  # first stage only, else [0, G]
+    head_panels: WordArray  # last stage only, else empty
+    head_bias_V: FloatArray  # zero; minus infinity beyond the vocabulary
+    final_norm_G: FloatArray
+    cos: FloatArray  # [positions, head_dim / 2]
+    sin: FloatArray
+
+
+class StageWorkspace(NamedTuple):
+    """Buffers of one micro-batch, reused by the next."""
+
+    wire_TG: ElementArray  # activations as they come and as they go
+    hidden_TG: FloatArray  # the residual stream
+    normed_T: WordArray  # normed rows, in words; flat
+    attended_T: WordArray  # outputs of attention, in words; flat
+    qkv_TC: FloatArray
+    gate_up_T: FloatArray  # [T, 128]
+    intermediate_T: WordArray  # flat
+    sampled_hidden_SG: FloatArray
+    panel_logits_S: FloatArray  # [S, 64]
+    head_scratch: WordArray
+
+
+class StageInputs(NamedTuple):
+    """One micro-batch. `embeds` and `projects` tell whether the stage is first and last."""
+
+    embeds: bool
+    projects: bool
+    token_ids_T: npt.NDArray[np.int32]
+    greedy_rows_S: npt.NDArray[np.int32]  # rows whose likeliest token is wanted
+    num_greedy: int
+    logits_rows_S: npt.NDArray[np.int32]  # rows whose logits are wanted
+    num_logits: int
+
+
+class StageOutputs(NamedTuple):
+    """What a last stage computes; the others leave their result in the workspace."""
+
+    greedy_tokens_S: npt.NDArray[np.int32]
+    logits_SV: FloatArray
+
+
+@kernel
+def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, attention_work):  # type: ignore[no-untyped-def]
+    """The attention half of a layer: hidden += output(attention(q, k, v(norm(hidden))))."""
+    hidden_bytes = work.hidden_TG.shape[1] * element_bytes(arithmetic)
+    attention_bytes = sizes.attention_size * element_bytes(arithmetic)
+    hidden_words = work.hidden_TG.shape[1] // elements_per_word(arithmetic)
+    attention_words = sizes.attention_size // elements_per_word(arithmetic)
+    padded_hidden, num_rows = work.hidden_TG.shape[1], rows.num_rows
+    normed, attended = address(work.normed_T), address(work.attended_T)
+    panels, vectors_V = address(weights.panels_L[layer]), weights.vectors_L[layer]
+    head_norms = address(vectors_V) + 2 * padded_hidden * 4
+    qkv_bias = head_norms + 2 * heads.width * 4
+    norm_rows(
+        arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
+        vectors_V[:padded_hidden], sizes.norm_eps, True, normed,
+    )  # fmt: skip
+    multiply_panels(
+        arithmetic, normed, hidden_bytes, num_rows, panels, hidden_words,
+        sizes.qkv_columns // PANEL_COLUMNS, qkv_bias, address(work.qkv_TC),
+        sizes.qkv_columns * 4, 0,
+    )  # fmt: skip
+    rotate_and_write(
+        arithmetic, heads, rows, work.qkv_TC, weights.cos, weights.sin, head_norms, cache,
+        address(work.head_scratch),
+    )  # fmt: skip
+    attend(
+        arithmetic, heads, rows, work.qkv_TC, cache, weights.windows_L[layer], attention_work,
+        attended, attention_bytes,
+    )  # fmt: skip
+    multiply_panels(
+        arithmetic, attended, attention_bytes, num_rows,
+        panels + hidden_words * sizes.qkv_columns * 4, attention_words,
+        padded_hidden // PANEL_COLUMNS, qkv_bias + sizes.qkv_columns * 4,
+        address(work.hidden_TG), padded_hidden * 4, 1,
+    )  # fmt: skip
+
+
+@kernel
+def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: ignore[no-untyped-def]
+    """The gated half of a layer: hidden += down(SiLU(gate(norm(hidden))) * up(norm(hidden)))."""
+    padded_hidden = work.hidden_TG.shape[1]
+    hidden_bytes = padded_hidden * element_bytes(arithmetic)
+    hidden_words = padded_hidden // elements_per_word(arithmetic)
+    intermediate_bytes = sizes.intermediate_size * element_bytes(arithmetic)
+    normed, vectors_V = address(work.normed_T), weights.vectors_L[layer]
+    panels = address(weights.panels_L[layer]) + 4 * (
+        hidden_words * sizes.qkv_columns
+        + sizes.attention_size // elements_per_word(arithmetic) * padded_hidden
+    )
+    biases = address(vectors_V) + 4 * (3 * padded_hidden + 2 * heads.width + sizes.qkv_columns)
+    gate_up, intermediate = address(work.gate_up_T), address(work.intermediate_T)
+    norm_rows(
+        arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
+        vectors_V[padded_hidden : 2 * padded_hidden], sizes.norm_eps, False, normed,
+    )  # fmt: skip
+    for panel in range(sizes.intermediate_size // PANEL_COLUMNS):
+        multiply_panels(
+            arithmetic, normed, hidden_bytes, num_rows,
+            panels + panel * 2 * hidden_words * PANEL_ROW_BYTES, hidden_words, 2,
+            biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
+        )  # fmt: skip
+        silu_multiply_panel(
+            arithmetic, gate_up, num_rows,
+            intermediate + panel * PANEL_COLUMNS * element_bytes(arithmetic), intermediate_bytes,
+        )  # fmt: skip
+    multiply_panels(
+        arithmetic, intermediate, intermediate_bytes, num_rows,
+        panels + hidden_words * 2 * sizes.intermediate_size * 4,
+        sizes.intermediate_size // elements_per_word(arithmetic),
+        padded_hidden // PANEL_COLUMNS, biases + 2 * sizes.intermediate_size * 4,
+        address(work.hidden_TG), padded_hidden * 4, 1,
+    )  # fmt: skip
+
+
+@kernel
+def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore[no-untyped-def]
+    """Final norm and head: likeliest tokens of some rows, all logits of others."""
+    padded_hidden = work.hidden_TG.shape[1]
+    hidden_bytes = padded_hidden * element_bytes(arithmetic)
+    hidden_words = padded_hidden // elements_per_word(arithmetic)
+    num_panels = weights.head_bias_V.shape[0] // PANEL_COLUMNS
+    normed, panels = address(work.normed_T), address(weights.head_panels)
+    bias = address(weights.head_bias_V)
+    if inputs.num_greedy > 0:
+        gather_rows(work.hidden_TG, inputs.greedy_rows_S, inputs.num_greedy, work.sampled_hidden_SG)
+        norm_rows(
+            arithmetic, work.sampled_hidden_SG, inputs.num_greedy, sizes.hidden_size,
+            weights.final_norm_G, sizes.norm_eps, True, normed,
+        )  # fmt: skip
+        greedy_tokens(
+            arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, hidden_words,
+            num_panels, bias, work.panel_logits_S, outputs.greedy_tokens_S,
+        )  # fmt: skip
+    if inputs.num_logits > 0:
+        gather_rows(work.hidden_TG, inputs.logits_rows_S, inputs.num_logits, work.sampled_hidden_SG)
+        norm_rows(
+            arithmetic, work.sampled_hidden_SG, inputs.num_logits, sizes.hidden_size,
+            weights.final_norm_G, sizes.norm_eps, True, normed,
+        )  # fmt: skip
+        multiply_panels(
+            arithmetic, normed, hidden_bytes, inputs.num_logits, panels, hidden_words,
+            num_panels, bias, address(outputs.logits_SV), outputs.logits_SV.shape[1] * 4, 0,
+        )  # fmt: skip
+
+
+@kernel
+def run_stage(  # type: ignore[no-untyped-def]
+    arithmetic, sizes, heads, weights, cache_L, inputs, rows, work, attention_work, outputs
+):
+    """Computes one micro-batch: activations in, activations or tokens and logits out.
+
+    Arguments are the tuples of this module and of `core.kernels.attention.cpu`. `cache_L` is
+    uint32 [L, blocks, KV heads, 2, words]; the rows' keys and values are added to it. The
+    residual stream is rounded to the number format after every layer.
+    """
+    if inputs.embeds:
+        gather_widened_rows(
+            arithmetic, weights.embedding_VG, inputs.token_ids_T, rows.num_rows, work.hidden_TG
+        )
+    else:
+        widen_rows(arithmetic, work.wire_TG, rows.num_rows, work.hidden_TG)
+    for layer in range(sizes.num_layers):
+        run_attention(
+            arithmetic, sizes, heads, weights, layer, address(cache_L[layer]), rows, work,
+            attention_work,
+        )  # fmt: skip
+        run_mlp(arithmetic, sizes, heads, weights, layer, rows.num_rows, work)
+    if inputs.projects:
+        run_head(arithmetic, sizes, weights, inputs, work, outputs)
+    else:
+        narrow_rows(arithmetic, work.hidden_TG, rows.num_rows, work.wire_TG)
+
+
+__all__ = [
+    "AttentionWorkspace",
+    "HeadSizes",
+    "RowTable",
+    "StageInputs",
+    "StageOutputs",
+    "StageSizes",
+    "StageWeights",
+    "StageWorkspace",
+    "run_stage",
+]
