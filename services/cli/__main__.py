@@ -1,0 +1,49 @@
+"""Parses `penstock COMMAND ...`, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import grpc
+import typer
+
+from core.errors import PenstockError
+from services.cli import asking, console, planning, serving
+
+app = typer.Typer(
+    name="penstock",
+    help="Serves models that are too big for one machine, as a pipeline of gRPC stages.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    serving.mesh,
+    serving.stop,
+    serving.status,
+    asking.generate,
+    asking.tokenize,
+    planning.models,
+    planning.pull,
+    planning.plan,
+    planning.warm,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `penstock` command."""
+    try:
+        app(prog_name="penstock")
+    except PenstockError as error:
+        console.show_error(str(error))
+        sys.exit(console.exit_code(error))
+    except grpc.RpcError as error:
+        console.show_error(console.describe_rpc_error(error))
+        sys.exit(console.EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(console.EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""`penstock generate` and `tokenize`: requests to a running mesh."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated, TypeVar
+
+import grpc
+import grpc.aio
+import typer
+from penstock.v1 import generation_pb2 as pb
+from penstock.v1.generation_pb2_grpc import GenerationServiceStub
+
+from core.errors import InvalidInput
+from services.cli import console
+from services.cli.generate import CONNECT_TIMEOUT_S, describe_usage, make_request, stream_answer
+from services.common.channels import open_channel
+from services.local.run_folder import RunFolder, default_folder
+
+DEFAULT_ADDRESS = "127.0.0.1:8001"
+
+Result = TypeVar("Result")
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="PENSTOCK_ADDRESS",
+        help=f"host:port of a mesh. Default: the local one, else {DEFAULT_ADDRESS}.",
+    ),
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="Name of the model, where the mesh serves several.")
+]
+Prompt = Annotated[str, typer.Argument(help="The question, or with --raw the text to continue.")]
+
+
+def generate(
+    prompt: Prompt,
+    *,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", envvar="PENSTOCK_RAW", help="Continues the text as it is: no chat template."
+        ),
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(envvar="PENSTOCK_MAX_TOKENS", min=0, help="Most tokens to generate."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(envvar="PENSTOCK_TEMPERATURE", help="0 means greedy.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(envvar="PENSTOCK_TOP_K", min=0, help="Keeps the k likeliest tokens."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(envvar="PENSTOCK_TOP_P", help="Keeps the likeliest tokens that sum to this."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            envvar="PENSTOCK_MIN_P", help="Keeps tokens this likely, relative to the likeliest."
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Makes tokens of prompt and answer less likely.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Subtracted once from tokens already generated.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Subtracted for each time a token was generated.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(envvar="PENSTOCK_SEED", min=0, help="Equal seeds give equal answers."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Ends before this string; may be given again.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(min=0, help="Ends at this token; may be given again.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Goes on past the end-of-sequence token.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the mesh must have answered.")
+    ] = None,
+    model: ModelName = "",
+    address: Address = None,
+    usage: Annotated[
+        bool,
+        typer.Option(
+            "--usage", envvar="PENSTOCK_USAGE", help="Prints finish reason and usage to stderr."
+        ),
+    ] = False,
+) -> None:
+    """Streams an answer of a running mesh to stdout."""
+    if not prompt:
+        raise InvalidInput("prompt", prompt, 'some text, such as PROMPT="Name three rivers."')
+    sampling = pb.SamplingParameters(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=stop or [],
+        stop_token_ids=stop_token_id or [],
+        ignore_eos=ignore_eos or None,
+    )
+
+    async def ask(channel: grpc.aio.Channel) -> pb.GenerateResponse:
+        request = await make_request(
+            channel, prompt, model=model, system=system, raw=raw, sampling=sampling
+        )
+        return await stream_answer(channel, request, write=write_answer, timeout_s=timeout)
+
+    last = with_channel(address, ask)
+    console.out.print()
+    if usage:
+        console.err.print(describe_usage(last), markup=False)
+
+
+def tokenize(text: Prompt, *, model: ModelName = "", address: Address = None) -> None:
+    """Prints the token ids of a text, as the mesh sees them."""
+
+    async def ask(channel: grpc.aio.Channel) -> pb.TokenizeResponse:
+        request = pb.TokenizeRequest(model=model, prompt=text)
+        stub = GenerationServiceStub(channel)
+        return await stub.Tokenize(request, timeout=CONNECT_TIMEOUT_S)
+
+    console.out.print(" ".join(map(str, with_channel(address, ask).token_ids)))
+
+
+def write_answer(text: str) -> None:
+    """Writes a piece of text at once, unchanged."""
+    console.out.file.write(text)
+    console.out.file.flush()
+
+
+def with_channel(
+    address: str | None, ask: Callable[[grpc.aio.Channel], Awaitable[Result]]
+) -> Result:
+    """Runs `ask` with a channel to the mesh; Ctrl-C cancels what it waits for."""
+
+    async def run() -> Result:
+        channel = open_channel(address or local_address())
+        try:
+            return await ask(channel)
+        finally:
+            await channel.close()
+
+    return asyncio.run(run())
+
+
+def local_address() -> str:
+    """Where the mesh of this machine answers."""
+    record = RunFolder(default_folder()).running()
+    return record.gateway if record is not None else DEFAULT_ADDRESS

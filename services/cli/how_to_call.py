@@ -1,0 +1,38 @@
+"""What a newcomer may type next, once a mesh serves."""
+
+from __future__ import annotations
+
+QUESTION = "What is a penstock in a power plant? Answer in two sentences."
+
+_TEXT = """\
+From Python, with the stubs of this repository:
+
+    import grpc
+    from penstock.v1 import generation_pb2 as pb, generation_pb2_grpc
+
+    stub = generation_pb2_grpc.GenerationServiceStub(grpc.insecure_channel("{address}"))
+    messages = [pb.ChatMessage(role="user", content="Name three rivers.")]
+    for response in stub.Generate(pb.GenerateRequest(messages=messages)):
+        print(response.text, end="", flush=True)
+
+From the command line, with server reflection and no files of ours:
+
+    buf curl --protocol grpc --http2-prior-knowledge \\
+      -d '{{"prompt": "Once upon a time", "sampling": {{"max_tokens": 32}}}}' \\
+      http://{address}/penstock.v1.GenerationService/Generate
+
+From Node, with the packages @grpc/grpc-js and @grpc/proto-loader:
+
+    const grpc = require("@grpc/grpc-js");
+    const definition = require("@grpc/proto-loader").loadSync(
+      "penstock/v1/generation.proto", {{ includeDirs: ["protos"] }});
+    const {{ GenerationService }} = grpc.loadPackageDefinition(definition).penstock.v1;
+    new GenerationService("{address}", grpc.credentials.createInsecure())
+      .Generate({{ prompt: "Once upon a time" }})
+      .on("data", (response) => process.stdout.write(response.text));
+"""
+
+
+def how_to_call(address: str) -> str:
+    """Ways to call the mesh at `address`, from three languages."""
+    return _TEXT.format(address=address)

@@ -1,0 +1,202 @@
+"""`penstock mesh`, `stop` and `status`: the local mesh and its state."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import grpc
+import grpc.aio
+import typer
+from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
+from penstock.v1.generation_pb2 import SamplingParameters
+from rich.table import Table
+
+from core.errors import NotFound
+from services.cli import console
+from services.cli.generate import make_request, stream_answer
+from services.cli.how_to_call import QUESTION, how_to_call
+from services.cli.starting import StartDisplay
+from services.common.channels import open_channel
+from services.local.background import start_in_background
+from services.local.background import stop as stop_mesh
+from services.local.catalogue import DEFAULT_MODEL
+from services.local.layout import MeshLayout
+from services.local.prepare import prepare
+from services.local.run_folder import MeshRecord, RunFolder, default_folder
+from services.local.settings import MeshSettings, parse_bytes
+from services.local.supervisor import Listener, supervise
+
+FIRST_ANSWER_TOKENS = 64
+STATUS_TIMEOUT_S = 5.0
+
+
+def mesh(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_MODEL",
+            help="A name that `penstock models` shows, a .gguf or .bin file, a Hugging Face "
+            "folder, or a hub id.",
+        ),
+    ] = DEFAULT_MODEL,
+    stages: Annotated[
+        int, typer.Option(envvar="PENSTOCK_STAGES", help="How many processes share the layers.")
+    ] = 2,
+    dtype: Annotated[
+        str, typer.Option(envvar="PENSTOCK_DTYPE", help="Number format: bf16 or fp32.")
+    ] = "bf16",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PENSTOCK_SPLIT",
+            help="Layers of each stage, such as 0:14,14:30, instead of a balanced plan.",
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PENSTOCK_KV_MEMORY",
+            help="KV cache of all stages together, such as 2GiB. Default: a quarter of the "
+            "memory that is free.",
+        ),
+    ] = None,
+    grpc_port: Annotated[
+        int,
+        typer.Option(envvar="PENSTOCK_GRPC_PORT", help="Port of the public API; 0: any free one."),
+    ] = 8001,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar="PENSTOCK_METRICS_PORT",
+            help="Port of the gateway's metrics; those of the other processes follow. 0: any.",
+        ),
+    ] = 8002,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach",
+            envvar="PENSTOCK_DETACH",
+            help="Leaves the mesh running in the background once it is ready.",
+        ),
+    ] = False,
+) -> None:
+    """Starts a mesh on this machine, shows a first answer, and serves until Ctrl-C."""
+    settings = MeshSettings(
+        model=model,
+        stages=stages,
+        dtype=dtype,
+        split=split,
+        kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+    )
+    run_folder = RunFolder(default_folder())
+    run_folder.refuse_if_claimed()
+    layout = prepare(settings)
+    asyncio.run(_start(layout, run_folder=run_folder, detach=detach))
+
+
+def stop() -> None:
+    """Ends the running mesh."""
+    record = stop_mesh(RunFolder(default_folder()))
+    if record is None:
+        console.out.print("no mesh is running")
+    else:
+        console.out.print(f"stopped {record.model} at {record.gateway}", markup=False)
+
+
+def status() -> None:
+    """Shows the running mesh: its stages, their layers, health, memory and load."""
+    record = RunFolder(default_folder()).running()
+    if record is None:
+        raise NotFound("no mesh is running: start one with `make mesh`")
+    mesh = asyncio.run(_ask_mesh(record.coordinator))
+    console.out.print(_headline(record, mesh), markup=False)
+    console.out.print(status_table(mesh))
+
+
+async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> None:
+    address = layout.gateway_address
+    with StartDisplay(layout) as display:
+
+        async def ready() -> None:
+            display.__exit__()
+            console.out.print(f"{layout.model_name} is ready after {display.seconds:.1f} s\n")
+            await _show_first_answer(address)
+            console.out.print(how_to_call(address), markup=False)
+            ending = "`make stop` ends it" if detach else "Ctrl-C ends it"
+            console.out.print(f"Serving at {address}; logs in {run_folder.path}; {ending}")
+
+        listener = Listener(progress=display.update, ready=ready, say=_say)
+        if detach:
+            await start_in_background(layout, run_folder=run_folder, listener=listener)
+        else:
+            await supervise(layout, run_folder=run_folder, listener=listener)
+
+
+def _say(line: str) -> None:
+    console.err.print(line, markup=False)
+
+
+async def _show_first_answer(address: str) -> None:
+    """Asks a first question through the public API; a failure is shown and ends nothing."""
+    channel = open_channel(address)
+    sampling = SamplingParameters(max_tokens=FIRST_ANSWER_TOKENS, temperature=0)
+    console.out.print(f"> {QUESTION}", style="bold", markup=False)
+    try:
+        request = await make_request(
+            channel, QUESTION, model="", system=None, raw=False, sampling=sampling
+        )
+        await stream_answer(channel, request, write=_write)
+        console.out.print("\n")
+    except grpc.RpcError as error:
+        console.show_error(console.describe_rpc_error(error))
+    finally:
+        await channel.close()
+
+
+def _write(text: str) -> None:
+    console.out.out(text, end="")
+    console.out.file.flush()
+
+
+async def _ask_mesh(coordinator: str) -> pb.GetMeshResponse:
+    channel = open_channel(coordinator)
+    try:
+        return await CoordinatorServiceStub(channel).GetMesh(
+            pb.GetMeshRequest(), timeout=STATUS_TIMEOUT_S
+        )
+    finally:
+        await channel.close()
+
+
+def _headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
+    uptime_s = int(mesh.uptime.ToTimedelta().total_seconds())
+    return (
+        f"{record.model} ({record.number_format}) at {record.gateway}, up {uptime_s} s: "
+        f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
+        f"{mesh.tokens_per_second:.0f} tokens/s"
+    )
+
+
+def status_table(mesh: pb.GetMeshResponse) -> Table:
+    """One row a stage."""
+    columns = ("stage", "layers", "address", "health", "weights", "read from file")
+    table = Table(*columns, "KV blocks", "tokens/s", "busy", "starved", box=None)
+    for stage in mesh.stages:
+        table.add_row(
+            str(stage.index),
+            f"{stage.first_layer}:{stage.end_layer}",
+            stage.address,
+            "ready" if stage.ready else (stage.problem or "not ready"),
+            console.format_bytes(stage.weights_bytes),
+            console.format_bytes(stage.bytes_read),
+            f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
+            f"{stage.rows_per_second:.0f}",
+            f"{stage.busy_fraction:.0%}",
+            f"{stage.starved_fraction:.0%}",
+        )
+    return table

@@ -1,0 +1,70 @@
+"""Shows how a mesh starts: a live table on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from services.cli import console
+from services.local.layout import MeshLayout
+from services.local.progress import StageProgress
+
+
+class StartDisplay:
+    """To be used as a context around the start; `update` takes what the mesh reports."""
+
+    def __init__(self, layout: MeshLayout) -> None:
+        self._layout = layout
+        self._stages: dict[int, StageProgress] = {}
+        self._started_at = time.monotonic()
+        self._live = Live(console=console.out, get_renderable=self._table, refresh_per_second=8)
+        self._is_live = console.out.is_terminal
+
+    def __enter__(self) -> StartDisplay:
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_live:
+            self._live.stop()
+
+    def update(self, stages: list[StageProgress]) -> None:
+        """Takes the newest state of all stages."""
+        for stage in stages:
+            before = self._stages.get(stage.index)
+            self._stages[stage.index] = stage
+            if stage.ready and not (before and before.ready) and not self._is_live:
+                console.out.print(self._line(stage))
+
+    @property
+    def seconds(self) -> float:
+        """Since this display was made."""
+        return time.monotonic() - self._started_at
+
+    def _line(self, stage: StageProgress) -> str:
+        layers = self._layout.stages[stage.index].layers
+        size = console.format_bytes(stage.weights_bytes)
+        return f"stage {stage.index} ready: layers {layers}, {size}, {stage.load_s:.1f} s"
+
+    def _table(self) -> Table:
+        table = Table("stage", "layers", "weights", "read", "seconds", "state", box=None)
+        for index, layout in enumerate(self._layout.stages):
+            stage = self._stages.get(index, StageProgress(index=index, ready=False))
+            table.add_row(str(index), layout.layers, *self._cells(stage))
+        return table
+
+    def _cells(self, stage: StageProgress) -> tuple[Text | Spinner, ...]:
+        if not stage.ready:
+            waiting = Spinner("dots", text=stage.problem or "loading")
+            return Text("-"), Text("-"), Text(f"{self.seconds:.1f}"), waiting
+        return (
+            Text(console.format_bytes(stage.weights_bytes)),
+            Text(console.format_bytes(stage.bytes_read)),
+            Text(f"{stage.load_s:.1f}"),
+            Text("ready", style="green"),
+        )

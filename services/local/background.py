@@ -1,0 +1,94 @@
+"""Starts a mesh in the background, and ends one wherever it was started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+
+import psutil
+
+from core.errors import Unavailable
+from services.local.layout import MeshLayout
+from services.local.mesh import STOP_GRACE_S
+from services.local.progress import StageProgress
+from services.local.run_folder import MeshRecord, RunFolder, find_process
+from services.local.supervisor import Listener
+
+# The gateway drains first, then the others; each may take its whole grace.
+STOP_TIMEOUT_S = 2 * STOP_GRACE_S + 5.0
+
+
+async def start_in_background(
+    layout: MeshLayout, *, run_folder: RunFolder, listener: Listener
+) -> None:
+    """Returns when the mesh is ready, and leaves it running.
+
+    Raises Unavailable, saying why, when it is not; then nothing is left running. A caller that is
+    cancelled meanwhile takes the mesh down with it.
+    """
+    run_folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_path = run_folder.log_path("mesh")
+    with log_path.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.local",
+            str(run_folder.path),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        await _hand_over(process, layout.to_json())
+        await _follow(process, listener)
+    except BaseException:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+        raise
+
+
+async def _hand_over(process: asyncio.subprocess.Process, text: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(text.encode())
+    await process.stdin.drain()
+    process.stdin.close()
+
+
+async def _follow(process: asyncio.subprocess.Process, listener: Listener) -> None:
+    """Passes on what the supervisor says until it is ready."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        fields = json.loads(line)
+        if "progress" in fields:
+            listener.progress([StageProgress(**stage) for stage in fields["progress"]])
+        elif "error" in fields:
+            await process.wait()
+            raise Unavailable(fields["error"])
+        else:
+            await listener.ready()
+            return
+    code = await process.wait()
+    raise Unavailable(f"the mesh ended before it was ready (exit code {code})")
+
+
+def stop(run_folder: RunFolder) -> MeshRecord | None:
+    """Ends the mesh of the folder; returns what ran, or None when nothing did.
+
+    The supervisor ends its parts in order. Parts of a supervisor that was killed end by
+    themselves; whatever is left of either after the time for that is killed.
+    """
+    record = run_folder.read()
+    if record is None:
+        return None
+    processes = [found for one in record.processes if (found := find_process(one)) is not None]
+    if find_process(record.supervisor) is not None:
+        processes[0].send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=STOP_GRACE_S)
+    return record if processes else None

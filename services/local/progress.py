@@ -1,0 +1,89 @@
+"""How far the start of a mesh has come, asked of its public and inner services."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from penstock.v1 import coordinator_pb2
+from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
+
+from services.common.channels import open_channel
+
+POLL_INTERVAL_S = 0.1
+CALL_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    """What is known of one stage. `load_s` and `weights_bytes` count once it is ready."""
+
+    index: int
+    ready: bool
+    weights_bytes: int = 0
+    bytes_read: int = 0
+    load_s: float = 0.0
+    problem: str = ""
+
+
+async def wait_until_ready(
+    gateway: str, coordinator: str, *, report: Callable[[list[StageProgress]], None]
+) -> None:
+    """Returns when the gateway's health says that a request would be served.
+
+    Until then calls `report` with the state of all stages whenever it has changed.
+    """
+    seen: list[StageProgress] = []
+    async with _channel(coordinator) as inner, _channel(gateway) as outer:
+        while True:
+            now = await _ask_stages(inner)
+            if now and now != seen:
+                report(now)
+                seen = now
+            if all(stage.ready for stage in now) and await _is_serving(outer):
+                return
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+@asynccontextmanager
+async def _channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    channel = open_channel(address)
+    try:
+        yield channel
+    finally:
+        await channel.close()
+
+
+async def _ask_stages(channel: grpc.aio.Channel) -> list[StageProgress]:
+    """The stages' states; none while the coordinator does not answer yet."""
+    try:
+        mesh = await CoordinatorServiceStub(channel).GetMesh(
+            coordinator_pb2.GetMeshRequest(), timeout=CALL_TIMEOUT_S
+        )
+    except grpc.aio.AioRpcError:
+        return []
+    return [
+        StageProgress(
+            index=stage.index,
+            ready=stage.ready,
+            weights_bytes=stage.weights_bytes,
+            bytes_read=stage.bytes_read,
+            load_s=stage.load_duration.ToTimedelta().total_seconds(),
+            problem=stage.problem,
+        )
+        for stage in mesh.stages
+    ]
+
+
+async def _is_serving(channel: grpc.aio.Channel) -> bool:
+    request = health_pb2.HealthCheckRequest(service="")
+    try:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=CALL_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,59 @@
+"""What a local mesh can be told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from core.errors import InvalidInput
+from services.local.catalogue import DEFAULT_MODEL
+
+NUMBER_FORMATS = ("bf16", "fp32")
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Settings of a local mesh; field names are the options of `penstock mesh`."""
+
+    # A name of the catalogue, a file, a folder or a hub id.
+    model: str = DEFAULT_MODEL
+    stages: int = 2
+    # Of weights, activations and KV cache.
+    dtype: str = "bf16"
+    # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
+    split: str | None = None
+    # KV cache of all stages together; None: a share of the memory that is free.
+    kv_memory_bytes: int | None = None
+    # Where the gateway listens; 0: any free port.
+    grpc_port: int = 8001
+    # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.
+    metrics_port: int = 8002
+    # Most sequences that are computed at a time.
+    max_sequences: int = 256
+    # Most rows (tokens) in a micro-batch.
+    max_rows: int = 512
+
+    def __post_init__(self) -> None:
+        if self.dtype not in NUMBER_FORMATS:
+            raise InvalidInput("dtype", self.dtype, " or ".join(NUMBER_FORMATS))
+        if self.stages < 1:
+            raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """Reads "2GiB", "512M" or "1000000"; raises InvalidInput, naming the option `field`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if match is None:
+        raise InvalidInput(field, text, "a number of bytes such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def parse_split(text: str) -> tuple[tuple[int, int], ...]:
+    """Reads "0:14,14:30"; raises InvalidInput unless it is a list of FIRST:END."""
+    if re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", text) is None:
+        raise InvalidInput("split", text, "FIRST:END for each stage, such as 0:14,14:30")
+    pairs = (part.split(":") for part in text.split(","))
+    return tuple((int(first), int(end)) for first, end in pairs)

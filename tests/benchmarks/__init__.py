@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench` measures a mesh through its public API."""

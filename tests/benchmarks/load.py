@@ -1,0 +1,138 @@
+"""A lean load generator: one process, one channel, little work for each message.
+
+It shares the cores with what it measures, so requests are serialised before the
+clock runs, and answers are only counted and timed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+from penstock.v1 import generation_pb2 as pb
+
+GENERATE = "/penstock.v1.GenerationService/Generate"
+REQUEST_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One request, ready to be sent. `at_s` is its arrival in open-loop load."""
+
+    message: bytes
+    num_prompt_tokens: int
+    num_new_tokens: int
+    at_s: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What was seen of all requests, times in seconds of time.monotonic().
+
+    `token_times_s[i]` is when the message with `token_counts[i]` tokens arrived. A request's time
+    to first token counts from its sending, in open loop from its due time.
+    """
+
+    token_times_s: array[float] = field(default_factory=lambda: array("d"))
+    token_counts: array[int] = field(default_factory=lambda: array("l"))
+    first_token_at_s: array[float] = field(default_factory=lambda: array("d"))
+    first_token_s: array[float] = field(default_factory=lambda: array("d"))
+    gap_at_s: array[float] = field(default_factory=lambda: array("d"))
+    gap_s: array[float] = field(default_factory=lambda: array("d"))
+    prompt_tokens: array[int] = field(default_factory=lambda: array("l"))
+    ended_at_s: array[float] = field(default_factory=lambda: array("d"))
+    errors: list[str] = field(default_factory=list)
+
+
+class LoadGenerator:
+    """Sends requests to the mesh behind `channel` and keeps a tally."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.tally = Tally()
+        self._call: grpc.aio.UnaryStreamMultiCallable = channel.unary_stream(
+            GENERATE, response_deserializer=pb.GenerateResponse.FromString
+        )
+
+    async def closed_loop(self, workers: Sequence[Iterator[Request]], *, until_s: float) -> None:
+        """Each worker sends its next request when the one before has ended.
+
+        At `until_s` (time.monotonic()) all are cancelled where they are.
+        """
+        running = [asyncio.create_task(self._work(requests)) for requests in workers]
+        done, late = await asyncio.wait(running, timeout=max(0.0, until_s - time.monotonic()))
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def open_loop(self, requests: Sequence[Request]) -> None:
+        """Sends each request at its time, whatever became of those before; waits for all."""
+        start_s = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            for request in requests:
+                due_s = start_s + request.at_s
+                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+                tasks.create_task(self._send(request, due_s=due_s))
+
+    async def _work(self, requests: Iterator[Request]) -> None:
+        for request in requests:
+            if not await self._send(request, due_s=time.monotonic()):
+                break
+
+    async def _send(self, request: Request, *, due_s: float) -> bool:
+        """Whether it was answered to its end; otherwise the tally says why not."""
+        tally = self.tally
+        last_s = 0.0
+        try:
+            async for response in self._call(request.message, timeout=REQUEST_TIMEOUT_S):
+                count = len(response.token_ids)
+                if not count:
+                    continue
+                now_s = time.monotonic()
+                tally.token_times_s.append(now_s)
+                tally.token_counts.append(count)
+                if last_s:
+                    tally.gap_at_s.append(now_s)
+                    tally.gap_s.append(now_s - last_s)
+                else:
+                    tally.first_token_at_s.append(now_s)
+                    tally.first_token_s.append(now_s - due_s)
+                    tally.prompt_tokens.append(request.num_prompt_tokens)
+                # The others of the message came with no gap.
+                for _ in range(count - 1):
+                    tally.gap_at_s.append(now_s)
+                    tally.gap_s.append(0.0)
+                last_s = now_s
+            tally.ended_at_s.append(time.monotonic())
+        except grpc.aio.AioRpcError as error:
+            tally.errors.append(f"{error.code().name}: {error.details()}")
+            return False
+        return True
+
+
+def make_request(
+    rng: random.Random,
+    *,
+    vocab_size: int,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    at_s: float = 0.0,
+) -> Request:
+    """A greedy request of exactly these lengths, with random tokens for a prompt."""
+    message = pb.GenerateRequest(
+        token_ids=[rng.randrange(vocab_size) for _ in range(num_prompt_tokens)],
+        sampling=pb.SamplingParameters(max_tokens=num_new_tokens, temperature=0, ignore_eos=True),
+    )
+    return Request(
+        message=message.SerializeToString(),
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new_tokens,
+        at_s=at_s,
+    )

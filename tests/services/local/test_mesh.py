@@ -1,0 +1,138 @@
+"""The supervisor's promises, kept with real processes that compute nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from core.errors import Unavailable
+from services.local.mesh import Mesh, Patience
+from services.local.process import MeshProcess, ProcessCommand
+from services.local.run_folder import RunFolder, find_process
+
+ROOT = Path(__file__).parents[3]
+
+
+def part(name: str, *arguments: str) -> ProcessCommand:
+    return ProcessCommand(
+        name=name,
+        module="tests.support.part",
+        arguments=arguments,
+        address="127.0.0.1:1",
+        metrics_port=0,
+    )
+
+
+async def said_something(process: MeshProcess) -> None:
+    """Waits until a process is far enough to handle signals."""
+    while not process.log_path.read_bytes():  # noqa: ASYNC110 (nothing announces a file's growth)
+        await asyncio.sleep(0.01)
+
+
+async def test_all_processes_have_ended_when_the_context_has(tmp_path: Path) -> None:
+    mesh = Mesh(
+        (part("stage-0", "serve"), part("gateway", "serve")),
+        run_folder=RunFolder(tmp_path),
+        say=pytest.fail,
+    )
+    async with mesh.running():
+        records = [process.record() for process in mesh.processes]
+        assert all(find_process(record) for record in records)
+        for process in mesh.processes:
+            await said_something(process)
+    assert not any(find_process(record) for record in records)
+
+
+async def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    mesh = Mesh(
+        (part("gateway", "stubborn"),),
+        run_folder=RunFolder(tmp_path),
+        say=pytest.fail,
+        patience=Patience(stop_grace_s=0.2),
+    )
+    async with mesh.running():
+        record = mesh.processes[0].record()
+        await said_something(mesh.processes[0])
+    assert find_process(record) is None
+
+
+async def test_a_process_that_ends_early_fails_the_start_with_its_last_words(
+    tmp_path: Path,
+) -> None:
+    mesh = Mesh(
+        (part("stage-0", "fail"), part("gateway", "serve")),
+        run_folder=RunFolder(tmp_path),
+        say=pytest.fail,
+    )
+    async with mesh.running():
+        with pytest.raises(Unavailable, match="stage-0 ended: error: no layers left"):
+            await mesh.fail_when_one_ends()
+
+
+async def test_a_process_that_dies_while_serving_is_started_again(tmp_path: Path) -> None:
+    said_lines: list[str] = []
+    mesh = Mesh((part("stage-0", "serve"),), run_folder=RunFolder(tmp_path), say=said_lines.append)
+    restarted = asyncio.Event()
+    async with mesh.running():
+        before = mesh.processes[0].record()
+        await said_something(mesh.processes[0])
+        keeping = asyncio.create_task(mesh.keep_alive(restarted=restarted.set))
+        os.kill(before.pid, signal.SIGKILL)
+        await restarted.wait()
+        assert find_process(mesh.processes[0].record()) is not None
+        assert mesh.processes[0].record().pid != before.pid
+        keeping.cancel()
+    assert len(said_lines) == 1
+    assert "stage-0 ended (signal SIGKILL" in said_lines[0]
+
+
+async def test_a_process_that_keeps_dying_ends_the_mesh(tmp_path: Path) -> None:
+    said_lines: list[str] = []
+    mesh = Mesh(
+        (part("stage-0", "fail"), part("gateway", "serve")),
+        run_folder=RunFolder(tmp_path),
+        say=said_lines.append,
+        patience=Patience(first_pause_s=0.001, most_restarts=3),
+    )
+    async with mesh.running():
+        with pytest.raises(Unavailable, match="3 restarts within 60 s did not help"):
+            await mesh.keep_alive(restarted=lambda: None)
+    assert len(said_lines) == 3
+
+
+def test_no_process_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    program = """
+        import asyncio, sys
+        from pathlib import Path
+        from services.local.mesh import Mesh
+        from services.local.run_folder import RunFolder
+        from tests.services.local.test_mesh import part, said_something
+
+        async def main():
+            parts = (part("stage-0", "serve"), part("gateway", "serve"))
+            mesh = Mesh(parts, run_folder=RunFolder(Path(sys.argv[1])), say=print)
+            async with mesh.running():
+                for process in mesh.processes:
+                    await said_something(process)
+                print("up", flush=True)
+                await asyncio.Event().wait()
+
+        asyncio.run(main())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "up\n"
+        children = psutil.Process(supervisor.pid).children()
+        supervisor.kill()
+    assert len(children) == 2
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
