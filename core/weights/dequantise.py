@@ -12,6 +12,7 @@ Layouts: ggml's `ggml-common.h`; arithmetic: ggml's `dequantize_row_*`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +169,40 @@ def _decode_q6_k(blocks_BS: Bytes, out_BN: Floats) -> None:
     groups *= scales_B16[:, :, None]
 
 
+@cache
+def _iq2_xxs_groups() -> npt.NDArray[np.int8]:
+    """All groups of eight values that IQ2_XXS can express, [128 * 256, 8].
+
+    Row 256 * s + g is lattice point g with sign pattern s. Read off the library: a block
+    with the scale bits 0 and d = 8 multiplies its groups by 8 * 0.5 * 0.25 = 1.
+    """
+    numbers = np.arange(128 * 256, dtype=np.uint32).reshape(-1, 8, 4)  # blocks of 8 x 4 groups
+    blocks = np.zeros((len(numbers), 66), np.uint8)
+    blocks[:, :2] = np.array([8.0], "<f2").view(np.uint8)
+    parts = np.zeros((len(numbers), 8, 2), "<u4")
+    for group in range(4):
+        parts[:, :, 0] |= (numbers[:, :, group] & 255) << (8 * group)
+        parts[:, :, 1] |= (numbers[:, :, group] >> 8) << (7 * group)
+    blocks[:, 2:] = parts.reshape(len(numbers), 16).view(np.uint8)
+    values = library_dequantise(blocks, GGMLQuantizationType.IQ2_XXS)
+    return values.astype(np.int8).reshape(-1, 8)
+
+
+def _decode_iq2_xxs(blocks_BS: Bytes, out_BN: Floats) -> None:
+    # Eight parts of 32 values: four lattice points, then four 7-bit sign patterns and a scale.
+    parts = np.ascontiguousarray(blocks_BS[:, 2:]).view("<u4").reshape(-1, 8, 2)
+    points = np.ascontiguousarray(parts[:, :, 0]).view(np.uint8).reshape(-1, 8, 4)
+    signs = (parts[:, :, 1, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
+    scales_B8 = _half(blocks_BS, 0) * (np.float32(0.5) + (parts[:, :, 1] >> 28).astype(np.float32))
+    scales_B8 *= np.float32(0.25)
+    # A group of eight int8 is moved as one uint64.
+    groups = _iq2_xxs_groups().view(np.uint64)[:, 0]
+    rows = groups[(signs << 8) | points]
+    values = out_BN.reshape(-1, 8, 32)
+    values[...] = rows.view(np.int8).reshape(-1, 8, 32)
+    values *= scales_B8[:, :, None]
+
+
 _DECODERS: dict[GGMLQuantizationType, Callable[[Bytes, Floats], None]] = {
     GGMLQuantizationType.Q4_0: _decode_q4_0,
     GGMLQuantizationType.Q4_1: _decode_q4_1,
@@ -176,4 +211,5 @@ _DECODERS: dict[GGMLQuantizationType, Callable[[Bytes, Floats], None]] = {
     GGMLQuantizationType.Q4_K: _decode_q4_k,
     GGMLQuantizationType.Q5_K: _decode_q5_k,
     GGMLQuantizationType.Q6_K: _decode_q6_k,
+    GGMLQuantizationType.IQ2_XXS: _decode_iq2_xxs,
 }
