@@ -51,7 +51,7 @@ class PathMirror:
         return -(-num_positions // self._block_size)
 
     def start(self, sequence: Sequence) -> None:
-        """Gives it a slot and blocks for all tokens known so far; the caller knows they are free."""
+        """Gives it a slot and blocks for all tokens so far; the caller knows they are free."""
         sequence.slot = self._free_slots.pop()
         sequence.tables_S = [[] for _ in self.allocators]
         sequence.capacity = 0

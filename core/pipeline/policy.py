@@ -125,14 +125,14 @@ class InFlightPolicy:
             return 1
         # A little slack against varying times, where it is nearly free.
         for index in range(best, most):
-            if cycle_N[index] > 1.05 * cycle_N[best]:
+            if cycle_N[index] > 1.08 * cycle_N[best]:
                 break
             if loss_N[index] < 0.025:
                 return index + 1
         return best + 1
 
     def _cycles(self, num_sequences: int, most: int) -> tuple[Array, Array]:
-        """Predicted seconds between two tokens, and the share lost to variation, for N = 1 .. most."""
+        """For N = 1 .. most: predicted seconds a cycle, and the share of it lost to variation."""
         n_N = np.arange(1, most + 1, dtype=np.float64)
         rows_N = np.ceil(num_sequences / n_N)
         features_3N = np.stack([np.ones(most), rows_N, rows_N * self._context])

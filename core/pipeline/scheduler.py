@@ -48,7 +48,7 @@ from core.pipeline.flights import Flight, FlightHistory
 from core.pipeline.mirror import PathMirror
 from core.pipeline.policy import InFlightPolicy, PolicySettings
 from core.pipeline.sequences import Sequence, State
-from core.pipeline.stops import finish_reason
+from core.sampling.stops import finish_reason
 
 _REFRESH_S = 0.25  # how often the policy looks at new measurements
 
@@ -98,7 +98,8 @@ class Scheduler:
         self._now_s = 0.0
         self._actions: list[Action] = []
         self.num_preemptions = 0
-        self.num_tokens = 0
+        self.num_tokens = 0  # generated
+        self.num_prompt_tokens = 0  # of requests that were admitted
         self._clear_flights(0)
 
     # --- what there is to see
@@ -133,7 +134,8 @@ class Scheduler:
     def handle_all(self, events: List[Event], now_s: float) -> list[Action]:
         """Takes in what happened since the last call, then schedules once."""
         self._now_s = now_s
-        self._actions = actions = []
+        actions: list[Action] = []
+        self._actions = actions
         for event in events:
             match event:
                 case TokensSampled():
@@ -354,9 +356,9 @@ class Scheduler:
             actions.append(news)
             reason = finish_reason(
                 token_id,
-                len(sequence.token_ids) - sequence.num_prompt_tokens,
-                sequence.sampling,
-                eos_token_ids,
+                num_generated=len(sequence.token_ids) - sequence.num_prompt_tokens,
+                parameters=sequence.sampling,
+                eos_token_ids=eos_token_ids,
             )
             if sequence.state is State.RUNNING:
                 self._ready.append(sequence)
@@ -508,6 +510,7 @@ class Scheduler:
         self._running.add(sequence)
         if sequence.scheduled_s is None:
             sequence.scheduled_s = self._now_s
+            self.num_prompt_tokens += sequence.num_prompt_tokens
         return sequence
 
     def _launch(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:

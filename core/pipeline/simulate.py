@@ -74,7 +74,9 @@ class SimulationReport:
         return tuple(1.0 - busy for busy in self.busy_S)
 
 
-def simulate(requests: Sequence[SimulatedRequest], settings: SimulationSettings) -> SimulationReport:
+def simulate(
+    requests: Sequence[SimulatedRequest], settings: SimulationSettings
+) -> SimulationReport:
     """Runs the requests through the real scheduler on a simulated pipeline. Deterministic."""
     return _Simulation(requests, settings).run()
 
@@ -94,6 +96,7 @@ class _Simulation:
         self._first_token_s: dict[int, float] = {}
         self._num_tokens = self._num_ended = self._num_batches = self._num_rows = 0
         self._flight_s = self._longest_gap_s = self._now_s = 0.0
+        self._was_cut_off = False
 
     def run(self) -> SimulationReport:
         self._push(0.0, PipelineReady(facts=self._facts()))
@@ -106,6 +109,7 @@ class _Simulation:
             self._push(request.arrival_s, arrived)
         while self._events and self._num_ended < len(self._requests):
             if self._events[0][0] > self._settings.until_s:
+                self._was_cut_off = True
                 break
             self._step()
         return self._report()
@@ -206,7 +210,7 @@ class _Simulation:
 
     def _report(self) -> SimulationReport:
         settings = self._settings
-        end_s = min(settings.until_s, self._now_s)
+        end_s = settings.until_s if self._was_cut_off else self._now_s
         seconds = max(end_s - settings.warm_up_s, 1e-9)
         return SimulationReport(
             seconds=seconds,

@@ -1,0 +1,84 @@
+"""Starts a coordinator: `python -m services.coordinator --listen ... --stages A,B`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+from core.errors import InvalidInput
+from services.common.health import HealthService, add_reflection
+from services.common.logs import configure_logging
+from services.common.servers import bind, create_server, exit_with, run_process, run_until_stopped
+from services.common.telemetry import start_telemetry
+from services.coordinator.conductor import Conductor
+from services.coordinator.metrics import register_metrics
+from services.coordinator.servicer import CoordinatorServicer
+from services.coordinator.settings import CoordinatorSettings
+
+
+async def serve(settings: CoordinatorSettings) -> None:
+    """Runs a coordinator until it is told to stop."""
+    telemetry = start_telemetry("penstock-coordinator", metrics_port=settings.metrics_port)
+    try:
+        health = HealthService()
+        conductor = Conductor(settings, telemetry, health)
+        register_metrics(telemetry, conductor.scheduler, conductor.mesh)
+        server = create_server(telemetry)
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+            CoordinatorServicer(conductor), server
+        )
+        await health.add_to(server)
+        service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
+        add_reflection(server, services=[service])
+        bind(server, settings.listen)
+        await server.start()
+        await run_until_stopped(
+            server,
+            tasks=[conductor.run()],
+            drain=conductor.stop,
+            exit_with_parent=settings.exit_with_parent,
+        )
+    finally:
+        telemetry.shutdown()
+
+
+def main(
+    listen: Annotated[str, typer.Option(help="host:port to serve on")],
+    stages: Annotated[str, typer.Option(help="addresses of the stages, first first, with commas")],
+    metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
+    max_sequences: Annotated[int, typer.Option(help="most requests running at a time")] = 256,
+    max_waiting: Annotated[int, typer.Option(help="most requests waiting")] = 1024,
+    micro_batch_timeout_s: Annotated[
+        float, typer.Option(help="seconds without a result after which the pipeline has hung")
+    ] = 30.0,
+    open_timeout_s: Annotated[
+        float, typer.Option(help="seconds that stages have for loading their weights")
+    ] = 600.0,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
+    exit_with_parent: Annotated[
+        bool, typer.Option("--exit-with-parent", help="stop when standard input ends")
+    ] = False,
+) -> None:
+    """Schedules one pipeline of stages for any number of gateways."""
+    configure_logging("coordinator", level=log_level)
+    try:
+        settings = CoordinatorSettings(
+            listen=listen,
+            stages=tuple(address.strip() for address in stages.split(",")),
+            metrics_port=metrics_port,
+            max_sequences=max_sequences,
+            max_waiting=max_waiting,
+            micro_batch_timeout_s=micro_batch_timeout_s,
+            open_timeout_s=open_timeout_s,
+            log_level=log_level,
+            exit_with_parent=exit_with_parent,
+        )
+    except InvalidInput as error:
+        exit_with(error)
+    run_process(serve(settings))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,57 @@
+"""One gateway's Connect stream: what is waiting to be sent to it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from penstock.v1 import coordinator_pb2
+
+from core.errors import Exhausted
+
+# Updates that a gateway has not yet taken: at 64 bytes each some megabytes. A gateway that
+# is so far behind has stopped reading.
+_MAX_UPDATES = 65_536
+
+
+class GatewayStream:
+    """Collects news of a loop turn (or of many, while the gateway is slow) into one message."""
+
+    def __init__(self) -> None:
+        self.request_ids: dict[int, int] = {}  # the gateway's number to ours, open ones
+        self._pending = coordinator_pb2.ConnectResponse()
+        self._has_news = asyncio.Event()
+        self._is_closed = False
+
+    def add_update(self, request_id: int) -> coordinator_pb2.RequestUpdate:
+        """Begins an update of a request, to be filled in; call `wake` when the turn is over."""
+        update = self._pending.updates.add()
+        update.request_id = request_id
+        return update
+
+    def set_mesh(self, mesh: coordinator_pb2.MeshState) -> None:
+        self._pending.mesh.CopyFrom(mesh)
+        self._has_news.set()
+
+    def wake(self) -> None:
+        """Lets what was added be sent."""
+        self._has_news.set()
+
+    def close(self) -> None:
+        """Ends the stream once everything added has been sent."""
+        self._is_closed = True
+        self._has_news.set()
+
+    async def next_message(self) -> coordinator_pb2.ConnectResponse | None:
+        """Everything new since the last message; None when closed.
+
+        Raises Exhausted when the gateway has fallen hopelessly behind.
+        """
+        while not self._pending.updates and not self._pending.HasField("mesh"):
+            if self._is_closed:
+                return None
+            self._has_news.clear()
+            await self._has_news.wait()
+        message, self._pending = self._pending, coordinator_pb2.ConnectResponse()
+        if len(message.updates) > _MAX_UPDATES:
+            raise Exhausted(f"{len(message.updates)} updates were not read")
+        return message

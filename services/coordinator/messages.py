@@ -1,0 +1,196 @@
+"""Between messages of the contract and the scheduler's events and actions."""
+
+from __future__ import annotations
+
+from google.protobuf.duration_pb2 import Duration
+from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
+
+from core.errors import Exhausted, InvalidInput, PenstockError, Unavailable
+from core.pipeline.actions import EmitTokens, FinishReason, Refuse, RunMicroBatch, Usage
+from core.pipeline.batch import PositionLogprobs, SequenceStart, SequenceUpdates
+from core.pipeline.events import StageReported, TokensSampled
+from core.sampling.parameters import SamplingParameters
+from services.common.statuses import status_from_error
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+}
+_NOTHING = SequenceUpdates()
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
+    return message
+
+
+def seconds(message: Duration) -> float:
+    return message.seconds + message.nanos * 1e-9
+
+
+# --- to stages
+
+
+def micro_batch_requests(action: RunMicroBatch) -> list[stage_pb2.ControlRequest]:
+    """One order for each stage of the path."""
+    common = stage_pb2.MicroBatch(
+        id=action.micro_batch_id,
+        slots=action.slots_R,
+        first_positions=action.first_positions_R,
+        num_rows=action.num_rows_R,
+        samples=action.samples_R,
+    )
+    requests = []
+    for stage, updates in enumerate(action.updates_S):
+        request = stage_pb2.ControlRequest(micro_batch=common)
+        if stage == 0:
+            request.micro_batch.token_ids.extend(action.token_ids_T)
+        if updates is not _NOTHING and updates != _NOTHING:
+            _write_updates(request.micro_batch.updates, updates)
+        requests.append(request)
+    return requests
+
+
+def updates_request(updates: SequenceUpdates) -> stage_pb2.ControlRequest:
+    request = stage_pb2.ControlRequest()
+    request.updates.SetInParent()
+    _write_updates(request.updates, updates)
+    return request
+
+
+def _write_updates(message: stage_pb2.SequenceUpdates, updates: SequenceUpdates) -> None:
+    message.ended_slots.extend(updates.ended_slots)
+    message.starts.extend(_start_message(start) for start in updates.starts)
+    message.block_slots.extend(updates.block_slots)
+    message.block_ids.extend(updates.block_ids)
+
+
+def _start_message(start: SequenceStart) -> stage_pb2.SequenceStart:
+    message = stage_pb2.SequenceStart(
+        slot=start.slot,
+        request_id=start.request_id,
+        known_token_ids=start.known_token_ids,
+        num_prompt_tokens=start.num_prompt_tokens,
+        traceparent=start.traceparent,
+    )
+    if start.sampling is not None:
+        message.sampling.CopyFrom(_sampling_message(start.sampling))
+    return message
+
+
+def _sampling_message(sampling: SamplingParameters) -> generation_pb2.SamplingParameters:
+    return generation_pb2.SamplingParameters(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )
+
+
+# --- from stages
+
+
+def tokens_sampled(message: stage_pb2.SampledTokens) -> TokensSampled:
+    return TokensSampled(
+        micro_batch_id=message.micro_batch_id,
+        token_ids=list(message.token_ids),
+        logprobs=[_logprobs(entry) for entry in message.logprobs],
+    )
+
+
+def _logprobs(message: generation_pb2.PositionLogprobs) -> PositionLogprobs | None:
+    if not message.HasField("chosen"):
+        return None
+    return PositionLogprobs(
+        token_id=message.chosen.token_id,
+        logprob=message.chosen.logprob,
+        top_token_ids=tuple(entry.token_id for entry in message.top),
+        top_logprobs=tuple(entry.logprob for entry in message.top),
+    )
+
+
+def stage_reported(stage_index: int, message: stage_pb2.StageReport) -> StageReported:
+    return StageReported(
+        stage_index=stage_index,
+        batch_rows=list(message.batch_rows),
+        batch_seconds=[us * 1e-6 for us in message.batch_compute_us],
+    )
+
+
+# --- from and to gateways
+
+
+def sampling_parameters(message: generation_pb2.SamplingParameters) -> SamplingParameters:
+    """Raises InvalidInput when the gateway left a default open."""
+    if not message.HasField("max_tokens"):
+        raise InvalidInput("sampling.max_tokens", None, "every default filled in by the gateway")
+    return SamplingParameters(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_k=message.top_k,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        repetition_penalty=(
+            message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+        ),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def write_news(update: coordinator_pb2.RequestUpdate, action: EmitTokens) -> None:
+    """Fills an update in; what is on the path of every token comes first."""
+    update.token_ids.extend(action.token_ids)
+    if action.logprobs:
+        update.logprobs.extend(_logprobs_message(entry) for entry in action.logprobs)
+    if action.finish_reason is not None:
+        update.finish_reason = _FINISH_REASONS[action.finish_reason]
+        if action.usage is not None:
+            _write_usage(update.usage, action.usage)
+
+
+def write_refusal(update: coordinator_pb2.RequestUpdate, action: Refuse) -> None:
+    update.finish_reason = generation_pb2.FINISH_REASON_ERROR
+    write_error(update.refusal, action.error)
+    if action.usage is not None:
+        _write_usage(update.usage, action.usage)
+
+
+def write_error(refusal: coordinator_pb2.Refusal, error: PenstockError) -> None:
+    refusal.code = status_from_error(error).code.value[0]
+    refusal.message = str(error)
+    if isinstance(error, Exhausted | Unavailable) and error.retry_after_s is not None:
+        refusal.retry_delay.CopyFrom(duration(error.retry_after_s))
+
+
+def _write_usage(message: generation_pb2.Usage, usage: Usage) -> None:
+    message.prompt_tokens = usage.prompt_tokens
+    message.completion_tokens = usage.completion_tokens
+    message.cached_tokens = usage.cached_tokens
+    message.queue_duration.CopyFrom(duration(usage.queue_s))
+    message.prefill_duration.CopyFrom(duration(usage.prefill_s))
+    message.decode_duration.CopyFrom(duration(usage.decode_s))
+
+
+def _logprobs_message(logprobs: PositionLogprobs) -> generation_pb2.PositionLogprobs:
+    return generation_pb2.PositionLogprobs(
+        chosen=generation_pb2.TokenLogprob(token_id=logprobs.token_id, logprob=logprobs.logprob),
+        top=[
+            generation_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+        ],
+    )

@@ -1,0 +1,160 @@
+"""A real coordinator in this process, and a client that stands for a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
+
+from services.common.health import HealthService
+from services.common.servers import create_server
+from services.common.telemetry import Telemetry, start_telemetry
+from services.coordinator.conductor import Conductor
+from services.coordinator.servicer import CoordinatorServicer
+from services.coordinator.settings import CoordinatorSettings
+from tests.support.fake_stages import FakeStage
+
+
+class Gateway:
+    """One Connect stream; sorts updates by request."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        self._call: Any = None
+        self._queues: dict[int, asyncio.Queue[coordinator_pb2.RequestUpdate]] = {}
+        self._mesh_changed = asyncio.Condition()
+        self._next_id = 1
+        self.mesh = coordinator_pb2.MeshState()
+        self._reader: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()  # a stream takes one write at a time
+
+    async def __aenter__(self) -> Gateway:
+        self._call = self._stub.Connect(wait_for_ready=True)
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._call.cancel()
+        assert self._reader is not None
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _read(self) -> None:
+        async for response in self._call:
+            if response.HasField("mesh"):
+                async with self._mesh_changed:
+                    self.mesh = response.mesh
+                    self._mesh_changed.notify_all()
+            for update in response.updates:
+                self._queues[update.request_id].put_nowait(update)
+
+    async def submit(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int = 8,
+        *,
+        timeout_s: float | None = None,
+        traceparent: str = "",
+        **sampling: Any,
+    ) -> int:
+        request_id = self._next_id
+        self._next_id += 1
+        self._queues[request_id] = asyncio.Queue()
+        submission = coordinator_pb2.Submission(
+            request_id=request_id,
+            token_ids=token_ids,
+            sampling=generation_pb2.SamplingParameters(max_tokens=max_tokens, **sampling),
+            traceparent=traceparent,
+        )
+        if timeout_s is not None:
+            submission.timeout.FromMilliseconds(int(timeout_s * 1000))
+        await self._write(coordinator_pb2.ConnectRequest(submissions=[submission]))
+        return request_id
+
+    async def cancel(self, request_id: int) -> None:
+        cancellation = coordinator_pb2.Cancellation(request_id=request_id)
+        await self._write(coordinator_pb2.ConnectRequest(cancellations=[cancellation]))
+
+    async def _write(self, request: coordinator_pb2.ConnectRequest) -> None:
+        async with self._writing:
+            await self._call.write(request)
+
+    async def next_update(self, request_id: int) -> coordinator_pb2.RequestUpdate:
+        return await self._queues[request_id].get()
+
+    async def finish(self, request_id: int) -> tuple[list[int], coordinator_pb2.RequestUpdate]:
+        """All tokens of a request, and its last update; checks that nothing follows it."""
+        tokens: list[int] = []
+        while True:
+            update = await self.next_update(request_id)
+            tokens += update.token_ids
+            if update.finish_reason:
+                assert self._queues[request_id].empty()
+                return tokens, update
+
+    async def generate(
+        self, token_ids: Sequence[int], max_tokens: int = 8, **sampling: Any
+    ) -> list[int]:
+        request_id = await self.submit(token_ids, max_tokens, **sampling)
+        tokens, last = await self.finish(request_id)
+        assert not last.HasField("refusal"), last.refusal.message
+        return tokens
+
+    async def wait_for_mesh(self, is_right: Callable[[coordinator_pb2.MeshState], bool]) -> None:
+        async with self._mesh_changed:
+            await self._mesh_changed.wait_for(lambda: is_right(self.mesh))
+
+    async def wait_until_ready(self) -> None:
+        await self.wait_for_mesh(lambda mesh: mesh.model.ready)
+
+    async def get_mesh(self) -> coordinator_pb2.GetMeshResponse:
+        return await self._stub.GetMesh(coordinator_pb2.GetMeshRequest())
+
+
+class RunningCoordinator:
+    """A coordinator that serves on a free port."""
+
+    def __init__(self, conductor: Conductor, health: HealthService, address: str) -> None:
+        self.conductor = conductor
+        self.health = health
+        self.address = address
+
+    @asynccontextmanager
+    async def gateway(self) -> AsyncIterator[Gateway]:
+        async with grpc.aio.insecure_channel(self.address) as channel, Gateway(channel) as gateway:
+            yield gateway
+
+
+@asynccontextmanager
+async def coordinator(
+    stages: Sequence[FakeStage], telemetry: Telemetry | None = None, **settings: Any
+) -> AsyncIterator[RunningCoordinator]:
+    """Runs a coordinator for these stages; fails the test when its loop fails."""
+    telemetry = telemetry or start_telemetry("test", metrics_port=None, environment={})
+    health = HealthService()
+    conductor = Conductor(
+        CoordinatorSettings(
+            listen="127.0.0.1:0", stages=tuple(stage.address for stage in stages), **settings
+        ),
+        telemetry,
+        health,
+    )
+    server = create_server(telemetry)
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+        CoordinatorServicer(conductor), server
+    )
+    await health.add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    running = asyncio.create_task(conductor.run())
+    try:
+        yield RunningCoordinator(conductor, health, f"127.0.0.1:{port}")
+        assert not running.done(), running.exception()
+    finally:
+        await conductor.stop()
+        await server.stop(1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

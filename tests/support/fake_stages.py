@@ -1,0 +1,216 @@
+"""Stages that compute a simple function instead of a model, behind real gRPC servers.
+
+A fake stage mirrors what the coordinator tells it, checks every order as a real one would, and
+passes "activations" to the next stage through a queue of this process. The next token is a
+function of the whole prefix, read back from the KV blocks that the coordinator named, so that
+a wrong block, position or order changes the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import grpc
+from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
+
+VOCAB_SIZE = 1000
+EOS = 0
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    """The fake model: never EOS by chance."""
+    return 1 + crc32(bytes(str(list(prefix)), "ascii")) % (VOCAB_SIZE - 1)
+
+
+def completion(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What the pipeline must generate."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class FakeStage(stage_pb2_grpc.StageServiceServicer):
+    """One stage. Change its fields to misbehave."""
+
+    index: int
+    num_stages: int
+    num_kv_blocks: int = 64
+    max_rows: int = 64
+    context_length: int = 512
+    block_size: int = 16
+    model: str = "fake"
+    fingerprint: str = "f"
+    is_frozen: bool = False  # takes orders and answers nothing
+    seconds_a_batch: float = 0.0
+    stop_seconds: float = 0.2
+    address: str = ""
+    epochs: list[int] = field(default_factory=list)
+    traceparents: dict[int, str] = field(default_factory=dict)
+    num_batches: int = 0
+    violations: list[str] = field(default_factory=list)
+    inbox: asyncio.Queue[tuple[int, list[int]]] = field(default_factory=asyncio.Queue)
+    downstream: FakeStage | None = None
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    ready_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    _server: Any = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+    @property
+    def num_blocks_held(self) -> int:
+        return sum(len(table) for table in self.tables.values())
+
+    async def start(self, port: int = 0) -> None:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        stage_pb2_grpc.add_StageServiceServicer_to_server(self, self._server)
+        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.address = f"127.0.0.1:{bound}"
+        self.ready_gate.set()
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Dies as a killed process does: streams break at once."""
+        await self._server.stop(0)
+
+    async def restart(self) -> None:
+        await self.start(int(self.address.rpartition(":")[2]))
+
+    async def Control(
+        self, requests: AsyncIterator[stage_pb2.ControlRequest], context: Any
+    ) -> AsyncIterator[stage_pb2.ControlResponse]:
+        self.tables, self.kv, self.inbox = {}, {}, asyncio.Queue()
+        opened = await anext(aiter(requests))
+        self.epochs.append(opened.open.epoch)
+        await self.ready_gate.wait()
+        yield stage_pb2.ControlResponse(ready=self._ready())
+        async for request in requests:
+            try:
+                async for response in self._perform(request):
+                    yield response
+            except AssertionError as error:
+                self.violations.append(str(error))
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    def _ready(self) -> stage_pb2.StageReady:
+        return stage_pb2.StageReady(
+            model=self.model,
+            model_digest="d",
+            first_layer=2 * self.index,
+            end_layer=2 * self.index + 2,
+            num_layers=2 * self.num_stages,
+            hidden_size=8,
+            vocab_size=VOCAB_SIZE,
+            context_length=self.context_length,
+            number_format="fp32",
+            codec=tensor_pb2.CODEC_F32,
+            kv_block_size=self.block_size,
+            num_kv_blocks=self.num_kv_blocks,
+            max_rows=self.max_rows,
+            weights_bytes=1000 + self.index,
+            bytes_read=900,
+            numerics_fingerprint=self.fingerprint,
+            eos_token_ids=[EOS],
+        )
+
+    async def _perform(
+        self, request: stage_pb2.ControlRequest
+    ) -> AsyncIterator[stage_pb2.ControlResponse]:
+        match request.WhichOneof("order"):
+            case "updates":
+                self._update(request.updates)
+            case "micro_batch":
+                while self.is_frozen:
+                    await asyncio.sleep(0.01)
+                async for response in self._compute(request.micro_batch):
+                    yield response
+
+    def _update(self, updates: stage_pb2.SequenceUpdates) -> None:
+        for slot in updates.ended_slots:
+            assert slot in self.tables, f"slot {slot} ended twice"
+            del self.tables[slot]
+        for start in updates.starts:
+            assert start.slot not in self.tables, f"slot {start.slot} started twice"
+            assert start.HasField("sampling") == self.is_last, "sampling is for the last stage"
+            self.tables[start.slot] = []
+            self.traceparents[start.request_id] = start.traceparent
+        for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
+            held = [b for table in self.tables.values() for b in table]
+            assert block not in held, f"block {block} is held twice"
+            assert block < self.num_kv_blocks, f"block {block} does not exist"
+            self.tables[slot].append(block)
+
+    async def _compute(
+        self, batch: stage_pb2.MicroBatch
+    ) -> AsyncIterator[stage_pb2.ControlResponse]:
+        self._update(batch.updates)
+        assert sum(batch.num_rows) <= self.max_rows, "too many rows"
+        if self.index == 0:
+            token_ids = list(batch.token_ids)
+        else:
+            micro_batch_id, token_ids = await self.inbox.get()
+            assert micro_batch_id == batch.id, "activations of another micro-batch"
+            assert not batch.token_ids, "token ids are for the first stage"
+        if self.seconds_a_batch:
+            await asyncio.sleep(self.seconds_a_batch)
+        sampled = self._run_rows(batch, token_ids)
+        self.num_batches += 1
+        if self.downstream is not None:
+            self.downstream.inbox.put_nowait((batch.id, token_ids))
+        yield stage_pb2.ControlResponse(report=self._report(len(token_ids)))
+        if self.is_last:
+            yield stage_pb2.ControlResponse(
+                sampled=stage_pb2.SampledTokens(micro_batch_id=batch.id, token_ids=sampled)
+            )
+
+    def _report(self, rows: int) -> stage_pb2.StageReport:
+        report = stage_pb2.StageReport(batch_rows=[rows], batch_compute_us=[1000 + 10 * rows])
+        report.busy.FromMicroseconds(1000 + 10 * rows)
+        report.starved.FromMicroseconds(500)
+        return report
+
+    def _run_rows(self, batch: stage_pb2.MicroBatch, token_ids: list[int]) -> list[int]:
+        """Writes every row's token into the KV blocks, then reads whole prefixes back."""
+        sampled, row = [], 0
+        runs = zip(batch.slots, batch.first_positions, batch.num_rows, batch.samples, strict=True)
+        for slot, first, num_rows, samples in runs:
+            table = self.tables[slot]
+            assert first + num_rows <= len(table) * self.block_size, "no block for a row"
+            for position in range(first, first + num_rows):
+                place = (table[position // self.block_size], position % self.block_size)
+                self.kv[place] = token_ids[row]
+                row += 1
+            if samples:
+                sampled.append(next_token(self._prefix(table, first + num_rows)))
+        assert row == len(token_ids), "rows and token ids differ in number"
+        return sampled
+
+    def _prefix(self, table: list[int], length: int) -> list[int]:
+        return [
+            self.kv[table[position // self.block_size], position % self.block_size]
+            for position in range(length)
+        ]
+
+
+@asynccontextmanager
+async def fake_stages(num_stages: int, **fields: Any) -> AsyncIterator[list[FakeStage]]:
+    """Starts that many stages of one pipeline."""
+    stages = [FakeStage(index=i, num_stages=num_stages, **fields) for i in range(num_stages)]
+    for upstream, downstream in zip(stages, stages[1:], strict=False):
+        upstream.downstream = downstream
+    for stage in stages:
+        await stage.start()
+    try:
+        yield stages
+    finally:
+        for stage in stages:
+            await stage.stop()
