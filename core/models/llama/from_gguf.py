@@ -49,9 +49,6 @@ def config_from_gguf(checkpoint: Checkpoint) -> LlamaConfig:
     num_heads = fields.integer(f"{family}.attention.head_count")
     head_dim = _head_dim(fields, family, num_heads)
     num_layers = fields.integer(f"{family}.block_count", most=MAX_LAYERS)
-    window = fields.get(f"{family}.attention.sliding_window", 0)
-    if window:
-        window = fields.integer(f"{family}.attention.sliding_window")
     return LlamaConfig(
         family=family,
         num_layers=num_layers,
@@ -69,7 +66,7 @@ def config_from_gguf(checkpoint: Checkpoint) -> LlamaConfig:
         output_bias="blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_gate.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
-        windows=(window or None,) * num_layers,
+        windows=(_window(fields, family),) * num_layers,
         tied_head="output.weight" not in names,
         bos_token_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_token_ids=unique(
@@ -87,6 +84,14 @@ def _head_dim(fields: Fields, family: str, num_heads: int) -> int:
     fields.require_default(f"{family}.attention.value_length", head_dim)
     fields.require_default(f"{family}.rope.dimension_count", head_dim)  # no partial rotary
     return head_dim
+
+
+def _window(fields: Fields, family: str) -> int | None:
+    """Mistral's window, the same for all layers; Qwen's files do not say which layers have one."""
+    key = f"{family}.attention.sliding_window"
+    if family != "llama":
+        fields.require_default(key, 0)
+    return fields.integer(key) if fields.get(key, 0) else None
 
 
 def _vocab_size(fields: Fields) -> int:
