@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -47,9 +48,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     block_size: int = 16
     model: str = "fake"
     fingerprint: str = "f"
-    is_frozen: bool = False  # takes orders and answers nothing
     seconds_a_batch: float = 0.0
-    stop_seconds: float = 0.2
     address: str = ""
     epochs: list[int] = field(default_factory=list)
     traceparents: dict[int, str] = field(default_factory=dict)
@@ -59,23 +58,22 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     downstream: FakeStage | None = None
     tables: dict[int, list[int]] = field(default_factory=dict)
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
-    ready_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    may_load: asyncio.Event = field(default_factory=asyncio.Event)
+    may_compute: asyncio.Event = field(default_factory=asyncio.Event)
+    _updated: asyncio.Condition = field(default_factory=asyncio.Condition)
     _server: Any = None
 
     @property
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
 
-    @property
-    def num_blocks_held(self) -> int:
-        return sum(len(table) for table in self.tables.values())
-
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         stage_pb2_grpc.add_StageServiceServicer_to_server(self, self._server)
         bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.address = f"127.0.0.1:{bound}"
-        self.ready_gate.set()
+        self.may_load.set()
+        self.may_compute.set()
         await self._server.start()
 
     async def stop(self) -> None:
@@ -91,7 +89,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         self.tables, self.kv, self.inbox = {}, {}, asyncio.Queue()
         opened = await anext(aiter(requests))
         self.epochs.append(opened.open.epoch)
-        await self.ready_gate.wait()
+        await self.may_load.wait()
         yield stage_pb2.ControlResponse(ready=self._ready())
         async for request in requests:
             try:
@@ -127,14 +125,18 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     ) -> AsyncIterator[stage_pb2.ControlResponse]:
         match request.WhichOneof("order"):
             case "updates":
-                self._update(request.updates)
+                await self._update(request.updates)
             case "micro_batch":
-                while self.is_frozen:
-                    await asyncio.sleep(0.01)
+                await self.may_compute.wait()
                 async for response in self._compute(request.micro_batch):
                     yield response
 
-    def _update(self, updates: stage_pb2.SequenceUpdates) -> None:
+    async def until_it_holds_nothing(self) -> None:
+        """Waits until every sequence has ended on this stage."""
+        async with self._updated:
+            await self._updated.wait_for(lambda: not self.tables)
+
+    async def _update(self, updates: stage_pb2.SequenceUpdates) -> None:
         for slot in updates.ended_slots:
             assert slot in self.tables, f"slot {slot} ended twice"
             del self.tables[slot]
@@ -148,11 +150,13 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             assert block not in held, f"block {block} is held twice"
             assert block < self.num_kv_blocks, f"block {block} does not exist"
             self.tables[slot].append(block)
+        async with self._updated:
+            self._updated.notify_all()
 
     async def _compute(
         self, batch: stage_pb2.MicroBatch
     ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        self._update(batch.updates)
+        await self._update(batch.updates)
         assert sum(batch.num_rows) <= self.max_rows, "too many rows"
         if self.index == 0:
             token_ids = list(batch.token_ids)
@@ -205,7 +209,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
 async def fake_stages(num_stages: int, **fields: Any) -> AsyncIterator[list[FakeStage]]:
     """Starts that many stages of one pipeline."""
     stages = [FakeStage(index=i, num_stages=num_stages, **fields) for i in range(num_stages)]
-    for upstream, downstream in zip(stages, stages[1:], strict=False):
+    for upstream, downstream in pairwise(stages):
         upstream.downstream = downstream
     for stage in stages:
         await stage.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
@@ -16,7 +16,7 @@ from services.common.telemetry import Telemetry, start_telemetry
 from services.coordinator.conductor import Conductor
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
-from tests.support.fake_stages import FakeStage
+from tests.support.fake_stages import FakeStage, fake_stages
 
 
 class Gateway:
@@ -58,11 +58,13 @@ class Gateway:
         *,
         timeout_s: float | None = None,
         traceparent: str = "",
+        request_id: int | None = None,
         **sampling: Any,
     ) -> int:
-        request_id = self._next_id
-        self._next_id += 1
-        self._queues[request_id] = asyncio.Queue()
+        if request_id is None:
+            request_id = self._next_id
+            self._next_id += 1
+            self._queues[request_id] = asyncio.Queue()
         submission = coordinator_pb2.Submission(
             request_id=request_id,
             token_ids=token_ids,
@@ -86,13 +88,12 @@ class Gateway:
         return await self._queues[request_id].get()
 
     async def finish(self, request_id: int) -> tuple[list[int], coordinator_pb2.RequestUpdate]:
-        """All tokens of a request, and its last update; checks that nothing follows it."""
+        """All tokens of a request up to its last update, and that update."""
         tokens: list[int] = []
         while True:
             update = await self.next_update(request_id)
             tokens += update.token_ids
             if update.finish_reason:
-                assert self._queues[request_id].empty()
                 return tokens, update
 
     async def generate(
@@ -107,8 +108,21 @@ class Gateway:
         async with self._mesh_changed:
             await self._mesh_changed.wait_for(lambda: is_right(self.mesh))
 
+    async def until_the_stream_ends(self) -> None:
+        assert self._reader is not None
+        await self._reader
+
     async def wait_until_ready(self) -> None:
         await self.wait_for_mesh(lambda mesh: mesh.model.ready)
+
+    async def refusal(
+        self, token_ids: Sequence[int], max_tokens: int = 8
+    ) -> coordinator_pb2.Refusal:
+        """Submits a request that is refused at once."""
+        tokens, last = await self.finish(await self.submit(token_ids, max_tokens))
+        assert not tokens
+        assert last.finish_reason == generation_pb2.FINISH_REASON_ERROR
+        return last.refusal
 
     async def get_mesh(self) -> coordinator_pb2.GetMeshResponse:
         return await self._stub.GetMesh(coordinator_pb2.GetMeshRequest())
@@ -158,3 +172,33 @@ async def coordinator(
         await server.stop(1)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+class Mesh(NamedTuple):
+    """Stages, coordinator and a gateway that has seen the pipeline ready."""
+
+    stages: list[FakeStage]
+    coordinator: RunningCoordinator
+    gateway: Gateway
+
+    async def until_all_blocks_are_free(self) -> None:
+        """Waits until the stages' mirrors are empty; then nothing may be held anywhere."""
+        for stage in self.stages:
+            await stage.until_it_holds_nothing()
+        used_S = self.coordinator.conductor.scheduler.kv_blocks_used_S
+        assert used_S == [0] * len(self.stages)
+        assert [stage.violations for stage in self.stages] == [[] for _ in self.stages]
+
+
+@asynccontextmanager
+async def mesh(
+    num_stages: int, *, seconds_a_batch: float = 0.0, **settings: Any
+) -> AsyncIterator[Mesh]:
+    """A ready mesh of fake stages."""
+    async with (
+        fake_stages(num_stages, seconds_a_batch=seconds_a_batch) as stages,
+        coordinator(stages, **settings) as running,
+        running.gateway() as gateway,
+    ):
+        await gateway.wait_until_ready()
+        yield Mesh(stages, running, gateway)
