@@ -86,11 +86,11 @@ def allocate_workspace(
     return StageWorkspace(
         wire_TG=aligned_zeros((rows, layout.hidden), element_type(layout.arithmetic)),
         hidden_TG=aligned_zeros((rows, layout.hidden), np.float32),
-        normed_T=aligned_zeros((rows * layout.words(layout.hidden),), np.uint32),
-        attended_T=aligned_zeros((rows * layout.words(layout.attention),), np.uint32),
+        normed_T=aligned_zeros((rows * layout.input_words(layout.hidden),), np.uint32),
+        attended_T=aligned_zeros((rows * layout.input_words(layout.attention),), np.uint32),
         qkv_TC=aligned_zeros((rows, layout.qkv), np.float32),
         gate_up_T=aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
-        intermediate_T=aligned_zeros((rows * layout.words(layout.intermediate),), np.uint32),
+        intermediate_T=aligned_zeros((rows * layout.input_words(layout.intermediate),), np.uint32),
         sampled_hidden_SG=aligned_zeros((sampled, layout.hidden), np.float32),
         panel_logits_S=aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
         head_scratch=aligned_zeros((layout.head_width,), np.uint32),
@@ -103,9 +103,9 @@ def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionW
     queries = max(TILE_QUERIES, group)
     positions = -(-num_positions // LANES) * LANES + 2 * LANES
     return AttentionWorkspace(
-        queries_QW=aligned_zeros((queries, layout.words(layout.head_width)), np.uint32),
+        queries_QW=aligned_zeros((queries, layout.input_words(layout.head_width)), np.uint32),
         scores_QP=aligned_zeros((queries, positions), np.float32),
-        weights_QP=aligned_zeros((queries, layout.words(positions)), np.uint32),
+        weights_QP=aligned_zeros((queries, layout.input_words(positions)), np.uint32),
         outputs_QD=aligned_zeros((queries, layout.head_width), np.float32),
         scales_Q=aligned_zeros((queries,), np.float32),
     )

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, PANEL_COLUMNS, Arithmetic
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
+    F32,
     FLOATS,
     I32,
     I64,
@@ -51,25 +52,41 @@ class _BFloat16(ir.Type):
 _PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
 
 
-def _emit_dot(builder: Any, arithmetic: Arithmetic, sums: Any, inputs: Any, weights: Any) -> Any:
-    """sums + inputs . weights, lane by lane, for 16 words of each."""
+def _emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
+    """16 words of weights, ready to be multiplied: element by element, or as pairs."""
+    words = emit_load(builder, where, WORDS)
+    if arithmetic.dots_pairs:
+        return [builder.bitcast(words, _PAIRS)]
     if arithmetic.number_format == "fp32":
-        return emit_fma(builder, builder.bitcast(inputs, FLOATS), builder.bitcast(weights, FLOATS), sums)
-    if arithmetic.instructions == "avx512":
+        return [builder.bitcast(words, FLOATS)]
+    lower = builder.shl(words, splat_word(16))
+    upper = builder.and_(words, splat_word(0xFFFF0000))
+    return [builder.bitcast(half, FLOATS) for half in (lower, upper)]
+
+
+def _emit_inputs(builder: Any, arithmetic: Arithmetic, row: Any, step: Any) -> list[Any]:
+    """The inputs that belong to word `step` of the weights, each in every lane."""
+    if arithmetic.dots_pairs:
+        pair = emit_load(builder, builder.add(row, builder.mul(step, index(WORD_BYTES))), I32)
+        return [builder.bitcast(emit_splat(builder, pair), _PAIRS)]
+    count = arithmetic.elements_per_word
+    first = builder.add(row, builder.mul(step, index(count * 4)))
+    return [
+        emit_splat(builder, emit_load(builder, builder.add(first, index(4 * i)), F32))
+        for i in range(count)
+    ]
+
+
+def _emit_dot(
+    builder: Any, arithmetic: Arithmetic, sums: Any, inputs: list[Any], weights: list[Any]
+) -> Any:
+    """sums + inputs . weights, lane by lane; a word's elements in order."""
+    if arithmetic.dots_pairs:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        pairs = [builder.bitcast(words, _PAIRS) for words in (inputs, weights)]
-        return emit_call(builder, name, FLOATS, [sums, *pairs])
-    for widen in (_emit_lower_halves, _emit_upper_halves):
-        sums = emit_fma(builder, widen(builder, inputs), widen(builder, weights), sums)
+        return emit_call(builder, name, FLOATS, [sums, *inputs, *weights])
+    for value, weight in zip(inputs, weights, strict=True):
+        sums = emit_fma(builder, value, weight, sums)
     return sums
-
-
-def _emit_lower_halves(builder: Any, words: Any) -> Any:
-    return builder.bitcast(builder.shl(words, splat_word(16)), FLOATS)
-
-
-def _emit_upper_halves(builder: Any, words: Any) -> Any:
-    return builder.bitcast(builder.and_(words, splat_word(0xFFFF0000)), FLOATS)
 
 
 def _emit_loop(
@@ -117,11 +134,6 @@ def _emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> lis
     return [builder.add(start, builder.mul(stride, index(row))) for row in range(rows)]
 
 
-def _emit_input(builder: Any, row_address: Any, offset: Any) -> Any:
-    """One word of a row in every lane."""
-    return emit_splat(builder, emit_load(builder, builder.add(row_address, offset), I32))
-
-
 def _vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
     return [builder.add(start, index(BYTES_OF_FLOATS * vector)) for vector in range(count)]
 
@@ -142,8 +154,8 @@ def product_tile(  # type: ignore[no-untyped-def]
 ):
     """outputs = bias + inputs x weights for 1 to 6 rows and `tile_columns` columns.
 
-    Arguments are addresses and byte strides: `inputs` rows of words, `weights` a packed panel
-    (rows of 64 words, one for each input word), `bias` and `outputs` float32. Where
+    Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
+    packed panel (`num_words` rows of 64 words), `bias` and `outputs` float32. Where
     `accumulates` is not 0, the sum is added to what `outputs` holds.
     """
     kind = arithmetic.arithmetic
@@ -160,14 +172,14 @@ def product_tile(  # type: ignore[no-untyped-def]
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
                 panel = [
-                    emit_load(builder, at, WORDS) for at in _vector_addresses(builder, row, vectors)
+                    _emit_weights(builder, kind, at)
+                    for at in _vector_addresses(builder, row, vectors)
                 ]
-                offset = builder.mul(step, index(WORD_BYTES))
                 results = []
                 for number, input_row in enumerate(input_rows):
-                    word = _emit_input(builder, input_row, offset)
+                    values = _emit_inputs(builder, kind, input_row, step)
                     results += [
-                        _emit_dot(builder, kind, sums[number * vectors + vector], word, weight)
+                        _emit_dot(builder, kind, sums[number * vectors + vector], values, weight)
                         for vector, weight in enumerate(panel)
                     ]
                 return results
@@ -228,12 +240,11 @@ def scores_tile(  # type: ignore[no-untyped-def]
                     word = builder.add(builder.mul(step, index(2)), index(parity))
                     key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
                     keys = [
-                        emit_load(builder, builder.add(block, key_offset), WORDS)
+                        _emit_weights(builder, kind, builder.add(block, key_offset))
                         for block in blocks
                     ]
-                    offset = builder.mul(word, index(WORD_BYTES))
                     for number, query_row in enumerate(query_rows):
-                        query = _emit_input(builder, query_row, offset)
+                        query = _emit_inputs(builder, kind, query_row, word)
                         for block, key in enumerate(keys):
                             at = (number * 2 + block) * 2 + parity
                             results[at] = _emit_dot(builder, kind, sums[at], query, key)
@@ -269,8 +280,8 @@ def values_tile(  # type: ignore[no-untyped-def]
 ):
     """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
 
-    `weights` has rows of `num_words` words, one for each position (fp32) or pair of them
-    (bf16), from the first of the block that `block_table` points at. A block's values are 16
+    `weights` has rows in the input format, an element for each position from the first of the
+    block that `block_table` points at; `num_words` words of values belong to them. A block's values are 16
     (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart.
     """
     kind = arithmetic.arithmetic
@@ -292,12 +303,12 @@ def values_tile(  # type: ignore[no-untyped-def]
                 row = builder.add(values, builder.mul(block, block_stride))
                 row = builder.add(row, builder.mul(row_in_block, value_stride))
                 elements = [
-                    emit_load(builder, at, WORDS) for at in _vector_addresses(builder, row, count)
+                    _emit_weights(builder, kind, at)
+                    for at in _vector_addresses(builder, row, count)
                 ]
-                offset = builder.mul(step, index(WORD_BYTES))
                 results = []
                 for number, weight_row in enumerate(weight_rows):
-                    weight = _emit_input(builder, weight_row, offset)
+                    weight = _emit_inputs(builder, kind, weight_row, step)
                     results += [
                         _emit_dot(builder, kind, sums[number * count + vector], weight, element)
                         for vector, element in enumerate(elements)

@@ -175,6 +175,20 @@ def store_elements(typing_context, arithmetic, where, floats):  # type: ignore[n
 
 
 @intrinsic
+def store_inputs(typing_context, arithmetic, where, floats):  # type: ignore[no-untyped-def]
+    """16 neighbouring inputs of a product: rounded to bfloat16 where pairs are multiplied."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        if arithmetic.arithmetic.dots_pairs:
+            emit_store_elements(builder, arithmetic.arithmetic, args[1], args[2])
+        else:
+            emit_store(builder, args[2], args[1])
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, types.intp, float32x16), codegen
+
+
+@intrinsic
 def merge_elements(typing_context, arithmetic, where, floats, half):  # type: ignore[no-untyped-def]
     """Rounds 16 elements into the lower (`half` 0) or upper (1) half of 16 words.
 

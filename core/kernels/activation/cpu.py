@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.kernels.arithmetic import LANES, PANEL_COLUMNS, element_bytes
+from core.kernels.arithmetic import LANES, PANEL_COLUMNS, input_bytes
 from core.kernels.compile import kernel
 from core.kernels.exponential import exponential
 from core.kernels.vectors import (
@@ -14,14 +14,14 @@ from core.kernels.vectors import (
     load_floats,
     multiply,
     splat,
-    store_elements,
+    store_inputs,
     subtract,
 )
 
 
 @kernel
 def silu_multiply_panel(arithmetic, gate_up, num_rows, out, out_stride):  # type: ignore[no-untyped-def]
-    """SiLU(gate) x up for one pair of panels, in the number format.
+    """SiLU(gate) x up for one pair of panels, as inputs of a product.
 
     By address: `gate_up` is float32 [T, 128], 64 columns of gate and the 64 of up that belong
     to them; row t of the result goes to `out` + t x `out_stride` bytes.
@@ -34,5 +34,5 @@ def silu_multiply_panel(arithmetic, gate_up, num_rows, out, out_stride):  # type
             gate = load_floats(row + vector * BYTES_OF_FLOATS)
             up = load_floats(row + PANEL_COLUMNS * 4 + vector * BYTES_OF_FLOATS)
             silu = divide(gate, add(one, exponential(subtract(zero, gate))))
-            where = target + vector * LANES * element_bytes(arithmetic)
-            store_elements(arithmetic, where, multiply(silu, up))
+            where = target + vector * LANES * input_bytes(arithmetic)
+            store_inputs(arithmetic, where, multiply(silu, up))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, element_bytes, elements_per_word
+from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, element_bytes, elements_per_word, input_bytes
 from core.kernels.compile import kernel
 from core.kernels.exponential import exponential
 from core.kernels.tiles import scores_tile, values_tile
@@ -30,7 +30,7 @@ from core.kernels.vectors import (
     multiply,
     prefetch,
     splat,
-    store_elements,
+    store_inputs,
     subtract,
     sum_of_lanes,
 )
@@ -62,9 +62,9 @@ class RowTable(NamedTuple):
 class AttentionWorkspace(NamedTuple):
     """Buffers for one tile. Q queries: the heads of a group times rows, at least TILE_QUERIES."""
 
-    queries_QW: npt.NDArray[np.uint32]
+    queries_QW: npt.NDArray[np.uint32]  # a head in the input format
     scores_QP: npt.NDArray[np.float32]  # P: positions of the longest sequence + 32
-    weights_QP: npt.NDArray[np.uint32]
+    weights_QP: npt.NDArray[np.uint32]  # P in the input format
     outputs_QD: npt.NDArray[np.float32]
     scales_Q: npt.NDArray[np.float32]
 
@@ -85,7 +85,7 @@ def rows_of_tile(rows, first, most):  # type: ignore[no-untyped-def]
 
 @kernel
 def softmax_weights(arithmetic, scores, num_blocks, weights):  # type: ignore[no-untyped-def]
-    """Writes exp(score - largest) in the number format; returns 1 / their sum.
+    """Writes exp(score - largest) as inputs of a product; returns 1 / their sum.
 
     By address. Minus infinity gives an exact 0.
     """
@@ -97,13 +97,13 @@ def softmax_weights(arithmetic, scores, num_blocks, weights):  # type: ignore[no
     for block in range(num_blocks):
         floats = exponential(subtract(load_floats(scores + block * BYTES_OF_FLOATS), largest))
         total = add(total, floats)
-        store_elements(arithmetic, weights + block * LANES * element_bytes(arithmetic), floats)
+        store_inputs(arithmetic, weights + block * LANES * input_bytes(arithmetic), floats)
     return np.float32(1.0) / sum_of_lanes(total)
 
 
 @kernel
 def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):  # type: ignore[no-untyped-def]
-    """Packs the queries of a tile, row by row, in the number format."""
+    """Packs the queries of a tile, row by row, as inputs of a product."""
     group = heads.num_heads // heads.num_kv_heads
     target = address(work.queries_QW)
     stride = work.queries_QW.shape[1] * 4
@@ -113,7 +113,7 @@ def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):
             for vector in range(heads.width // LANES):
                 floats = load_floats(source + (head * heads.width + vector * LANES) * 4)
                 where = target + (i * group + head) * stride
-                store_elements(arithmetic, where + vector * LANES * element_bytes(arithmetic), floats)
+                store_inputs(arithmetic, where + vector * LANES * input_bytes(arithmetic), floats)
 
 
 @kernel
@@ -188,16 +188,16 @@ def weigh_positions(arithmetic, group, num_rows, first_position, first_block, nu
 
 @kernel
 def store_outputs(arithmetic, heads, num_rows, kv_head, work, out, out_stride):  # type: ignore[no-untyped-def]
-    """Divides by the sums of weights and stores in the number format; `out`: the tile's rows."""
+    """Divides by the sums of weights and stores as inputs of a product; `out`: the tile's rows."""
     group = heads.num_heads // heads.num_kv_heads
     for query in range(num_rows * group):
         scale = splat(work.scales_Q[query])
         source = address(work.outputs_QD) + query * work.outputs_QD.shape[1] * 4
         head = kv_head * group + query % group
-        target = out + query // group * out_stride + head * heads.width * element_bytes(arithmetic)
+        target = out + query // group * out_stride + head * heads.width * input_bytes(arithmetic)
         for vector in range(heads.width // LANES):
             floats = multiply(load_floats(source + vector * BYTES_OF_FLOATS), scale)
-            store_elements(arithmetic, target + vector * LANES * element_bytes(arithmetic), floats)
+            store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), floats)
 
 
 @kernel
@@ -218,8 +218,8 @@ def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride
     """Attention of every row over its sequence's cached positions, its own included.
 
     Queries (rotated and scaled) are the first columns of `qkv_TC`; `cache` is the address of
-    the layer's cache (layout: `core.kernels.rotary.cpu`), `out` that of the results in the
-    number format, heads side by side, `out_stride` bytes a row. A row sees `window` positions.
+    the layer's cache (layout: `core.kernels.rotary.cpu`), `out` that of the results as
+    inputs of a product, heads side by side, `out_stride` bytes a row. A row sees `window` positions.
     """
     group = heads.num_heads // heads.num_kv_heads
     half_bytes = LANES * heads.width * element_bytes(arithmetic)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.kernels.arithmetic import LANES, element_bytes
+from core.kernels.arithmetic import LANES, input_bytes
 from core.kernels.compile import kernel
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
@@ -17,7 +17,7 @@ from core.kernels.vectors import (
     multiply,
     round_elements,
     splat,
-    store_elements,
+    store_inputs,
     store_floats,
     sum_of_lanes,
 )
@@ -39,7 +39,7 @@ def inverse_rms(row, num_vectors, size, eps):  # type: ignore[no-untyped-def]
 
 @kernel
 def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out):  # type: ignore[no-untyped-def]
-    """Writes the normed rows, in the number format, to the address `out`.
+    """Writes the normed rows, as inputs of a product, to the address `out`.
 
     Where `rounds`, every row of `hidden_TG` (float32) is first rounded in place to what the
     wire can carry: so a cut of the model at this place changes nothing.
@@ -48,14 +48,14 @@ def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out)
     hidden, weight = address(hidden_TG), address(weight_G)
     for t in range(num_rows):
         row = hidden + t * num_vectors * BYTES_OF_FLOATS
-        target = out + t * num_vectors * LANES * element_bytes(arithmetic)
+        target = out + t * num_vectors * LANES * input_bytes(arithmetic)
         if rounds:
             round_row(arithmetic, row, num_vectors)
         scale = splat(inverse_rms(row, num_vectors, size, eps))
         for vector in range(num_vectors):
             offset = vector * BYTES_OF_FLOATS
             normed = multiply(multiply(load_floats(row + offset), scale), load_floats(weight + offset))
-            store_elements(arithmetic, target + vector * LANES * element_bytes(arithmetic), normed)
+            store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), normed)
 
 
 @kernel

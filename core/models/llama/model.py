@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.kernels.activation.cpu import silu_multiply_panel
-from core.kernels.arithmetic import PANEL_COLUMNS, element_bytes, elements_per_word
+from core.kernels.arithmetic import PANEL_COLUMNS, elements_per_word, input_bytes
 from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
 from core.kernels.compile import kernel
 from core.kernels.linear.cpu import greedy_tokens, multiply_panels
@@ -64,11 +64,11 @@ class StageWorkspace(NamedTuple):
 
     wire_TG: ElementArray  # activations as they come and as they go
     hidden_TG: FloatArray  # the residual stream
-    normed_T: WordArray  # normed rows, in words; flat
-    attended_T: WordArray  # outputs of attention, in words; flat
+    normed_T: WordArray  # normed rows, as inputs of a product; flat
+    attended_T: WordArray  # outputs of attention, likewise
     qkv_TC: FloatArray
     gate_up_T: FloatArray  # [T, 128]
-    intermediate_T: WordArray  # flat
+    intermediate_T: WordArray  # likewise
     sampled_hidden_SG: FloatArray
     panel_logits_S: FloatArray  # [S, 64]
     head_scratch: WordArray
@@ -96,8 +96,8 @@ class StageOutputs(NamedTuple):
 @kernel
 def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, attention_work):  # type: ignore[no-untyped-def]
     """The attention half of a layer: hidden += output(attention(q, k, v(norm(hidden))))."""
-    hidden_bytes = work.hidden_TG.shape[1] * element_bytes(arithmetic)
-    attention_bytes = sizes.attention_size * element_bytes(arithmetic)
+    hidden_bytes = work.hidden_TG.shape[1] * input_bytes(arithmetic)
+    attention_bytes = sizes.attention_size * input_bytes(arithmetic)
     hidden_words = work.hidden_TG.shape[1] // elements_per_word(arithmetic)
     attention_words = sizes.attention_size // elements_per_word(arithmetic)
     padded_hidden, num_rows = work.hidden_TG.shape[1], rows.num_rows
@@ -134,9 +134,9 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
 def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: ignore[no-untyped-def]
     """The gated half of a layer: hidden += down(SiLU(gate(norm(hidden))) * up(norm(hidden)))."""
     padded_hidden = work.hidden_TG.shape[1]
-    hidden_bytes = padded_hidden * element_bytes(arithmetic)
+    hidden_bytes = padded_hidden * input_bytes(arithmetic)
     hidden_words = padded_hidden // elements_per_word(arithmetic)
-    intermediate_bytes = sizes.intermediate_size * element_bytes(arithmetic)
+    intermediate_bytes = sizes.intermediate_size * input_bytes(arithmetic)
     normed, vectors_V = address(work.normed_T), weights.vectors_L[layer]
     panels = address(weights.panels_L[layer]) + 4 * (
         hidden_words * sizes.qkv_columns
@@ -156,7 +156,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: 
         )  # fmt: skip
         silu_multiply_panel(
             arithmetic, gate_up, num_rows,
-            intermediate + panel * PANEL_COLUMNS * element_bytes(arithmetic), intermediate_bytes,
+            intermediate + panel * PANEL_COLUMNS * input_bytes(arithmetic), intermediate_bytes,
         )  # fmt: skip
     multiply_panels(
         arithmetic, intermediate, intermediate_bytes, num_rows,
@@ -171,7 +171,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: 
 def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore[no-untyped-def]
     """Final norm and head: likeliest tokens of some rows, all logits of others."""
     padded_hidden = work.hidden_TG.shape[1]
-    hidden_bytes = padded_hidden * element_bytes(arithmetic)
+    hidden_bytes = padded_hidden * input_bytes(arithmetic)
     hidden_words = padded_hidden // elements_per_word(arithmetic)
     num_panels = weights.head_bias_V.shape[0] // PANEL_COLUMNS
     normed, panels = address(work.normed_T), address(weights.head_panels)

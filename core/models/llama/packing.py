@@ -63,7 +63,12 @@ class StageLayout:
         return round_up(self.config.vocab_size, PANEL_COLUMNS)
 
     def words(self, num_elements: int) -> int:
+        """Words of packed weights, keys or values."""
         return num_elements // self.arithmetic.elements_per_word
+
+    def input_words(self, num_elements: int) -> int:
+        """Words of inputs of a product."""
+        return num_elements * self.arithmetic.input_bytes // 4
 
     @property
     def layer_words(self) -> int:
