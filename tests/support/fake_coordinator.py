@@ -1,0 +1,122 @@
+"""A coordinator that follows a script: a real gRPC server without any pipeline behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import grpc
+from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
+
+Update = coordinator_pb2.RequestUpdate
+Script = Callable[[coordinator_pb2.Submission], Iterable[Update]]
+
+
+def tokens(*token_ids: int) -> Update:
+    """An update with tokens."""
+    return Update(token_ids=token_ids)
+
+
+def end(reason: str = "LENGTH", *token_ids: int) -> Update:
+    """The last update, with a usage that tells its fields apart."""
+    update = Update(
+        token_ids=token_ids,
+        finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"),
+    )
+    update.usage.prompt_tokens = 99
+    update.usage.completion_tokens = 99
+    update.usage.cached_tokens = 3
+    update.usage.queue_duration.FromMilliseconds(1)
+    update.usage.prefill_duration.FromMilliseconds(2)
+    update.usage.decode_duration.FromMilliseconds(3)
+    return update
+
+
+def refusal(code: grpc.StatusCode, message: str, *, retry_s: int | None = None) -> Update:
+    """The last update of a request that was refused or failed."""
+    update = end("ERROR")
+    update.refusal.code = code.value[0]
+    update.refusal.message = message
+    if retry_s is not None:
+        update.refusal.retry_delay.FromSeconds(retry_s)
+    return update
+
+
+def echo(submission: coordinator_pb2.Submission) -> Iterable[Update]:
+    """Answers with the prompt, one token an update."""
+    yield from (tokens(token_id) for token_id in submission.token_ids)
+    yield end("LENGTH")
+
+
+class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """Sends each request the updates of `script` at once; one that they do not end waits for its
+    cancellation, which it answers as a coordinator does. What arrives is kept.
+    """
+
+    def __init__(self, *, vocab_size: int = 300, context_length: int = 200) -> None:
+        self.script: Script = echo
+        self.mesh = coordinator_pb2.MeshState(stages_ready=[True, True])
+        model = self.mesh.model
+        model.name, model.number_format, model.num_stages = "tiny", "bf16", 2
+        model.vocab_size, model.context_length, model.ready = vocab_size, context_length, True
+        self.submissions: list[coordinator_pb2.Submission] = []
+        self.cancelled: asyncio.Queue[int] = asyncio.Queue()
+        self.num_messages = 0
+        self._outgoing: asyncio.Queue[coordinator_pb2.ConnectResponse] = asyncio.Queue()
+        self._open: set[int] = set()
+        self._server: grpc.aio.Server | None = None
+
+    async def Connect(
+        self, requests: AsyncIterator[coordinator_pb2.ConnectRequest], context: Any
+    ) -> AsyncIterator[coordinator_pb2.ConnectResponse]:
+        self._outgoing = asyncio.Queue()
+        self.tell_mesh()
+        reading = asyncio.ensure_future(self._read(requests))
+        try:
+            while True:
+                yield await self._outgoing.get()
+        finally:
+            reading.cancel()
+
+    def tell_mesh(self) -> None:
+        """Sends the state of the mesh."""
+        message = coordinator_pb2.ConnectResponse()
+        message.mesh.CopyFrom(self.mesh)
+        self._outgoing.put_nowait(message)
+
+    def send(self, request_id: int, *updates: Update) -> None:
+        """Sends updates of a request in one message."""
+        message = coordinator_pb2.ConnectResponse()
+        for update in updates:
+            update.request_id = request_id
+            message.updates.append(update)
+            if update.finish_reason:
+                self._open.discard(request_id)
+        self._outgoing.put_nowait(message)
+
+    async def _read(self, requests: AsyncIterator[coordinator_pb2.ConnectRequest]) -> None:
+        async for request in requests:
+            self.num_messages += 1
+            for submission in request.submissions:
+                self.submissions.append(submission)
+                self._open.add(submission.request_id)
+                for update in self.script(submission):
+                    self.send(submission.request_id, update)
+            for cancellation in request.cancellations:
+                if cancellation.request_id in self._open:
+                    self.send(cancellation.request_id, end("CANCELLED"))
+                self.cancelled.put_nowait(cancellation.request_id)
+
+    async def start(self, port: int = 0) -> int:
+        """Starts a server and returns its port."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+        return port
+
+    async def stop(self) -> None:
+        """Dies: streams break off."""
+        if self._server is not None:
+            await self._server.stop(None)
