@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -103,7 +103,7 @@ def run_process(main: Coroutine[Any, Any, None]) -> None:
         exit_with(error)
 
 
-def exit_with(error: PenstockError) -> None:
+def exit_with(error: PenstockError) -> NoReturn:
     """Ends the process with exit code 1 and the error as one line on stderr."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""`python -m services.stage`: one stage of a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from core.errors import PenstockError
+from services.common.logs import configure_logging
+from services.common.servers import exit_with, run_process
+from services.stage.process import run_stage
+from services.stage.settings import StageSettings, parse_layers
+
+
+def stage(
+    *,
+    model: Annotated[Path, typer.Option(help="GGUF file, Hugging Face folder or llama2.c file")],
+    name: Annotated[str, typer.Option(help="The model's name in the mesh")],
+    layers: Annotated[str, typer.Option(help="Layers to hold, FIRST:END, end not included")],
+    listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one")],
+    metrics_port: Annotated[int | None, typer.Option(help="Prometheus; default none")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
+    max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,
+    max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
+    cache_folder: Annotated[
+        Path, typer.Option(envvar="PENSTOCK_CACHE", help="Compiled kernels are kept below it")
+    ] = Path("~/.cache/penstock"),
+    exit_with_parent: Annotated[
+        bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
+    ] = False,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
+) -> None:
+    """Computes a run of a model's layers behind a gRPC service."""
+    try:
+        first_layer, end_layer = parse_layers(layers)
+        settings = StageSettings(
+            model=model.expanduser(),
+            name=name,
+            first_layer=first_layer,
+            end_layer=end_layer,
+            listen=listen,
+            metrics_port=metrics_port,
+            number_format=dtype,
+            num_kv_blocks=kv_blocks,
+            max_rows=max_rows,
+            max_sequences=max_sequences,
+            cache_folder=cache_folder.expanduser(),
+            exit_with_parent=exit_with_parent,
+        )
+    except PenstockError as error:
+        exit_with(error)
+    configure_logging(f"stage {layers}", level=log_level)
+    run_process(run_stage(settings))
+
+
+if __name__ == "__main__":
+    typer.run(stage)

@@ -1,0 +1,105 @@
+"""Loads a stage's slice of a model, and says what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+from penstock.v1 import stage_pb2
+
+from core.errors import InvalidInput
+from core.wire.codecs import codec_named
+from services.stage.settings import StageSettings
+from services.stage.worker import StageEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """An engine, and its manifest as the coordinator gets it."""
+
+    engine: StageEngine
+    manifest: stage_pb2.StageReady
+    codec: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.manifest.first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.manifest.end_layer == self.manifest.num_layers
+
+    @property
+    def load_duration_s(self) -> float:
+        return self.manifest.load_duration.ToNanoseconds() / 1e9
+
+
+def load_model(settings: StageSettings) -> LoadedModel:
+    """Reads the layers of this stage and prepares its kernels; takes seconds.
+
+    Raises CorruptWeights, NotFound, InvalidInput (layers that the model has not) or
+    Exhausted (too little memory).
+    """
+    started = time.perf_counter_ns()
+    # Imported here, by the compute thread: compiled kernels load while the port is open
+    # already, and their cache folder must be known first.
+    from services.common.kernel_cache import use_kernel_cache
+
+    use_kernel_cache(settings.cache_folder)
+    from core.engine.engine import Engine, EngineSettings
+    from core.models.registry import load_config
+    from core.pipeline.plan import StageSlice
+    from core.weights.open import open_checkpoint
+
+    checkpoint = open_checkpoint(settings.model)
+    config = load_config(checkpoint)
+    if settings.end_layer > config.num_layers:
+        layers = f"{settings.first_layer}:{settings.end_layer}"
+        raise InvalidInput("layers", layers, f"within 0:{config.num_layers}, all there are")
+    stage_slice = StageSlice(
+        first_layer=settings.first_layer,
+        end_layer=settings.end_layer,
+        num_layers=config.num_layers,
+    )
+    engine = Engine(
+        checkpoint,
+        config,
+        stage_slice,
+        EngineSettings(
+            number_format=settings.number_format,
+            num_kv_blocks=settings.num_kv_blocks,
+            num_slots=settings.max_sequences,
+            max_rows=settings.max_rows,
+        ),
+    )
+    identity = f"{checkpoint.digest}\n{config!r}"
+    manifest = stage_pb2.StageReady(
+        model=settings.name,
+        first_layer=stage_slice.first_layer,
+        end_layer=stage_slice.end_layer,
+        num_layers=stage_slice.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        # Longer sequences than all blocks together hold are refused, whatever the model allows.
+        context_length=min(config.context_length, settings.num_kv_blocks * engine.kv_block_size),
+        number_format=settings.number_format,
+        codec=codec_named(engine.codec).number,
+        kv_block_size=engine.kv_block_size,
+        num_kv_blocks=settings.num_kv_blocks,
+        max_rows=settings.max_rows,
+        weights_bytes=engine.weights_bytes,
+        bytes_read=checkpoint.bytes_read,
+        numerics_fingerprint=engine.fingerprint,
+        load_duration=_duration(time.perf_counter_ns() - started),
+        eos_token_ids=config.eos_token_ids,
+        model_digest=hashlib.sha256(identity.encode()).hexdigest(),
+    )
+    return LoadedModel(engine=engine, manifest=manifest, codec=engine.codec)
+
+
+def _duration(nanoseconds: int) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(nanoseconds)
+    return duration

@@ -1,0 +1,48 @@
+"""Settings of a stage process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import InvalidInput
+
+NUMBER_FORMATS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """What one stage holds and where it listens."""
+
+    model: Path  # a GGUF file, a Hugging Face folder or a llama2.c file
+    name: str  # the model's name in the mesh
+    first_layer: int
+    end_layer: int  # one past the last layer; checked against the model when it is read
+    listen: str  # host:port; port 0 takes a free one
+    metrics_port: int | None = None  # None: no metrics; 0: a free one
+    number_format: str = "bf16"
+    num_kv_blocks: int = 1024
+    max_rows: int = 512  # of a micro-batch
+    max_sequences: int = 256  # at a time
+    cache_folder: Path  # compiled kernels are kept below it
+    exit_with_parent: bool = False  # stop when standard input ends
+
+    def __post_init__(self) -> None:
+        if self.number_format not in NUMBER_FORMATS:
+            raise InvalidInput("dtype", self.number_format, " or ".join(NUMBER_FORMATS))
+        if not self.name:
+            raise InvalidInput("name", self.name, "a name that is not empty")
+        if not 0 <= self.first_layer < self.end_layer:
+            layers = f"{self.first_layer}:{self.end_layer}"
+            raise InvalidInput("layers", layers, "FIRST:END with 0 <= FIRST < END")
+        for name in ("num_kv_blocks", "max_rows", "max_sequences"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, getattr(self, name), "at least 1")
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """Parses "0:15" into (0, 15): first layer, and one past the last."""
+    first, separator, end = text.partition(":")
+    if not (separator and first.isdecimal() and end.isdecimal()):
+        raise InvalidInput("layers", text, "FIRST:END, such as 0:15")
+    return int(first), int(end)

@@ -1,0 +1,371 @@
+"""The compute thread of a stage: loads the model, then performs orders in their order.
+
+One thread does all computing, so that the event loop never computes and the engine
+needs no locks. Everything reaches it through one queue; it keeps its own state, and
+posts what it has done to the event loop, one wake-up a result. A micro-batch runs
+when its order and its activations are both there, and when the link downstream is not
+too far behind.
+
+Letters: T rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+from penstock.v1 import stage_pb2
+
+from core.errors import ProtocolViolation
+from core.pipeline.batch import MicroBatch, SampledTokens, SequenceUpdates
+from core.wire.codecs import Activations
+from core.wire.frames import CompleteActivations, encode_frames
+
+
+class StepResult(Protocol):
+    """What a step yields: activations for the next stage, or tokens on the last one."""
+
+    @property
+    def hidden_TH(self) -> Activations | None: ...
+
+    @property
+    def sampled(self) -> SampledTokens | None: ...
+
+
+class StageEngine(Protocol):
+    """What the compute thread needs of an engine."""
+
+    def apply(self, updates: SequenceUpdates) -> None:
+        """Changes sequences; raises ProtocolViolation when that does not fit."""
+
+    def step(self, batch: MicroBatch, hidden_TH: Activations | None) -> StepResult:
+        """Applies the batch's updates, then computes it."""
+
+
+Order = MicroBatch | SequenceUpdates
+Post = Callable[..., object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Performed:
+    """An order that has been performed. Times are of `time.perf_counter_ns`, durations in ns.
+
+    `requests` carry the activations downstream, `sampled` goes to the coordinator;
+    both are empty for updates alone. `wait_ns` is how long the micro-batch was ready
+    and the thread busy with others, `starved_ns` how long the thread waited for its
+    activations.
+    """
+
+    order: Order
+    requests: list[stage_pb2.ActivateRequest] = field(default_factory=list)
+    sampled: SampledTokens | None = None
+    num_frames_taken: int = 0
+    compute_ns: int = 0
+    wait_ns: int = 0
+    starved_ns: int = 0
+    serialise_ns: int = 0
+    ended_ns: int = 0
+
+
+class Listener(Protocol):
+    """Hears on the event loop what the compute thread has done for one session."""
+
+    def on_opened(self) -> None: ...
+
+    def on_performed(self, performed: Performed) -> None: ...
+
+    def on_failure(self, error: Exception) -> None: ...
+
+
+class Job:
+    """What the compute thread does for one session: its numbers, and how far the link is.
+
+    Frames that wait for credit are bounded: at `max_unsent_frames` the thread waits
+    before it computes the next micro-batch.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        *,
+        epoch: int,
+        codec: str,
+        is_first: bool,
+        max_unsent_frames: int,
+    ) -> None:
+        self.listener = listener
+        self.epoch = epoch
+        self.codec = codec
+        self.is_first = is_first
+        self.max_unsent_frames = max_unsent_frames
+        self.num_emitted = 0  # written by the compute thread only
+        self.num_sent = 0  # written by the event loop only
+        self.held = False
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_emitted - self.num_sent < self.max_unsent_frames
+
+
+# What the compute thread may find in its inbox.
+@dataclass(frozen=True, slots=True)
+class _Open:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    job: Job
+    order: Order
+    arrived_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    job: Job
+    activations: CompleteActivations
+    arrived_ns: int
+
+
+class _RoomAgain:
+    """The link has caught up."""
+
+
+class _Stop:
+    """The process ends."""
+
+
+_Item = _Open | _Close | _Ordered | _Arrived | _RoomAgain | _Stop
+Model = TypeVar("Model")
+
+
+class Worker(Generic[Model]):
+    """Owner of the compute thread. All methods are called on the event loop's thread."""
+
+    def __init__(self, post: Post) -> None:
+        """`post(function, *arguments)` calls the function on the event loop's thread."""
+        self._post = post
+        self._inbox: SimpleQueue[_Item] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(
+        self,
+        load: Callable[[], Model],
+        *,
+        engine_of: Callable[[Model], StageEngine],
+        on_loaded: Callable[[Model], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """Starts the thread: it loads, says so, and then performs orders until stopped.
+
+        A daemon: a process that is told to stop need not wait for loading to end.
+        """
+
+        def run() -> None:
+            try:
+                model = load()
+            except BaseException as error:
+                self._post(on_failure, error)
+                return
+            self._post(on_loaded, model)
+            _ComputeLoop(engine_of(model), inbox=self._inbox, post=self._post).run()
+
+        self._thread = threading.Thread(target=run, name="compute", daemon=True)
+        self._thread.start()
+
+    def open(self, job: Job) -> None:
+        """Drops whatever was there, sequences included, and begins with `job`."""
+        self._inbox.put(_Open(job))
+
+    def close(self, job: Job) -> None:
+        """Drops the job's orders and sequences, if it is still the current one."""
+        self._inbox.put(_Close(job))
+
+    def submit(self, job: Job, order: Order) -> None:
+        """Adds an order; orders are performed in the order of submission."""
+        self._inbox.put(_Ordered(job, order, time.perf_counter_ns()))
+
+    def deliver(self, job: Job, activations: CompleteActivations) -> None:
+        """Brings the activations of a micro-batch."""
+        self._inbox.put(_Arrived(job, activations, time.perf_counter_ns()))
+
+    def note_sent(self, job: Job) -> None:
+        """Notes that one more frame of the job has left."""
+        job.num_sent += 1
+        if job.held and job.has_room:
+            self._inbox.put(_RoomAgain())
+
+    def stop(self, *, timeout_s: float) -> None:
+        """Stops the thread after the order in hand, or gives up after `timeout_s`."""
+        self._inbox.put(_Stop())
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+
+class _ComputeLoop:
+    """The state of the compute thread."""
+
+    def __init__(self, engine: StageEngine, *, inbox: SimpleQueue[_Item], post: Post) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._post = post
+        self._job: Job | None = None
+        self._live: set[int] = set()
+        self._orders: deque[_Ordered] = deque()
+        self._arrived: dict[int, _Arrived] = {}
+        self._stopped = False
+        self._starved_since_ns: int | None = None
+        self._starved_ns = 0
+
+    def run(self) -> None:
+        """Takes and performs until told to stop."""
+        while True:
+            self._take()
+            if self._stopped:
+                return
+            self._perform(self._orders.popleft())
+
+    def _take(self) -> None:
+        """Takes everything from the inbox; waits until an order can be performed."""
+        self._drain()
+        while not self._stopped and not self._runnable():
+            self._accept(self._inbox.get())
+            self._drain()
+        self._end_starving()
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                self._accept(self._inbox.get_nowait())
+        except Empty:
+            return
+
+    def _accept(self, item: _Item) -> None:
+        if isinstance(item, _Ordered):
+            if item.job is self._job:
+                self._orders.append(item)
+        elif isinstance(item, _Arrived):
+            if item.job is self._job:
+                self._arrived[item.activations.micro_batch_id] = item
+        elif isinstance(item, _Open):
+            self._begin(item.job)
+        elif isinstance(item, _Close):
+            if item.job is self._job:
+                self._forget()
+        elif isinstance(item, _Stop):
+            self._stopped = True
+
+    def _runnable(self) -> bool:
+        """Whether the first order can be performed; notes since when only activations lack."""
+        if not self._orders or self._job is None or self._is_held(self._job):
+            return False
+        order = self._orders[0].order
+        if isinstance(order, SequenceUpdates) or self._job.is_first or order.id in self._arrived:
+            return True
+        if self._starved_since_ns is None:
+            self._starved_since_ns = time.perf_counter_ns()
+        return False
+
+    def _is_held(self, job: Job) -> bool:
+        # `held` is set before the second look, and the event loop looks at it after it has
+        # counted: one of the two sees the other.
+        job.held = False
+        if job.has_room:
+            return False
+        job.held = True
+        return not job.has_room
+
+    def _end_starving(self) -> None:
+        self._starved_ns = 0
+        if self._starved_since_ns is not None:
+            self._starved_ns = time.perf_counter_ns() - self._starved_since_ns
+            self._starved_since_ns = None
+
+    def _perform(self, ordered: _Ordered) -> None:
+        job = ordered.job
+        try:
+            performed = (
+                self._update(ordered.order)
+                if isinstance(ordered.order, SequenceUpdates)
+                else self._step(job, ordered.order, ordered.arrived_ns)
+            )
+        except Exception as error:  # the boundary of the thread: the session ends, not the process
+            self._forget()
+            self._post(job.listener.on_failure, error)
+        else:
+            self._post(job.listener.on_performed, performed)
+
+    def _update(self, updates: SequenceUpdates) -> Performed:
+        self._note_live(updates)
+        self._engine.apply(updates)
+        return Performed(order=updates, ended_ns=time.perf_counter_ns())
+
+    def _step(self, job: Job, batch: MicroBatch, ordered_ns: int) -> Performed:
+        arrived = None if job.is_first else self._arrived.pop(batch.id)
+        hidden_TH = None if arrived is None else arrived.activations.hidden_TH
+        ready_ns = ordered_ns if arrived is None else max(ordered_ns, arrived.arrived_ns)
+        self._note_live(batch.updates)
+        started_ns = time.perf_counter_ns()
+        result = self._engine.step(batch, hidden_TH)
+        ended_ns = time.perf_counter_ns()
+        requests = self._encode(job, batch, result)
+        encoded_ns = time.perf_counter_ns()
+        return Performed(
+            order=batch,
+            requests=requests,
+            sampled=result.sampled,
+            num_frames_taken=0 if arrived is None else arrived.activations.num_frames,
+            compute_ns=ended_ns - started_ns,
+            wait_ns=max(0, started_ns - ready_ns),
+            starved_ns=self._starved_ns,
+            serialise_ns=encoded_ns - ended_ns,
+            ended_ns=encoded_ns,
+        )
+
+    def _encode(
+        self, job: Job, batch: MicroBatch, result: StepResult
+    ) -> list[stage_pb2.ActivateRequest]:
+        if result.hidden_TH is None:
+            return []
+        requests = encode_frames(
+            result.hidden_TH,
+            epoch=job.epoch,
+            micro_batch_id=batch.id,
+            first_sequence_number=job.num_emitted,
+            codec=job.codec,
+        )
+        job.num_emitted += len(requests)
+        return requests
+
+    def _note_live(self, updates: SequenceUpdates) -> None:
+        """Remembers which sequences the engine may hold, so that all of them can be dropped."""
+        self._live.difference_update(updates.ended_slots)
+        self._live.update(start.slot for start in updates.starts)
+
+    def _begin(self, job: Job) -> None:
+        self._forget()
+        self._job = job
+        self._post(job.listener.on_opened)
+
+    def _forget(self) -> None:
+        """Drops orders, activations and sequences."""
+        self._job = None
+        self._orders.clear()
+        self._arrived.clear()
+        self._starved_since_ns = None
+        for slot in self._live:
+            try:
+                self._engine.apply(SequenceUpdates(ended_slots=(slot,)))
+            except ProtocolViolation:  # the update that would have started it was refused
+                continue
+        self._live.clear()
