@@ -1,0 +1,186 @@
+"""Engines chained in one process: a pipeline without its network, for tests of numerics.
+
+It is deliberately naive (one micro-batch at a time, blocks handed out in order), so
+that what it computes depends on the engines alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from core.engine.engine import Engine, EngineSettings
+from core.models.llama.config import LlamaConfig
+from core.pipeline.batch import MicroBatch, SequenceStart, SequenceUpdates
+from core.pipeline.plan import StageSlice
+from core.sampling.parameters import SamplingParameters
+from core.weights.checkpoint import Checkpoint
+
+BLOCK_SIZE = 16
+
+
+@dataclass
+class Run:
+    """Rows of one sequence in the next micro-batch."""
+
+    slot: int
+    token_ids: Sequence[int]
+    samples: bool = True
+
+
+def even_slices(num_layers: int, num_stages: int) -> list[StageSlice]:
+    """Cuts the layers into stages of nearly equal length."""
+    edges = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
+    return [
+        StageSlice(first_layer=first, end_layer=end, num_layers=num_layers)
+        for first, end in zip(edges, edges[1:], strict=False)
+    ]
+
+
+class Chain:
+    """A model cut into `num_stages` engines."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        *,
+        num_stages: int = 1,
+        number_format: str = "fp32",
+        num_slots: int = 32,
+        num_kv_blocks: int = 1024,
+        max_rows: int = 512,
+    ) -> None:
+        settings = EngineSettings(
+            number_format=number_format,
+            num_kv_blocks=num_kv_blocks,
+            num_slots=num_slots,
+            max_rows=max_rows,
+        )
+        self.engines = [
+            Engine(checkpoint, config, stage_slice, settings)
+            for stage_slice in even_slices(config.num_layers, num_stages)
+        ]
+        self.max_rows = max_rows
+        self._free_blocks = list(range(num_kv_blocks))
+        self._blocks: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._started: list[SequenceStart] = []
+        self._ended: list[int] = []
+        self._next_id = 0
+
+    def start(self, slot: int, sampling: SamplingParameters, prompt: Sequence[int] = ()) -> None:
+        """Begins a sequence; `prompt` is what penalties count."""
+        self._blocks[slot] = []
+        self._lengths[slot] = 0
+        self._started.append(
+            SequenceStart(
+                slot=slot,
+                request_id=slot,
+                sampling=sampling,
+                known_token_ids=tuple(prompt),
+                num_prompt_tokens=len(prompt),
+            )
+        )
+
+    def end(self, slot: int) -> None:
+        """Ends a sequence; its blocks may be handed out again at once."""
+        self._free_blocks = self._blocks.pop(slot) + self._free_blocks
+        del self._lengths[slot]
+        self._ended.append(slot)
+
+    def step(self, runs: Sequence[Run]) -> tuple[int, ...]:
+        """Computes one micro-batch through all stages and returns the sampled tokens."""
+        batch = self._micro_batch(runs)
+        hidden = None
+        for engine in self.engines[:-1]:
+            hidden = engine.step(batch, hidden).hidden_TH
+            assert hidden is not None
+            hidden = hidden.copy()
+        sampled = self.engines[-1].step(batch, hidden).sampled
+        assert sampled is not None
+        return sampled.token_ids
+
+    def logits(
+        self, token_ids: Sequence[int], *, chunk: int = 256, slot: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """Teacher-forced logits [T, V] of one text, prefilled in chunks of `chunk` rows."""
+        self.start(slot, SamplingParameters(max_tokens=1, temperature=0.0))
+        parts = []
+        for first in range(0, len(token_ids), chunk):
+            batch = self._micro_batch([Run(slot, token_ids[first : first + chunk], samples=False)])
+            hidden = None
+            for engine in self.engines[:-1]:
+                hidden = engine.step(batch, hidden).hidden_TH
+                assert hidden is not None
+                hidden = hidden.copy()
+            parts.append(self.engines[-1].logits(batch, hidden).copy())
+        self.end(slot)
+        return np.concatenate(parts)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParameters],
+        *,
+        chunk: int = 256,
+    ) -> list[list[int]]:
+        """Generates max_tokens for every prompt, all in one batch, prefilling one prompt after
+        the other while those before it decode."""
+        outputs: list[list[int]] = [[] for _ in prompts]
+        pending = [list(prompt) for prompt in prompts]
+        for slot, (prompt, parameters) in enumerate(zip(prompts, sampling, strict=True)):
+            self.start(slot, parameters, prompt)
+        while True:
+            runs: list[Run] = []
+            prefilling = False
+            for slot, output in enumerate(outputs):
+                if pending[slot]:
+                    if prefilling:
+                        continue
+                    prefilling = True
+                    piece, pending[slot] = pending[slot][:chunk], pending[slot][chunk:]
+                    runs.append(Run(slot, piece, samples=not pending[slot]))
+                elif len(output) < sampling[slot].max_tokens:
+                    runs.append(Run(slot, [output[-1]]))
+            if not runs:
+                break
+            tokens = iter(self.step(runs))
+            for run in runs:
+                if run.samples:
+                    outputs[run.slot].append(next(tokens))
+        for slot in range(len(prompts)):
+            self.end(slot)
+        return outputs
+
+    def _micro_batch(self, runs: Sequence[Run]) -> MicroBatch:
+        firsts, block_slots, block_ids = [], [], []
+        for run in runs:
+            first = self._lengths[run.slot]
+            firsts.append(first)
+            self._lengths[run.slot] = first + len(run.token_ids)
+            blocks = self._blocks[run.slot]
+            while len(blocks) * BLOCK_SIZE < self._lengths[run.slot]:
+                blocks.append(self._free_blocks.pop(0))
+                block_slots.append(run.slot)
+                block_ids.append(blocks[-1])
+        updates = SequenceUpdates(
+            ended_slots=tuple(self._ended),
+            starts=tuple(self._started),
+            block_slots=tuple(block_slots),
+            block_ids=tuple(block_ids),
+        )
+        self._ended, self._started = [], []
+        self._next_id += 1
+        return MicroBatch(
+            id=self._next_id,
+            slots_R=np.array([run.slot for run in runs], np.int32),
+            first_positions_R=np.array(firsts, np.int32),
+            num_rows_R=np.array([len(run.token_ids) for run in runs], np.int32),
+            samples_R=np.array([run.samples for run in runs], np.bool_),
+            token_ids_T=np.array([t for run in runs for t in run.token_ids], np.int32),
+            updates=updates,
+        )
