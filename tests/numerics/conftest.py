@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def stories15m() -> RealModel:
 
 
 @pytest.fixture(scope="session")
-def smollm2_reference(smollm2: RealModel) -> Iterator[TransformersModel]:
+def smollm2_reference(smollm2: RealModel) -> TransformersModel:
     """SmolLM2 by transformers, from the same file but by transformers' own GGUF reader."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -70,7 +69,7 @@ def smollm2_reference(smollm2: RealModel) -> Iterator[TransformersModel]:
     model = AutoModelForCausalLM.from_pretrained(
         smollm2.path.parent, gguf_file=smollm2.path.name, dtype=torch.float32
     )
-    yield TransformersModel(model)
+    return TransformersModel(model)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ def even_slices(num_layers: int, num_stages: int) -> list[StageSlice]:
     edges = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
     return [
         StageSlice(first_layer=first, end_layer=end, num_layers=num_layers)
-        for first, end in zip(edges, edges[1:], strict=False)
+        for first, end in pairwise(edges)
     ]
 
 
