@@ -31,6 +31,9 @@ from services.gateway.validation import PreparedRequest, prepare
 
 # How long the coordinator has to tell what a request cost after a stop string ended it.
 _USAGE_TIMEOUT_S = 1.0
+# Recording a value costs 10 us and more, too much for every token: each value stands for the
+# mean gap of this many.
+_TOKENS_A_RECORD = 16
 _REASON_LABELS = {
     number: name.removeprefix("FINISH_REASON_").lower()
     for name, number in generation_pb2.FinishReason.items()
@@ -131,12 +134,15 @@ class TextGenerator:
 class _Record:
     """Span and metrics of one request."""
 
-    __slots__ = ("_arrived", "_generator", "_last", "_num_tokens", "model", "outcome", "span")
+    __slots__ = (
+        *("_arrived", "_generator", "_num_in_window", "_num_tokens", "_window_began"),
+        *("model", "outcome", "span"),
+    )
 
     def __init__(self, generator: TextGenerator, parent: Context | None) -> None:
         self._generator = generator
-        self._arrived = self._last = time.perf_counter()
-        self._num_tokens = 0
+        self._arrived = self._window_began = time.perf_counter()
+        self._num_tokens = self._num_in_window = 0
         self.model = ""
         self.outcome = "internal"
         self.span: Span = generator._telemetry.tracer.start_span(
@@ -162,16 +168,25 @@ class _Record:
     def count(self, num_tokens: int) -> None:
         if not num_tokens:
             return
-        now = time.perf_counter()
-        labels = {names.MODEL: self.model}
-        if self._num_tokens:
-            self._generator._token_gap.record((now - self._last) / num_tokens, labels)
+        if not self._num_tokens:
+            self._window_began = time.perf_counter()
+            waited_s = self._window_began - self._arrived
+            self._generator._first_token.record(waited_s, {names.MODEL: self.model})
         else:
-            self._generator._first_token.record(now - self._arrived, labels)
+            self._num_in_window += num_tokens
+            if self._num_in_window >= _TOKENS_A_RECORD:
+                self._record_gaps()
         self._num_tokens += num_tokens
-        self._last = now
+
+    def _record_gaps(self) -> None:
+        now = time.perf_counter()
+        gap_s = (now - self._window_began) / self._num_in_window
+        self._generator._token_gap.record(gap_s, {names.MODEL: self.model})
+        self._window_began, self._num_in_window = now, 0
 
     def end(self) -> None:
+        if self._num_in_window:
+            self._record_gaps()
         labels = {names.MODEL: self.model, names.OUTCOME: self.outcome}
         self._generator._ended.add(1, labels)
         self._generator._duration.record(time.perf_counter() - self._arrived, labels)

@@ -46,13 +46,19 @@ class Setup:
 
     async def wait_for_health(self, status: int, *, name: str = "") -> None:
         """Returns as soon as health says `status` of `name`."""
-        stub = health_pb2_grpc.HealthStub(self.channel)
-        call = stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=30)
-        async for response in call:
-            if response.status == status:
-                call.cancel()
-                return
-        raise AssertionError("the watch ended")
+        await wait_for_health(self.channel, status, name=name)
+
+
+async def wait_for_health(channel: grpc.aio.Channel, status: int, *, name: str = "") -> None:
+    """Returns as soon as a server's health says `status` of `name`."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service=name)
+    call = stub.Watch(request, timeout=30, wait_for_ready=True)
+    async for response in call:
+        if response.status == status:
+            call.cancel()
+            return
+    raise AssertionError("the watch ended")
 
 
 @pytest.fixture(scope="session")
