@@ -63,7 +63,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.submissions: list[coordinator_pb2.Submission] = []
         self.cancelled: asyncio.Queue[int] = asyncio.Queue()
         self.num_messages = 0
-        self._outgoing: asyncio.Queue[coordinator_pb2.ConnectResponse] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
         self._open: set[int] = set()
         self._server: grpc.aio.Server | None = None
 
@@ -75,7 +75,12 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         reading = asyncio.ensure_future(self._read(requests))
         try:
             while True:
-                yield await self._outgoing.get()
+                message = await self._outgoing.get()
+                if isinstance(message, grpc.StatusCode):
+                    if message is not grpc.StatusCode.OK:
+                        await context.abort(message, "by the script")
+                    return
+                yield message
         finally:
             reading.cancel()
 
@@ -94,6 +99,10 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             if update.finish_reason:
                 self._open.discard(request_id)
         self._outgoing.put_nowait(message)
+
+    def end_stream(self, code: grpc.StatusCode) -> None:
+        """Ends the stream with a status, after what was sent before."""
+        self._outgoing.put_nowait(code)
 
     async def _read(self, requests: AsyncIterator[coordinator_pb2.ConnectRequest]) -> None:
         async for request in requests:

@@ -232,6 +232,20 @@ async def test_open_requests_end_with_unavailable_when_the_coordinator_dies_and_
     assert token_ids_of(await generate(setup, prompt="a")) == [66]
 
 
+@pytest.mark.parametrize("code", ["OK", "CANCELLED", "INTERNAL", "UNAVAILABLE"])
+async def test_however_the_stream_ends_it_is_opened_again(setup: Setup, code: str) -> None:
+    setup.coordinator.script = lambda _: [tokens(65)]
+    call = setup.generation.Generate(pb.GenerateRequest(prompt="a"), timeout=60)
+    await call.read()
+    setup.coordinator.script = lambda _: [tokens(66), end()]
+    setup.coordinator.end_stream(grpc.StatusCode[code])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await setup.wait_for_health(SERVING)
+    assert token_ids_of(await generate(setup, prompt="a")) == [66]
+
+
 async def test_while_draining_open_requests_finish_and_new_ones_are_refused(setup: Setup) -> None:
     setup.coordinator.script = lambda _: [tokens(65)]
     call = setup.generation.Generate(pb.GenerateRequest(prompt="a"), timeout=60)
