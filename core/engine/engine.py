@@ -67,7 +67,9 @@ class Engine:
         self.stage_slice = stage_slice
         self.settings = settings
         self.arithmetic = arithmetic or host_arithmetic(settings.number_format)
-        context_length = min(settings.context_length or config.context_length, config.context_length)
+        context_length = min(
+            settings.context_length or config.context_length, config.context_length
+        )
         num_positions = min(context_length, settings.num_kv_blocks * BLOCK_SIZE)
         projects = stage_slice.is_last
         num_layers = stage_slice.end_layer - stage_slice.first_layer
@@ -226,9 +228,7 @@ class Engine:
             logits_rows_S=logits_rows,
             num_logits=len(logits_rows),
         )
-        rows = RowTable(
-            num_rows, self._slots_T, self._positions_T, self._sequences.block_tables_SB
-        )
+        rows = RowTable(num_rows, self._slots_T, self._positions_T, self._sequences.block_tables_SB)
         run_stage(
             self.arithmetic,
             self._sizes,

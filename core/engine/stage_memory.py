@@ -26,6 +26,9 @@ from core.models.llama.weight_names import read_embedding, read_head, read_layer
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
 
+# A widened panel of this many inputs takes 1 MiB: half of a common second-level cache.
+MOST_INPUTS_OF_WIDE_PANEL = 4096
+
 
 def load_weights(
     layout: StageLayout, checkpoint: Checkpoint, stage_slice: StageSlice, *, num_positions: int
@@ -94,6 +97,7 @@ def allocate_workspace(
         sampled_hidden_SG=aligned_zeros((sampled, layout.hidden), np.float32),
         panel_logits_S=aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
         head_scratch=aligned_zeros((layout.head_width,), np.uint32),
+        wide_panel=aligned_zeros((PANEL_COLUMNS * MOST_INPUTS_OF_WIDE_PANEL,), np.float32),
     )
 
 

@@ -143,6 +143,29 @@ def input_bytes(typing_context, arithmetic):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def widens(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+    """Whether weights become float32 before they are multiplied: a constant of the kernel."""
+    kind = arithmetic.arithmetic
+    widens = kind.number_format == "bf16" and not kind.dots_pairs
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(1), int(widens))
+
+    return types.boolean(arithmetic), codegen
+
+
+@intrinsic
+def widened(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+    """The arithmetic of weights that have been widened to float32."""
+    kind = ArithmeticType(Arithmetic("fp32", arithmetic.arithmetic.instructions))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return context.get_dummy_value()
+
+    return kind(arithmetic), codegen
+
+
+@intrinsic
 def tile_columns(typing_context, arithmetic):  # type: ignore[no-untyped-def]
     """Columns of a register tile: 64 or 16: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.tile_vectors * LANES)

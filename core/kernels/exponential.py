@@ -9,7 +9,15 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from core.kernels.vectors import FLOATS, WORDS, emit_call, emit_fma, float32x16, splat_constant, splat_word
+from core.kernels.vectors import (
+    FLOATS,
+    WORDS,
+    emit_call,
+    emit_fma,
+    float32x16,
+    splat_constant,
+    splat_word,
+)
 
 # ln 2 in two parts, the first with trailing zero bits, so that n * LN2_HIGH is exact (Cody and
 # Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
@@ -38,7 +46,9 @@ def exponential(typing_context, floats):  # type: ignore[no-untyped-def]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         x = args[0]
-        clamped = builder.select(builder.fcmp_ordered("<", x, _float32(_LEAST)), _float32(_LEAST), x)
+        clamped = builder.select(
+            builder.fcmp_ordered("<", x, _float32(_LEAST)), _float32(_LEAST), x
+        )
         clamped = builder.select(
             builder.fcmp_ordered(">", clamped, _float32(_GREATEST)), _float32(_GREATEST), clamped
         )
@@ -51,7 +61,9 @@ def exponential(typing_context, floats):  # type: ignore[no-untyped-def]
             polynomial = emit_fma(builder, polynomial, r, _float32(coefficient))
         squared = builder.fmul(r, r)
         result = builder.fadd(emit_fma(builder, polynomial, squared, r), _float32(1.0))
-        exponent = builder.shl(builder.add(builder.fptosi(n, WORDS), splat_word(127)), splat_word(23))
+        exponent = builder.shl(
+            builder.add(builder.fptosi(n, WORDS), splat_word(127)), splat_word(23)
+        )
         result = builder.fmul(result, builder.bitcast(exponent, FLOATS))
         return builder.select(builder.fcmp_ordered("<", x, _float32(_LEAST)), _float32(0.0), result)
 

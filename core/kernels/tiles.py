@@ -164,7 +164,9 @@ def product_tile(  # type: ignore[no-untyped-def]
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, num_rows, inputs, input_stride, weights, num_words, bias, outputs, *rest = args
         output_stride, accumulates = rest
-        biases = [emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)]
+        biases = [
+            emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)
+        ]
 
         def emit(rows: int) -> None:
             input_rows = _emit_row_addresses(builder, inputs, input_stride, rows)

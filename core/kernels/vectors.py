@@ -224,6 +224,19 @@ def round_elements(typing_context, arithmetic, floats):  # type: ignore[no-untyp
 
 
 @intrinsic
+def widen_words(typing_context, where, lower, upper):  # type: ignore[no-untyped-def]
+    """Splits 16 words of bfloat16 pairs into 16 float32 at `lower` and 16 at `upper`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        words = emit_load(builder, args[0], WORDS)
+        emit_store(builder, builder.shl(words, splat_word(16)), args[1])
+        emit_store(builder, builder.and_(words, splat_word(0xFFFF0000)), args[2])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
 def load_word(typing_context, where):  # type: ignore[no-untyped-def]
     """The 32-bit word at an address."""
 

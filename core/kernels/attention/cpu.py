@@ -16,7 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, element_bytes, elements_per_word, input_bytes
+from core.kernels.arithmetic import (
+    LANES,
+    MAX_TILE_ROWS,
+    element_bytes,
+    elements_per_word,
+    input_bytes,
+)
 from core.kernels.compile import kernel
 from core.kernels.exponential import exponential
 from core.kernels.tiles import scores_tile, values_tile
@@ -168,7 +174,9 @@ def sum_values(arithmetic, num_queries, table_B, num_words, values, block_stride
 
 
 @kernel
-def weigh_positions(arithmetic, group, num_rows, first_position, first_block, num_blocks, window, work):  # type: ignore[no-untyped-def]
+def weigh_positions(
+    arithmetic, group, num_rows, first_position, first_block, num_blocks, window, work
+):  # type: ignore[no-untyped-def]
     """Hides from each row what it must not see, and turns its scores into weights."""
     minus_infinity = np.float32(-np.inf)
     base = first_block * LANES

@@ -54,7 +54,9 @@ def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out)
         scale = splat(inverse_rms(row, num_vectors, size, eps))
         for vector in range(num_vectors):
             offset = vector * BYTES_OF_FLOATS
-            normed = multiply(multiply(load_floats(row + offset), scale), load_floats(weight + offset))
+            normed = multiply(
+                multiply(load_floats(row + offset), scale), load_floats(weight + offset)
+            )
             store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), normed)
 
 

@@ -72,6 +72,7 @@ class StageWorkspace(NamedTuple):
     sampled_hidden_SG: FloatArray
     panel_logits_S: FloatArray  # [S, 64]
     head_scratch: WordArray
+    wide_panel: FloatArray  # one weight panel, widened
 
 
 class StageInputs(NamedTuple):
@@ -112,7 +113,7 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
     multiply_panels(
         arithmetic, normed, hidden_bytes, num_rows, panels, hidden_words,
         sizes.qkv_columns // PANEL_COLUMNS, qkv_bias, address(work.qkv_TC),
-        sizes.qkv_columns * 4, 0,
+        sizes.qkv_columns * 4, 0, work.wide_panel,
     )  # fmt: skip
     rotate_and_write(
         arithmetic, heads, rows, work.qkv_TC, weights.cos, weights.sin, head_norms, cache,
@@ -126,7 +127,7 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
         arithmetic, attended, attention_bytes, num_rows,
         panels + hidden_words * sizes.qkv_columns * 4, attention_words,
         padded_hidden // PANEL_COLUMNS, qkv_bias + sizes.qkv_columns * 4,
-        address(work.hidden_TG), padded_hidden * 4, 1,
+        address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
     )  # fmt: skip
 
 
@@ -153,6 +154,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: 
             arithmetic, normed, hidden_bytes, num_rows,
             panels + panel * 2 * hidden_words * PANEL_ROW_BYTES, hidden_words, 2,
             biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
+            work.wide_panel,
         )  # fmt: skip
         silu_multiply_panel(
             arithmetic, gate_up, num_rows,
@@ -163,7 +165,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: 
         panels + hidden_words * 2 * sizes.intermediate_size * 4,
         sizes.intermediate_size // elements_per_word(arithmetic),
         padded_hidden // PANEL_COLUMNS, biases + 2 * sizes.intermediate_size * 4,
-        address(work.hidden_TG), padded_hidden * 4, 1,
+        address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
     )  # fmt: skip
 
 
@@ -185,6 +187,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore
         greedy_tokens(
             arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, hidden_words,
             num_panels, bias, work.panel_logits_S, outputs.greedy_tokens_S,
+            work.wide_panel,
         )  # fmt: skip
     if inputs.num_logits > 0:
         gather_rows(work.hidden_TG, inputs.logits_rows_S, inputs.num_logits, work.sampled_hidden_SG)
@@ -195,6 +198,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore
         multiply_panels(
             arithmetic, normed, hidden_bytes, inputs.num_logits, panels, hidden_words,
             num_panels, bias, address(outputs.logits_SV), outputs.logits_SV.shape[1] * 4, 0,
+            work.wide_panel,
         )  # fmt: skip
 
 
