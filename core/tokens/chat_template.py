@@ -85,6 +85,11 @@ class ChatTemplate:
             f"none: the model's chat template failed ({answer['failed']})",
         )
 
+    def start(self) -> None:
+        """Starts the child process, if there is none. It compiles the template meanwhile."""
+        with self._lock, suppress(OSError):  # a child that cannot start is `render`'s to report
+            self._started_child()
+
     def close(self) -> None:
         """Ends the child process, if there is one. A later call of `render` starts another."""
         with self._lock:
@@ -118,6 +123,7 @@ class ChatTemplate:
             )
             assert self._child.stdin is not None
             self._child.stdin.write(self._first_line)
+            self._child.stdin.flush()
         return self._child
 
     def _read_line(self, child: subprocess.Popen[bytes], deadline_s: float) -> bytes:

@@ -92,6 +92,11 @@ class Tokenizer:
         strips = self._bytes.strips_leading_space and not continues_text
         return Detokenizer(table, strips_leading_space=strips)
 
+    def prepare_chat(self) -> None:
+        """Starts the chat template's process, so that the first conversation need not wait."""
+        if self._template is not None:
+            self._template.start()
+
     def close(self) -> None:
         """Ends the chat template's process."""
         if self._template is not None:

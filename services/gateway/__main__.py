@@ -16,13 +16,13 @@ from services.gateway.gateway import Gateway
 from services.gateway.settings import GatewaySettings
 
 
-async def serve(settings: GatewaySettings, *, exit_with_parent: bool) -> None:
+async def serve(settings: GatewaySettings) -> None:
     """Runs a gateway until it is stopped; raises errors of ours when it cannot start."""
     telemetry = start_telemetry("penstock-gateway", metrics_port=settings.metrics_port)
     try:
         gateway = Gateway(settings, load_tokenizer(settings.model), telemetry)
         await gateway.start()
-        await gateway.run(exit_with_parent=exit_with_parent)
+        await gateway.run()
     finally:
         telemetry.shutdown()
 
@@ -47,11 +47,11 @@ def main(
             listen=listen,
             metrics_port=metrics_port,
             drain_s=drain_s,
-            log_level=log_level,
+            exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:
         exit_with(error)
-    run_process(serve(settings, exit_with_parent=exit_with_parent))
+    run_process(serve(settings))
 
 
 if __name__ == "__main__":

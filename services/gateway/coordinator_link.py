@@ -13,14 +13,12 @@ import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from core.errors import PenstockError, Unavailable
 
-_T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 1.0
 # A token id takes at most 5 bytes on the wire: keeps a message well below 4 MiB.
@@ -147,7 +145,7 @@ class CoordinatorLink:
 
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
         while True:
-            response = await _unless_the_peer_cancelled(call.read())
+            response = await call.read()
             if not isinstance(response, coordinator_pb2.ConnectResponse):
                 raise Unavailable("the coordinator ended the stream")
             if response.HasField("mesh"):
@@ -176,8 +174,8 @@ class CoordinatorLink:
             await self._has_news.wait()
             message = self._next_message()
             try:
-                await _unless_the_peer_cancelled(call.write(message))
-            except asyncio.InvalidStateError:
+                await call.write(message)
+            except asyncio.InvalidStateError:  # it ended between two turns
                 raise Unavailable("the coordinator ended the stream") from None
 
     def _next_message(self) -> coordinator_pb2.ConnectRequest:
@@ -207,19 +205,6 @@ class CoordinatorLink:
             self.forget(request)
             request.fail(Unavailable("the coordinator was lost while it served the request"))
         await self._on_mesh(None)
-
-
-async def _unless_the_peer_cancelled(operation: Awaitable[_T]) -> _T:
-    """Awaits an operation of a call. grpc.aio raises CancelledError also where the other side
-    ended the call with the status CANCELLED, which a task group would take for our own wish.
-    """
-    try:
-        return await operation
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Unavailable("the coordinator cancelled the stream") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -50,7 +50,8 @@ class Gateway:
         self._server = create_server(telemetry, max_receive_bytes=settings.max_message_bytes)
 
     async def start(self) -> int:
-        """Starts serving and dialling, and returns the port; raises InvalidInput."""
+        """Starts serving and returns the port; raises InvalidInput. `run` does the rest."""
+        self._tokenizer.prepare_chat()
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(self._generator), self._server
         )
@@ -70,7 +71,7 @@ class Gateway:
         )
         return port
 
-    async def run(self, *, exit_with_parent: bool = False) -> None:
+    async def run(self) -> None:
         """Serves until SIGINT or SIGTERM, then drains and closes. To be called after `start`."""
         try:
             await run_until_stopped(
@@ -78,7 +79,7 @@ class Gateway:
                 tasks=[self.link.run()],
                 drain=self.drain,
                 grace_s=_WRITE_GRACE_S,
-                exit_with_parent=exit_with_parent,
+                exit_with_parent=self._settings.exit_with_parent,
             )
         finally:
             await self.close()

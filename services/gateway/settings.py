@@ -24,7 +24,8 @@ class GatewaySettings:
     """Bigger requests get RESOURCE_EXHAUSTED."""
     drain_s: float = 10.0
     """How long open requests may go on after a signal to stop."""
-    log_level: str = "INFO"
+    exit_with_parent: bool = False
+    """Stop when standard input ends: whoever started this process has gone."""
 
     def __post_init__(self) -> None:
         if self.max_message_bytes < 1024:

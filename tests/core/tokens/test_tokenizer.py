@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tokenizers import pre_tokenizers
 from core.errors import CorruptWeights, InvalidInput, NotFound
 from core.tokens.chat_template import ChatMessage
 from core.tokens.gguf_vocabulary import read_gguf_vocabulary
-from core.tokens.llama2c_vocabulary import read_llama2c_vocabulary
+from core.tokens.llama2c_vocabulary import _read_pieces, read_llama2c_vocabulary
 from core.tokens.pre_tokenizers import pre_tokenization
 from core.tokens.tokenizer import Tokenizer, load_tokenizer
+from services.local.fetch import resolve_model
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 DATA = Path(__file__).parents[2] / "data"
@@ -247,13 +249,52 @@ def test_a_contradictory_vocabulary_is_refused(changes: dict[str, Any]) -> None:
         read_gguf_vocabulary(sentence_piece_metadata(**changes))
 
 
-def test_stories15m_speaks_llama2s_vocabulary(stories15m: Tokenizer) -> None:
-    # Ids of Llama 2's tokenizer, as llama2.c's own test prints them.
-    assert stories15m.encode("I believe the meaning of life is") == [
-        *(1, 306, 4658, 278, 6593, 310, 2834, 338)
-    ]
+# Llama 2's ids of texts, as llama2.c's own tests (MIT licence) have them.
+LLAMA2_IDS = {
+    "I believe the meaning of life is": [1, 306, 4658, 278, 6593, 310, 2834, 338],
+    "Simply put, the theory of relativity states that ": [
+        *(1, 3439, 17632, 1925, 29892, 278, 6368, 310, 14215, 537, 5922, 393, 29871)
+    ],
+}
+
+
+@pytest.mark.parametrize("text", LLAMA2_IDS)
+def test_stories15m_speaks_llama2s_vocabulary(stories15m: Tokenizer, text: str) -> None:
+    assert stories15m.encode(text) == LLAMA2_IDS[text]
     assert stories15m.vocab_size == 32_000
+    assert stories15m.eos_token_ids == (2,)
     assert not stories15m.has_chat_template
+
+
+def sentence_piece_reference(text: str, pieces: list[str], scores: list[float]) -> list[int]:
+    """SentencePiece's BPE by its definition: the best-scored neighbours are joined first."""
+    id_of = {piece: index for index, piece in enumerate(pieces) if index >= 259}
+    ids: list[int] = []
+    for character in ("▁" + text if text else "").replace(" ", "▁"):
+        known = id_of.get(character)
+        ids.extend([known] if known is not None else [3 + byte for byte in character.encode()])
+    while True:
+        joined = [
+            (-scores[id_of[pair]], place, id_of[pair])
+            for place, (left, right) in enumerate(pairwise(ids))
+            if min(left, right) >= 259 and (pair := pieces[left] + pieces[right]) in id_of
+        ]
+        if not joined:
+            return ids
+        _, place, token_id = min(joined)
+        ids[place : place + 2] = [token_id]
+
+
+def test_sentence_piece_merges_follow_the_definition() -> None:
+    path = resolve_model("stories15m").with_name("tokenizer.bin")
+    raw, scores = _read_pieces(path.read_bytes(), path)
+    pieces = [piece.decode(errors="replace").replace(" ", "▁") for piece in raw]
+    tokenizer = Tokenizer(read_llama2c_vocabulary(path))
+    for text in [*prompts(), *NASTY]:
+        short = text[:300]
+        if "<s>" not in short and "▁" not in short:
+            expected = sentence_piece_reference(short, pieces, scores)
+            assert tokenizer.encode(short, add_bos=False) == expected, short
 
 
 @pytest.mark.parametrize("cut", [4, 9, 5000])
