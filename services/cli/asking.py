@@ -125,9 +125,9 @@ def generate(
         return await stream_answer(channel, request, write=write_answer, timeout_s=timeout)
 
     last = with_channel(address, ask)
-    console.out.print()
+    console.say()
     if usage:
-        console.err.print(describe_usage(last), markup=False)
+        console.say(describe_usage(last), to=console.err)
 
 
 def tokenize(text: Prompt, *, model: ModelName = "", address: Address = None) -> None:
@@ -138,7 +138,7 @@ def tokenize(text: Prompt, *, model: ModelName = "", address: Address = None) ->
         stub = GenerationServiceStub(channel)
         return await stub.Tokenize(request, timeout=CONNECT_TIMEOUT_S)
 
-    console.out.print(" ".join(map(str, with_channel(address, ask).token_ids)))
+    console.say(" ".join(map(str, with_channel(address, ask).token_ids)))
 
 
 def write_answer(text: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import grpc
 from rich.console import Console
 
 from core.errors import InvalidInput, NotFound, PenstockError, PlanImpossible
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# A pipe has no width: tables that go into one are as wide as they need.
+PIPE_WIDTH = 200
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -17,10 +22,15 @@ EXIT_INTERRUPTED = 130
 _USAGE_ERRORS = (InvalidInput, NotFound, PlanImpossible)
 
 
+def say(text: str = "", *, style: str | None = None, to: Console = out) -> None:
+    """Prints text as it is: not wrapped, and never taken for markup."""
+    to.print(text, style=style, markup=False, soft_wrap=True)
+
+
 def show_error(message: str) -> None:
-    """Prints one line; what it quotes is never taken for markup."""
+    """Prints one line."""
     err.print("error:", style="bold red", end=" ")
-    err.print(" ".join(message.split()), markup=False)
+    say(" ".join(message.split()), to=err)
 
 
 def exit_code(error: PenstockError) -> int:

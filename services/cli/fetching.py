@@ -33,7 +33,7 @@ def fetch_display() -> Iterator[Report]:
         if not console.err.is_terminal:
             if progress.step != step:
                 size = console.format_bytes(progress.total_bytes)
-                console.err.print(f"{progress.step} {progress.model} ({size})", markup=False)
+                console.say(f"{progress.step} {progress.model} ({size})", to=console.err)
         elif not bar.live.is_started:
             bar.start()
         step = progress.step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-QUESTION = "What is a penstock in a power plant? Answer in two sentences."
+QUESTION = "Explain in two sentences what a water turbine does."
 
 _TEXT = """\
 From Python, with the stubs of this repository:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from core.errors import NotFound
 from services.cli import console
+from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
 from services.cli.how_to_call import QUESTION, how_to_call
 from services.cli.starting import StartDisplay
@@ -95,7 +96,8 @@ def mesh(
     )
     run_folder = RunFolder(default_folder())
     run_folder.refuse_if_claimed()
-    layout = prepare(settings)
+    with fetch_display() as report:
+        layout = prepare(settings, report=report)
     asyncio.run(_start(layout, run_folder=run_folder, detach=detach))
 
 
@@ -103,9 +105,9 @@ def stop() -> None:
     """Ends the running mesh."""
     record = stop_mesh(RunFolder(default_folder()))
     if record is None:
-        console.out.print("no mesh is running")
+        console.say("no mesh is running")
     else:
-        console.out.print(f"stopped {record.model} at {record.gateway}", markup=False)
+        console.say(f"stopped {record.model} at {record.gateway}")
 
 
 def status() -> None:
@@ -114,7 +116,7 @@ def status() -> None:
     if record is None:
         raise NotFound("no mesh is running: start one with `make mesh`")
     mesh = asyncio.run(_ask_mesh(record.coordinator))
-    console.out.print(_headline(record, mesh), markup=False)
+    console.say(_headline(record, mesh))
     console.out.print(status_table(mesh))
 
 
@@ -124,11 +126,11 @@ async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> 
 
         async def ready() -> None:
             display.__exit__()
-            console.out.print(f"{layout.model_name} is ready after {display.seconds:.1f} s\n")
+            console.say(f"{layout.model_name} is ready after {display.seconds:.1f} s\n")
             await _show_first_answer(address)
-            console.out.print(how_to_call(address), markup=False)
+            console.say(how_to_call(address))
             ending = "`make stop` ends it" if detach else "Ctrl-C ends it"
-            console.out.print(f"Serving at {address}; logs in {run_folder.path}; {ending}")
+            console.say(f"Serving at {address}; logs in {run_folder.path}; {ending}")
 
         listener = Listener(progress=display.update, ready=ready, say=_say)
         if detach:
@@ -138,20 +140,20 @@ async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> 
 
 
 def _say(line: str) -> None:
-    console.err.print(line, markup=False)
+    console.say(line, to=console.err)
 
 
 async def _show_first_answer(address: str) -> None:
     """Asks a first question through the public API; a failure is shown and ends nothing."""
     channel = open_channel(address)
     sampling = SamplingParameters(max_tokens=FIRST_ANSWER_TOKENS, temperature=0)
-    console.out.print(f"> {QUESTION}", style="bold", markup=False)
+    console.say(f"> {QUESTION}", style="bold")
     try:
         request = await make_request(
             channel, QUESTION, model="", system=None, raw=False, sampling=sampling
         )
         await stream_answer(channel, request, write=_write)
-        console.out.print("\n")
+        console.say("\n")
     except grpc.RpcError as error:
         console.show_error(console.describe_rpc_error(error))
     finally:

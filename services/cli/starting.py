@@ -39,7 +39,7 @@ class StartDisplay:
             before = self._stages.get(stage.index)
             self._stages[stage.index] = stage
             if stage.ready and not (before and before.ready) and not self._is_live:
-                console.out.print(self._line(stage))
+                console.say(self._line(stage))
 
     @property
     def seconds(self) -> float:

@@ -26,7 +26,7 @@ class StageLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshLayout:
-    """A mesh, ready to be started. Metrics port 0: none is served."""
+    """A mesh, ready to be started."""
 
     model_name: str
     model_path: str
@@ -34,6 +34,7 @@ class MeshLayout:
     kv_blocks: int
     max_sequences: int
     max_rows: int
+    drain_s: int
     stages: tuple[StageLayout, ...]
     coordinator_address: str
     coordinator_metrics_port: int
@@ -91,7 +92,11 @@ class MeshLayout:
             "services.gateway",
             self.gateway_address,
             self.gateway_metrics_port,
-            {"--coordinator": self.coordinator_address, "--model": self.model_path},
+            {
+                "--coordinator": self.coordinator_address,
+                "--model": self.model_path,
+                "--drain-s": str(self.drain_s),
+            },
         )
 
 

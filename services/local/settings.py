@@ -11,7 +11,9 @@ from services.local.catalogue import DEFAULT_MODEL
 NUMBER_FORMATS = ("bf16", "fp32")
 
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+_UNITS = {"": 1}
+_UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
+_UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", start=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,15 @@ class MeshSettings:
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
 
+    @property
+    def num_stages(self) -> int:
+        """As many as the split names, where there is one."""
+        return self.stages if self.split is None else len(parse_split(self.split))
+
 
 def parse_bytes(field: str, text: str) -> int:
     """Reads "2GiB", "512M" or "1000000"; raises InvalidInput, naming the option `field`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if match is None:
         raise InvalidInput(field, text, "a number of bytes such as 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])

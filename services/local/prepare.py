@@ -1,0 +1,107 @@
+"""Decides everything about a mesh before a process is started: from settings to a layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from core.models.llama.config import LlamaConfig
+from core.models.llama.weight_names import model_sizes
+from core.models.registry import load_config
+from core.weights.open import open_checkpoint
+from services.local.catalogue import CATALOGUE
+from services.local.fetch import Report, resolve_model
+from services.local.layout import MeshLayout, StageLayout
+from services.local.memory import POSITIONS_PER_BLOCK, MemoryNeeds, choose_kv_blocks
+from services.local.partition import PlannedStage, plan_stages
+from services.local.ports import HOST, free_ports, require_free
+from services.local.settings import MeshSettings
+
+# What is in flight when a mesh is told to stop has this long to end.
+DRAIN_S = 3
+
+
+class _Ports(NamedTuple):
+    listen: list[int]  # stages, then the coordinator, then the gateway
+    metrics: list[int]  # likewise
+
+
+def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayout:
+    """Finds or fetches the model, cuts it, sizes the KV cache and chooses ports.
+
+    Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
+    memory), CorruptWeights, Unavailable or Exhausted (the fetch).
+    """
+    num_stages = settings.num_stages
+    ports = _choose_ports(settings, num_stages)
+    path = resolve_model(settings.model, report)
+    checkpoint = open_checkpoint(path)
+    try:
+        config = load_config(checkpoint)
+        plan = plan_stages(settings, config, model_sizes(checkpoint, config))
+    finally:
+        checkpoint.close()
+    kv_blocks = _choose_kv_blocks(settings, config, plan)
+    return MeshLayout(
+        model_name=model_name(settings.model, path),
+        model_path=str(path),
+        number_format=settings.dtype,
+        kv_blocks=kv_blocks,
+        max_sequences=settings.max_sequences,
+        max_rows=settings.max_rows,
+        drain_s=DRAIN_S,
+        stages=tuple(
+            StageLayout(
+                first_layer=stage.slice.first_layer,
+                end_layer=stage.slice.end_layer,
+                weights_bytes=stage.weights_bytes,
+                kv_bytes=stage.kv_block_bytes * kv_blocks,
+                address=f"{HOST}:{ports.listen[index]}",
+                metrics_port=ports.metrics[index],
+            )
+            for index, stage in enumerate(plan)
+        ),
+        coordinator_address=f"{HOST}:{ports.listen[-2]}",
+        coordinator_metrics_port=ports.metrics[-2],
+        gateway_address=f"{HOST}:{ports.listen[-1]}",
+        gateway_metrics_port=ports.metrics[-1],
+    )
+
+
+def model_name(spec: str, path: Path) -> str:
+    """What requests call the model: its name in the catalogue, else that of file or folder."""
+    if any(model.name == spec for model in CATALOGUE):
+        return spec
+    return path.name if path.is_dir() else path.stem
+
+
+def _choose_ports(settings: MeshSettings, num_stages: int) -> _Ports:
+    """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards."""
+    num_processes = num_stages + 2
+    free = free_ports(2 * num_processes)
+    listen, metrics = free[:num_processes], free[num_processes:]
+    if settings.grpc_port:
+        require_free("grpc_port", settings.grpc_port)
+        listen[-1] = settings.grpc_port
+    if settings.metrics_port:
+        metrics = [settings.metrics_port + 2 + index for index in range(num_stages)]
+        metrics += [settings.metrics_port + 1, settings.metrics_port]
+        for port in reversed(metrics):
+            require_free("metrics_port", port)
+    return _Ports(listen, metrics)
+
+
+def _choose_kv_blocks(
+    settings: MeshSettings, config: LlamaConfig, plan: tuple[PlannedStage, ...]
+) -> int:
+    blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
+    needs = MemoryNeeds(
+        available_bytes=psutil.virtual_memory().available,
+        weights_bytes=sum(stage.weights_bytes for stage in plan),
+        kv_block_bytes=sum(stage.kv_block_bytes for stage in plan),
+        num_processes=len(plan) + 2,
+        most_blocks=settings.max_sequences * blocks_a_sequence,
+    )
+    return choose_kv_blocks(needs, kv_memory_bytes=settings.kv_memory_bytes)
