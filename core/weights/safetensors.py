@@ -28,6 +28,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
 _MAX_JSON_BYTES = 100_000_000
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_MAX_DIMENSIONS = 8
 _DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -212,7 +213,7 @@ def _tensor(file: MappedFile, data_offset: int, name: str, entry: Any) -> _Tenso
     if not isinstance(entry, dict):
         raise CorruptWeights(f"{file.path}: the entry of {name!r} is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise CorruptWeights(f"{file.path}: {name!r} has the unknown type {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CorruptWeights(f"{file.path}: {name!r} has a malformed shape or offsets")
@@ -234,6 +235,11 @@ def _tensor(file: MappedFile, data_offset: int, name: str, entry: Any) -> _Tenso
 
 
 def _are_sizes(values: object) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMENSIONS
+        and all(
+            isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+            for value in values
+        )
     )

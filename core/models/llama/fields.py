@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from core.errors import CorruptWeights
 from core.weights.checkpoint import Checkpoint
 
@@ -25,8 +27,13 @@ class Fields:
         return CorruptWeights(f"{self.checkpoint.path}: {message}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns the value, or `default` where it is absent or null."""
+        """Returns the value, or `default` where it is absent or null.
+
+        Numeric arrays of a GGUF file (sizes that differ by layer) are refused.
+        """
         value = self.values.get(key)
+        if isinstance(value, np.ndarray):
+            raise self.error(f"{key} is an array; one value is expected")
         return default if value is None else value
 
     def integer(self, key: str, *, default: int | None = None, most: int = MAX_SIZE) -> int:
@@ -64,7 +71,7 @@ class Fields:
 
     def require_default(self, key: str, *allowed: object) -> None:
         """Refuses a field whose value would change the arithmetic in a way we do not have."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None and value not in allowed:
             raise self.error(f"{key} is {_shown(value)}, which is not supported")
 
