@@ -5,9 +5,9 @@ whose maxima rank highest hold the k likeliest tokens (each of those chunks has 
 ranks above all the others' tokens), so ranking a few candidates decides top-k, and top-p
 wherever the nucleus lies among them. Wider ones are cut with a histogram over the logits.
 
-A cut is one integer: the tokens whose `_order` is at least the cut are kept.
+A cut is one integer: the tokens whose `order_of` is at least the cut are kept.
 
-Letters: S rows, N slots, V vocabulary, C chunks, K candidates, B histogram buckets, M tokens
+Letters: S rows, N slots, V vocabulary, C chunks, K candidates, M tokens
 known of a sequence (distinct ones), L most log probabilities.
 """
 
@@ -18,8 +18,10 @@ from __future__ import annotations
 import numpy as np
 
 from core.kernels.compile import kernel
-from core.kernels.sampling.constants import LOG2_E, LOWEST_EXPONENT, ONE
+from core.kernels.sampling.constants import LOG2_E, ONE
 from core.kernels.sampling.cpu_arithmetic import (
+    CHUNK,
+    KEEP_ALL,
     KEY_OF_MINUS_INFINITY,
     LARGEST,
     LEAST_KEY,
@@ -36,15 +38,12 @@ from core.kernels.sampling.cpu_arithmetic import (
     threshold_of,
     weight_of,
 )
+from core.kernels.sampling.cpu_histogram import cut_by_histogram
 
-CHUNK = 128
 # How many candidate chunks to try for a nucleus before the histogram.
 NUCLEUS_GUESSES = (24, 192)
-NUM_BUCKETS = 2048
-KEEP_ALL = np.int64(-(2**63))
 
 _LOG2_E = np.float32(LOG2_E)
-_BUCKET_SCALE = np.float32((NUM_BUCKETS - 1) / -LOWEST_EXPONENT)
 
 
 @kernel
@@ -91,7 +90,8 @@ def sample_rows(
             sums_C,
         )
         if num_known > 0:
-            row_V[history_ids_NM[slot, :num_known]] = saved_M[:num_known]
+            for i in range(num_known):
+                row_V[history_ids_NM[slot, i]] = saved_M[i]
         if num_known >= 0:
             _count(token_id, history_ids_NM[slot], history_counts_NM[slot], history_lengths_N, slot)
         token_ids_S[s] = token_id
@@ -131,7 +131,9 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C)
     limits_count = 0 < top_k < len(row_V)
     if limits_count and top_k <= len(maxima_C):
         orders_K, _ = _candidates(bits_V, maxima_C, top_k)
-        cut, _ = _cut_candidates(row_V, orders_K, top_k, KEEP_ALL, top_p, -1, largest, scale)
+        cut, _ = _cut_candidates(
+            row_V, orders_K, top_k, KEEP_ALL, top_p, np.int64(-1), largest, scale
+        )
         return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
     if not limits_count and top_p >= 1.0:
         _chunk_sums(row_V, largest, scale, least_weight, KEEP_ALL, sums_C)
@@ -147,7 +149,7 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C)
             )
             if found:
                 return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
-    cut = _cut_by_histogram(row_V, top_k, top_p, largest, scale)
+    cut = cut_by_histogram(row_V, top_k, top_p, largest, scale)
     _chunk_sums(row_V, largest, scale, least_weight, cut, sums_C)
     return _draw(row_V, largest, scale, least_weight, cut, sums_C, bits)
 
@@ -215,9 +217,10 @@ def _candidates(bits_V, maxima_C, num_chunks):
     pairs_C = np.empty(len(maxima_C), np.int64)
     for c in range(len(maxima_C)):
         pairs_C[c] = pair(maxima_C[c], c)
-    position = len(pairs_C) - num_chunks
-    least_pair = np.partition(pairs_C, position)[position]
-    least_key = np.int32(least_pair >> np.int64(32))
+    least_pair, least_key = KEEP_ALL, LEAST_KEY
+    if num_chunks <= len(maxima_C):
+        least_pair = _largest_but(num_chunks - 1, pairs_C.copy())
+        least_key = np.int32(least_pair >> np.int64(32))
     orders_K = np.empty(num_chunks * CHUNK, np.int64)
     count = 0
     for c in range(len(maxima_C)):
@@ -227,6 +230,32 @@ def _candidates(bits_V, maxima_C, num_chunks):
                     orders_K[count] = order_of(bits_V[token_id], token_id)
                     count += 1
     return orders_K[:count], pair(least_key, 0)
+
+
+@kernel
+def _largest_but(rank, values):
+    """The value that `rank` others exceed, by quickselect (Hoare 1961); reorders the values."""
+    # numba's own np.partition does the same and takes seconds to compile.
+    low, high = 0, len(values) - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if rank <= j:
+            high = j
+        elif rank >= i:
+            low = i
+        else:
+            break
+    return values[rank]
 
 
 @kernel
@@ -252,81 +281,6 @@ def _cut_candidates(row_V, orders_K, top_k, floor, top_p, total, largest, scale)
         if mass >= needed:
             return ranked_K[rank], True
     return KEEP_ALL, False
-
-
-@kernel
-def _cut_by_histogram(row_V, top_k, top_p, largest, scale):
-    """The cut of top-k and top-p, whatever the width of what they keep."""
-    counts_B, masses_B = np.zeros(NUM_BUCKETS, np.int64), np.zeros(NUM_BUCKETS, np.int64)
-    # Bucket 0 has the likeliest; the last has only weights of zero.
-    buckets_V = np.empty(len(row_V), np.int32)
-    _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V)
-    cut, total = KEEP_ALL, masses_B.sum()
-    if 0 < top_k < len(row_V):
-        bucket = 0
-        above, mass = np.int64(0), np.int64(0)
-        while above + counts_B[bucket] < top_k:
-            above += counts_B[bucket]
-            mass += masses_B[bucket]
-            bucket += 1
-        ranked_K = _rank_bucket(row_V, buckets_V, bucket, counts_B[bucket])
-        cut, total = ranked_K[top_k - above - 1], mass
-        for rank in range(top_k - above):
-            total += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
-    if top_p >= 1.0:
-        return cut
-    needed = np.int64(top_p * np.float64(total))
-    bucket = 0
-    mass = np.int64(0)
-    while mass + masses_B[bucket] < needed:
-        mass += masses_B[bucket]
-        bucket += 1
-    ranked_K = _rank_bucket(row_V, buckets_V, bucket, counts_B[bucket])
-    rank = 0
-    mass += weight_of(row_V[id_of(ranked_K[0])], largest, scale)
-    while mass < needed:
-        rank += 1
-        mass += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
-    return max(cut, ranked_K[rank])
-
-
-@kernel
-def _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V):
-    """Counts and weighs every bucket, and notes the bucket of every token."""
-    powers, weights = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int64)
-    for first in range(0, len(row_V), CHUNK):
-        chunk, buckets = row_V[first : first + CHUNK], buckets_V[first : first + CHUNK]
-        for i in range(len(chunk)):
-            exponent = exponent_of(chunk[i], largest, scale)
-            powers[i] = float_weight(exponent)
-            buckets[i] = np.int32(-exponent * _BUCKET_SCALE)
-        for i in range(len(chunk)):
-            weights[i] = np.int64(powers[i])
-        for i in range(len(chunk)):
-            # Unsigned, so that numba compiles no test for an index from the end.
-            bucket = np.uint64(buckets[i])
-            counts_B[bucket] += 1
-            masses_B[bucket] += weights[i]
-
-
-@kernel
-def _rank_bucket(row_V, buckets_V, bucket, count):
-    """Orders of the tokens of one bucket, likeliest first."""
-    bits_V = row_V.view(np.int32)
-    orders_K = np.empty(count, np.int64)
-    filled = 0
-    for first in range(0, len(row_V), CHUNK):
-        buckets = buckets_V[first : first + CHUNK]
-        found = np.int32(0)
-        for i in range(len(buckets)):
-            found = np.int32(found | np.int32(buckets[i] == bucket))
-        if found:
-            for i in range(len(buckets)):
-                if buckets[i] == bucket:
-                    orders_K[filled] = order_of(bits_V[first + i], first + i)
-                    filled += 1
-    orders_K.sort()
-    return orders_K[::-1]
 
 
 @kernel

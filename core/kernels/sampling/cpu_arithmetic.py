@@ -23,6 +23,10 @@ from core.kernels.sampling.constants import (
     exponent_scale,
 )
 
+# Logits that are read together; a multiple of every vector's width.
+CHUNK = 128
+# A cut below every token's order.
+KEEP_ALL = np.int64(-(2**63))
 LARGEST = np.float32(LARGEST_FLOAT)
 LEAST_KEY = np.int32(-(2**31))
 KEY_OF_MINUS_INFINITY = np.int32(-0x7F800001)
