@@ -34,7 +34,7 @@ class SequenceTable:
         self._num_blocks_S = np.zeros(num_slots, np.int64)
 
     def apply(self, updates: SequenceUpdates) -> None:
-        """Ends, starts, blocks. Raises ProtocolViolation, with nothing changed, if one does not fit."""
+        """Ends, starts, blocks. Raises ProtocolViolation, changing nothing, if one does not fit."""
         if not (updates.ended_slots or updates.starts or updates.block_slots or updates.block_ids):
             return
         ended = self._slots(updates.ended_slots, "ended_slots")
@@ -88,7 +88,7 @@ class SequenceTable:
         return positions_N
 
     def check(self, batch: MicroBatch, *, max_rows: int) -> int:
-        """Checks that every run continues its sequence and has blocks; returns the number of rows."""
+        """Checks that every run continues its sequence and has blocks; returns the rows."""
         runs = (batch.slots_R, batch.first_positions_R, batch.num_rows_R, batch.samples_R)
         shapes = {np.shape(run) for run in runs}
         _require(len(shapes) == 1 and len(shapes.pop()) == 1, "runs differ in number", batch.id)

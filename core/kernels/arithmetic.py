@@ -11,6 +11,9 @@ argument and are compiled once for each. (Kernels made by a factory would do as 
 but numba's disk cache misses closures at every start.)
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +24,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import (
     NativeValue,
-    intrinsic,
     models,
     register_model,
     typeof_impl,
@@ -29,6 +31,7 @@ from numba.extending import (
 )
 
 from core.errors import InvalidInput
+from core.kernels.compile import intrinsic
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
@@ -112,9 +115,9 @@ def _type_of_arithmetic(value: Arithmetic, context: Any) -> ArithmeticType:
     return ArithmeticType(value)
 
 
-@unbox(ArithmeticType)
+@unbox(ArithmeticType)  # type: ignore[no-untyped-call]
 def _unbox_arithmetic(numba_type: Any, value: Any, c: Any) -> NativeValue:
-    return NativeValue(c.context.get_dummy_value())
+    return NativeValue(c.context.get_dummy_value())  # type: ignore[no-untyped-call]
 
 
 def _constant(value: int) -> Any:
@@ -125,25 +128,25 @@ def _constant(value: int) -> Any:
 
 
 @intrinsic
-def elements_per_word(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def elements_per_word(typing_context, arithmetic):
     """1 for fp32, 2 for bf16: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.elements_per_word)
 
 
 @intrinsic
-def element_bytes(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def element_bytes(typing_context, arithmetic):
     """4 for fp32, 2 for bf16: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.element_bytes)
 
 
 @intrinsic
-def input_bytes(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def input_bytes(typing_context, arithmetic):
     """Bytes of an element of a product's inputs: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.input_bytes)
 
 
 @intrinsic
-def widens(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def widens(typing_context, arithmetic):
     """Whether weights become float32 before they are multiplied: a constant of the kernel."""
     kind = arithmetic.arithmetic
     widens = kind.number_format == "bf16" and not kind.dots_pairs
@@ -155,7 +158,7 @@ def widens(typing_context, arithmetic):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def widened(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def widened(typing_context, arithmetic):
     """The arithmetic of weights that have been widened to float32."""
     kind = ArithmeticType(Arithmetic("fp32", arithmetic.arithmetic.instructions))
 
@@ -166,6 +169,6 @@ def widened(typing_context, arithmetic):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def tile_columns(typing_context, arithmetic):  # type: ignore[no-untyped-def]
+def tile_columns(typing_context, arithmetic):
     """Columns of a register tile: 64 or 16: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.tile_vectors * LANES)

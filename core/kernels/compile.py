@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numba.extending
 from numba import njit
 
 from core.kernels.fingerprint import kernel_cache_key
 
 CACHE_FOLDER = Path(__file__).parent / "__pycache__" / f"numba-{kernel_cache_key()}"
 
+# Functions of LLVM instructions. numba's annotations forget that it passes the first argument.
+intrinsic: Any = numba.extending.intrinsic
+
 
 def _choose_cache_folder() -> None:
-    if numba.config.CACHE_DIR:
+    options: Any = numba.config
+    if options.CACHE_DIR:
         return
     try:
         CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
     except OSError:
         return  # a read-only installation: numba falls back to the user's own cache folder
-    numba.config.CACHE_DIR = str(CACHE_FOLDER)
+    options.CACHE_DIR = str(CACHE_FOLDER)
 
 
 _choose_cache_folder()

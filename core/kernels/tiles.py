@@ -5,6 +5,9 @@ inner dimension. Each sum adds its terms in one fixed order, whatever the number
 in the tile, so that a row's result never depends on the rows beside it.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,9 +15,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, PANEL_COLUMNS, Arithmetic
+from core.kernels.compile import intrinsic
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
@@ -139,7 +142,7 @@ def _vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
 
 
 @intrinsic
-def product_tile(  # type: ignore[no-untyped-def]
+def product_tile(
     typing_context,
     arithmetic,
     num_rows,
@@ -209,7 +212,7 @@ def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None
 
 
 @intrinsic
-def scores_tile(  # type: ignore[no-untyped-def]
+def scores_tile(
     typing_context,
     arithmetic,
     num_rows,
@@ -265,7 +268,7 @@ def scores_tile(  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def values_tile(  # type: ignore[no-untyped-def]
+def values_tile(
     typing_context,
     arithmetic,
     num_rows,
@@ -283,8 +286,8 @@ def values_tile(  # type: ignore[no-untyped-def]
     """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
 
     `weights` has rows in the input format, an element for each position from the first of the
-    block that `block_table` points at; `num_words` words of values belong to them. A block's values are 16
-    (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart.
+    block that `block_table` points at; `num_words` words of values belong to them. A block's
+    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart.
     """
     kind = arithmetic.arithmetic
     count = vectors.literal_value

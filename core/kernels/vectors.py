@@ -5,15 +5,19 @@ to the auto-vectoriser need fast-math, which lets the compiler choose it. Memory
 addressed by integers (`address`), with no alignment demanded.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 from core.kernels.arithmetic import LANES
+from core.kernels.compile import intrinsic
 
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
@@ -38,7 +42,7 @@ float32x16 = Float32x16Type()
 @register_model(Float32x16Type)
 class Float32x16Model(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, FLOATS)
+        super().__init__(manager, numba_type, FLOATS)  # type: ignore[no-untyped-call]
 
 
 # Helpers that emit LLVM IR; `builder` is the function under construction.
@@ -119,7 +123,7 @@ def _binary(operation: str) -> Any:
 
 
 @intrinsic
-def address(typing_context, array):  # type: ignore[no-untyped-def]
+def address(typing_context, array):
     """Address of an array's first element. The caller keeps the array alive."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -130,7 +134,7 @@ def address(typing_context, array):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_floats(typing_context, where):  # type: ignore[no-untyped-def]
+def load_floats(typing_context, where):
     """16 float32 from an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -140,7 +144,7 @@ def load_floats(typing_context, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_floats(typing_context, where, floats):  # type: ignore[no-untyped-def]
+def store_floats(typing_context, where, floats):
     """16 float32 to an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -151,7 +155,7 @@ def store_floats(typing_context, where, floats):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_elements(typing_context, arithmetic, where):  # type: ignore[no-untyped-def]
+def load_elements(typing_context, arithmetic, where):
     """16 neighbouring elements in the number format, widened to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -164,7 +168,7 @@ def load_elements(typing_context, arithmetic, where):  # type: ignore[no-untyped
 
 
 @intrinsic
-def store_elements(typing_context, arithmetic, where, floats):  # type: ignore[no-untyped-def]
+def store_elements(typing_context, arithmetic, where, floats):
     """16 neighbouring elements, rounded to the number format."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -175,7 +179,7 @@ def store_elements(typing_context, arithmetic, where, floats):  # type: ignore[n
 
 
 @intrinsic
-def store_inputs(typing_context, arithmetic, where, floats):  # type: ignore[no-untyped-def]
+def store_inputs(typing_context, arithmetic, where, floats):
     """16 neighbouring inputs of a product: rounded to bfloat16 where pairs are multiplied."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -189,7 +193,7 @@ def store_inputs(typing_context, arithmetic, where, floats):  # type: ignore[no-
 
 
 @intrinsic
-def merge_elements(typing_context, arithmetic, where, floats, half):  # type: ignore[no-untyped-def]
+def merge_elements(typing_context, arithmetic, where, floats, half):
     """Rounds 16 elements into the lower (`half` 0) or upper (1) half of 16 words.
 
     Writing the lower half clears the upper one. fp32 words have no halves.
@@ -211,7 +215,7 @@ def merge_elements(typing_context, arithmetic, where, floats, half):  # type: ig
 
 
 @intrinsic
-def round_elements(typing_context, arithmetic, floats):  # type: ignore[no-untyped-def]
+def round_elements(typing_context, arithmetic, floats):
     """Rounds to what the number format can hold."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -224,7 +228,7 @@ def round_elements(typing_context, arithmetic, floats):  # type: ignore[no-untyp
 
 
 @intrinsic
-def widen_words(typing_context, where, lower, upper):  # type: ignore[no-untyped-def]
+def widen_words(typing_context, where, lower, upper):
     """Splits 16 words of bfloat16 pairs into 16 float32 at `lower` and 16 at `upper`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -237,7 +241,7 @@ def widen_words(typing_context, where, lower, upper):  # type: ignore[no-untyped
 
 
 @intrinsic
-def load_word(typing_context, where):  # type: ignore[no-untyped-def]
+def load_word(typing_context, where):
     """The 32-bit word at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -247,7 +251,7 @@ def load_word(typing_context, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_word(typing_context, where, word):  # type: ignore[no-untyped-def]
+def store_word(typing_context, where, word):
     """A 32-bit word to an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -258,7 +262,7 @@ def store_word(typing_context, where, word):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typing_context, where):  # type: ignore[no-untyped-def]
+def prefetch(typing_context, where):
     """Asks for the cache line of an address, into the second-level cache."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -271,7 +275,7 @@ def prefetch(typing_context, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat(typing_context, scalar):  # type: ignore[no-untyped-def]
+def splat(typing_context, scalar):
     """A vector with one float32 in every lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -281,31 +285,31 @@ def splat(typing_context, scalar):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add(typing_context, a, b):  # type: ignore[no-untyped-def]
+def add(typing_context, a, b):
     """a + b."""
     return float32x16(float32x16, float32x16), _binary("fadd")
 
 
 @intrinsic
-def subtract(typing_context, a, b):  # type: ignore[no-untyped-def]
+def subtract(typing_context, a, b):
     """a - b."""
     return float32x16(float32x16, float32x16), _binary("fsub")
 
 
 @intrinsic
-def multiply(typing_context, a, b):  # type: ignore[no-untyped-def]
+def multiply(typing_context, a, b):
     """a * b."""
     return float32x16(float32x16, float32x16), _binary("fmul")
 
 
 @intrinsic
-def divide(typing_context, a, b):  # type: ignore[no-untyped-def]
+def divide(typing_context, a, b):
     """a / b."""
     return float32x16(float32x16, float32x16), _binary("fdiv")
 
 
 @intrinsic
-def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
+def fused_multiply_add(typing_context, a, b, c):
     """a * b + c, rounded once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -315,7 +319,7 @@ def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def maximum(typing_context, a, b):  # type: ignore[no-untyped-def]
+def maximum(typing_context, a, b):
     """The greater of each lane; b where either is a NaN."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -325,7 +329,7 @@ def maximum(typing_context, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def largest_lane(typing_context, floats):  # type: ignore[no-untyped-def]
+def largest_lane(typing_context, floats):
     """The greatest of the 16 lanes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
@@ -338,7 +342,7 @@ def largest_lane(typing_context, floats):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def sum_of_lanes(typing_context, floats):  # type: ignore[no-untyped-def]
+def sum_of_lanes(typing_context, floats):
     """The sum of the 16 lanes, by halving: always in the same order."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:

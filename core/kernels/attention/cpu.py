@@ -9,6 +9,9 @@ add exact zeros.
 Letters: T rows, C columns of the q/k/v product, S slots, B blocks of a sequence.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -76,7 +79,7 @@ class AttentionWorkspace(NamedTuple):
 
 
 @kernel
-def rows_of_tile(rows, first, most):  # type: ignore[no-untyped-def]
+def rows_of_tile(rows, first, most):
     """How many rows from `first` on follow each other in one sequence, at most `most`."""
     count = 1
     while (
@@ -90,7 +93,7 @@ def rows_of_tile(rows, first, most):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def softmax_weights(arithmetic, scores, num_blocks, weights):  # type: ignore[no-untyped-def]
+def softmax_weights(arithmetic, scores, num_blocks, weights):
     """Writes exp(score - largest) as inputs of a product; returns 1 / their sum.
 
     By address. Minus infinity gives an exact 0.
@@ -108,7 +111,7 @@ def softmax_weights(arithmetic, scores, num_blocks, weights):  # type: ignore[no
 
 
 @kernel
-def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):  # type: ignore[no-untyped-def]
+def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):
     """Packs the queries of a tile, row by row, as inputs of a product."""
     group = heads.num_heads // heads.num_kv_heads
     target = address(work.queries_QW)
@@ -123,7 +126,7 @@ def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):
 
 
 @kernel
-def score_blocks(arithmetic, num_queries, table_B, num_blocks, keys, block_stride, num_words, work):  # type: ignore[no-untyped-def]
+def score_blocks(arithmetic, num_queries, table_B, num_blocks, keys, block_stride, num_words, work):
     """Scores of a tile's queries with `num_blocks` blocks of keys, two blocks at a time."""
     queries, query_stride = address(work.queries_QW), work.queries_QW.shape[1] * 4
     scores, score_stride = address(work.scores_QP), work.scores_QP.shape[1] * 4
@@ -147,7 +150,7 @@ def score_blocks(arithmetic, num_queries, table_B, num_blocks, keys, block_strid
 
 
 @kernel
-def sum_values(arithmetic, num_queries, table_B, num_words, values, block_stride, width, work):  # type: ignore[no-untyped-def]
+def sum_values(arithmetic, num_queries, table_B, num_words, values, block_stride, width, work):
     """Sums of values weighted by the tile's weights, 64 elements at a time, then 16."""
     weights, weight_stride = address(work.weights_QP), work.weights_QP.shape[1] * 4
     outputs, output_stride = address(work.outputs_QD), work.outputs_QD.shape[1] * 4
@@ -176,7 +179,7 @@ def sum_values(arithmetic, num_queries, table_B, num_words, values, block_stride
 @kernel
 def weigh_positions(
     arithmetic, group, num_rows, first_position, first_block, num_blocks, window, work
-):  # type: ignore[no-untyped-def]
+):
     """Hides from each row what it must not see, and turns its scores into weights."""
     minus_infinity = np.float32(-np.inf)
     base = first_block * LANES
@@ -195,7 +198,7 @@ def weigh_positions(
 
 
 @kernel
-def store_outputs(arithmetic, heads, num_rows, kv_head, work, out, out_stride):  # type: ignore[no-untyped-def]
+def store_outputs(arithmetic, heads, num_rows, kv_head, work, out, out_stride):
     """Divides by the sums of weights and stores as inputs of a product; `out`: the tile's rows."""
     group = heads.num_heads // heads.num_kv_heads
     for query in range(num_rows * group):
@@ -209,7 +212,7 @@ def store_outputs(arithmetic, heads, num_rows, kv_head, work, out, out_stride): 
 
 
 @kernel
-def prefetch_blocks(rows, row, window, cache, block_stride, num_bytes):  # type: ignore[no-untyped-def]
+def prefetch_blocks(rows, row, window, cache, block_stride, num_bytes):
     """Asks for the keys and values that row `row` will read, if its sequence begins there."""
     if row >= rows.num_rows or rows.slots_T[row] == rows.slots_T[row - 1]:
         return
@@ -222,12 +225,13 @@ def prefetch_blocks(rows, row, window, cache, block_stride, num_bytes):  # type:
 
 
 @kernel
-def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride):  # type: ignore[no-untyped-def]
+def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride):
     """Attention of every row over its sequence's cached positions, its own included.
 
     Queries (rotated and scaled) are the first columns of `qkv_TC`; `cache` is the address of
     the layer's cache (layout: `core.kernels.rotary.cpu`), `out` that of the results as
-    inputs of a product, heads side by side, `out_stride` bytes a row. A row sees `window` positions.
+    inputs of a product, heads side by side, `out_stride` bytes a row. A row sees `window`
+    positions.
     """
     group = heads.num_heads // heads.num_kv_heads
     half_bytes = LANES * heads.width * element_bytes(arithmetic)

@@ -7,6 +7,9 @@ register tile loads whole vectors. Columns and inner elements beyond the matrix 
 Letters: T rows, K inputs, W words of K, N outputs.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -40,7 +43,7 @@ LEAST_ROWS_TO_WIDEN_ONCE = 96
 
 
 @kernel
-def pack_panels(arithmetic, weight_NK, num_words, panels, first_column, column_step, scratch):  # type: ignore[no-untyped-def]
+def pack_panels(arithmetic, weight_NK, num_words, panels, first_column, column_step, scratch):
     """Packs a float32 [N, K] matrix into `panels` (uint32, flat), rounding to the format.
 
     Column n of the product is placed at `first_column` + n, except that every whole run of 64
@@ -67,7 +70,7 @@ def pack_panels(arithmetic, weight_NK, num_words, panels, first_column, column_s
 
 
 @kernel
-def multiply_panel(  # type: ignore[no-untyped-def]
+def multiply_panel(
     arithmetic,
     inputs,
     input_stride,
@@ -104,7 +107,7 @@ def multiply_panel(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def widen_panel(panel, num_words, target):  # type: ignore[no-untyped-def]
+def widen_panel(panel, num_words, target):
     """Turns a panel of bfloat16 pairs into one of float32, by address."""
     for word in range(num_words):
         for vector in range(PANEL_COLUMNS // LANES):
@@ -115,7 +118,7 @@ def widen_panel(panel, num_words, target):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def multiply_panels(  # type: ignore[no-untyped-def]
+def multiply_panels(
     arithmetic,
     inputs,
     input_stride,
@@ -158,7 +161,7 @@ def multiply_panels(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def greedy_tokens(  # type: ignore[no-untyped-def]
+def greedy_tokens(
     arithmetic,
     inputs,
     input_stride,

@@ -3,6 +3,9 @@
 Letters: T rows, H elements in a row, G = H rounded up to a multiple of 64.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -17,14 +20,14 @@ from core.kernels.vectors import (
     multiply,
     round_elements,
     splat,
-    store_inputs,
     store_floats,
+    store_inputs,
     sum_of_lanes,
 )
 
 
 @kernel
-def inverse_rms(row, num_vectors, size, eps):  # type: ignore[no-untyped-def]
+def inverse_rms(row, num_vectors, size, eps):
     """1 / sqrt(mean of squares + eps) over the first `size` of 16 x num_vectors floats.
 
     `row` is an address; elements beyond `size` must be zero.
@@ -38,7 +41,7 @@ def inverse_rms(row, num_vectors, size, eps):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out):  # type: ignore[no-untyped-def]
+def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out):
     """Writes the normed rows, as inputs of a product, to the address `out`.
 
     Where `rounds`, every row of `hidden_TG` (float32) is first rounded in place to what the
@@ -61,7 +64,7 @@ def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out)
 
 
 @kernel
-def round_row(arithmetic, row, num_vectors):  # type: ignore[no-untyped-def]
+def round_row(arithmetic, row, num_vectors):
     """Rounds 16 x num_vectors floats at the address `row`, in place, to the number format."""
     for vector in range(num_vectors):
         where = row + vector * BYTES_OF_FLOATS
@@ -69,7 +72,7 @@ def round_row(arithmetic, row, num_vectors):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def norm_head(head, num_vectors, size, weight, eps):  # type: ignore[no-untyped-def]
+def norm_head(head, num_vectors, size, weight, eps):
     """Norms one head of q or k in place; `head` and `weight` are addresses of float32."""
     scale = splat(inverse_rms(head, num_vectors, size, eps))
     for vector in range(num_vectors):

@@ -1,7 +1,10 @@
-"""Packing on the CPU: rows of embeddings, wire frames and sampled positions, gathered and converted.
+"""Packing on the CPU: rows of embeddings, frames and sampled positions, gathered and converted.
 
 Letters: T rows, S rows elsewhere, V vocabulary, G = hidden size rounded up to a multiple of 64.
 """
+
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from core.kernels.vectors import (
 
 
 @kernel
-def widen_row(arithmetic, source, num_vectors, target):  # type: ignore[no-untyped-def]
+def widen_row(arithmetic, source, num_vectors, target):
     """16 x num_vectors elements of the number format become float32; by address."""
     for vector in range(num_vectors):
         where = source + vector * LANES * element_bytes(arithmetic)
@@ -26,7 +29,7 @@ def widen_row(arithmetic, source, num_vectors, target):  # type: ignore[no-untyp
 
 
 @kernel
-def gather_widened_rows(arithmetic, source_SG, row_indices_T, num_rows, target_TG):  # type: ignore[no-untyped-def]
+def gather_widened_rows(arithmetic, source_SG, row_indices_T, num_rows, target_TG):
     """Row t of the float32 target is row `row_indices_T[t]` of the source, widened."""
     num_vectors = target_TG.shape[1] // LANES
     for t in range(num_rows):
@@ -35,7 +38,7 @@ def gather_widened_rows(arithmetic, source_SG, row_indices_T, num_rows, target_T
 
 
 @kernel
-def widen_rows(arithmetic, source_TG, num_rows, target_TG):  # type: ignore[no-untyped-def]
+def widen_rows(arithmetic, source_TG, num_rows, target_TG):
     """Rows in the number format become float32 rows."""
     num_vectors = target_TG.shape[1] // LANES
     for t in range(num_rows):
@@ -43,7 +46,7 @@ def widen_rows(arithmetic, source_TG, num_rows, target_TG):  # type: ignore[no-u
 
 
 @kernel
-def narrow_rows(arithmetic, source_TG, num_rows, target_TG):  # type: ignore[no-untyped-def]
+def narrow_rows(arithmetic, source_TG, num_rows, target_TG):
     """Float32 rows are rounded to the number format."""
     for t in range(num_rows):
         source, target = address(source_TG[t]), address(target_TG[t])
@@ -53,7 +56,7 @@ def narrow_rows(arithmetic, source_TG, num_rows, target_TG):  # type: ignore[no-
 
 
 @kernel
-def gather_rows(source_SG, row_indices_T, num_rows, target_TG):  # type: ignore[no-untyped-def]
+def gather_rows(source_SG, row_indices_T, num_rows, target_TG):
     """Row t of the float32 target is row `row_indices_T[t]` of the float32 source."""
     for t in range(num_rows):
         source, target = address(source_SG[row_indices_T[t]]), address(target_TG[t])

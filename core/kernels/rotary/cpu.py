@@ -7,6 +7,9 @@ keys as [words of D][16 positions], then the values as [words of 16 positions][D
 Letters: T rows, C columns of the q/k/v product, D elements in a head (padded to 16).
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -26,7 +29,7 @@ from core.kernels.vectors import (
 
 
 @kernel
-def rotate_heads(row_C, first, num_heads, width, half, cos_F, sin_F, scale):  # type: ignore[no-untyped-def]
+def rotate_heads(row_C, first, num_heads, width, half, cos_F, sin_F, scale):
     """Rotates `num_heads` heads of a row in place, each `width` apart, and scales them."""
     for head in range(num_heads):
         start = first + head * width
@@ -37,7 +40,7 @@ def rotate_heads(row_C, first, num_heads, width, half, cos_F, sin_F, scale):  # 
 
 
 @kernel
-def write_key(arithmetic, head, num_vectors, keys, position, scratch):  # type: ignore[no-untyped-def]
+def write_key(arithmetic, head, num_vectors, keys, position, scratch):
     """Writes one head's key (float32 at `head`) as column `position` of a block; by address."""
     for vector in range(num_vectors):
         where = scratch + vector * LANES * element_bytes(arithmetic)
@@ -47,7 +50,7 @@ def write_key(arithmetic, head, num_vectors, keys, position, scratch):  # type: 
 
 
 @kernel
-def write_value(arithmetic, head, num_vectors, values, position):  # type: ignore[no-untyped-def]
+def write_value(arithmetic, head, num_vectors, values, position):
     """Writes one head's value (float32 at `head`) as row `position` of a block; by address."""
     row = position // elements_per_word(arithmetic)
     half = position % elements_per_word(arithmetic)
@@ -57,7 +60,7 @@ def write_value(arithmetic, head, num_vectors, values, position):  # type: ignor
 
 
 @kernel
-def rotate_and_write(arithmetic, heads, rows, qkv_TC, cos_LF, sin_LF, norms, cache, scratch):  # type: ignore[no-untyped-def]
+def rotate_and_write(arithmetic, heads, rows, qkv_TC, cos_LF, sin_LF, norms, cache, scratch):
     """Norms (where `heads.norms_heads`), rotates and scales q in place, and writes k and v.
 
     `heads` is a HeadSizes, `rows` a RowTable, `norms` the address of q's and k's norm

@@ -9,6 +9,9 @@ and V are rounded up to multiples of 64 (a weight panel); what is beyond the mod
 size is zero.
 """
 
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -95,7 +98,7 @@ class StageOutputs(NamedTuple):
 
 
 @kernel
-def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, attention_work):  # type: ignore[no-untyped-def]
+def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, attention_work):
     """The attention half of a layer: hidden += output(attention(q, k, v(norm(hidden))))."""
     hidden_bytes = work.hidden_TG.shape[1] * input_bytes(arithmetic)
     attention_bytes = sizes.attention_size * input_bytes(arithmetic)
@@ -132,7 +135,7 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
 
 
 @kernel
-def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: ignore[no-untyped-def]
+def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
     """The gated half of a layer: hidden += down(SiLU(gate(norm(hidden))) * up(norm(hidden)))."""
     padded_hidden = work.hidden_TG.shape[1]
     hidden_bytes = padded_hidden * input_bytes(arithmetic)
@@ -170,7 +173,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):  # type: 
 
 
 @kernel
-def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore[no-untyped-def]
+def run_head(arithmetic, sizes, weights, inputs, work, outputs):
     """Final norm and head: likeliest tokens of some rows, all logits of others."""
     padded_hidden = work.hidden_TG.shape[1]
     hidden_bytes = padded_hidden * input_bytes(arithmetic)
@@ -203,7 +206,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):  # type: ignore
 
 
 @kernel
-def run_stage(  # type: ignore[no-untyped-def]
+def run_stage(
     arithmetic, sizes, heads, weights, cache_L, inputs, rows, work, attention_work, outputs
 ):
     """Computes one micro-batch: activations in, activations or tokens and logits out.

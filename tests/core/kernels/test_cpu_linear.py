@@ -1,0 +1,131 @@
+"""Packed products on the CPU against the numpy reference, and their promise to rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from core.kernels.arithmetic import Arithmetic
+from core.kernels.linear.cpu import (
+    LEAST_ROWS_TO_WIDEN_ONCE,
+    greedy_tokens,
+    multiply_panels,
+    pack_panels,
+)
+from core.kernels.linear.reference import linear
+from core.kernels.memory import aligned_zeros
+from tests.support.arithmetics import host_arithmetics, rounded, to_inputs
+
+each_arithmetic = pytest.mark.parametrize("arithmetic", host_arithmetics(), ids=lambda a: a.name)
+FloatArray = npt.NDArray[np.float32]
+WIDE_PANEL = aligned_zeros((64 * 4096,), np.float32)
+
+
+class PackedMatrix:
+    """A random [N, K] matrix as the kernels read it."""
+
+    def __init__(self, arithmetic: Arithmetic, num_columns: int, num_inputs: int) -> None:
+        random = np.random.default_rng(num_columns * 1000 + num_inputs)
+        weight_NK = random.standard_normal((num_columns, num_inputs)).astype(np.float32)
+        self.arithmetic = arithmetic
+        self.weight_NK = rounded(weight_NK, arithmetic.number_format)
+        self.bias = random.standard_normal(-(-num_columns // 64) * 64).astype(np.float32)
+        self.padded_inputs = -(-num_inputs // 64) * 64
+        self.num_words = self.padded_inputs // arithmetic.elements_per_word
+        self.panels = aligned_zeros((self.num_words * len(self.bias),), np.uint32)
+        scratch = np.full(self.padded_inputs, np.nan, np.float32)
+        pack_panels(arithmetic, weight_NK, self.num_words, self.panels, 0, 64, scratch)
+
+    def inputs(self, x_TK: FloatArray) -> npt.NDArray[np.uint32]:
+        """Rows in the input format."""
+        padded = np.zeros((len(x_TK), self.padded_inputs), np.float32)
+        padded[:, : x_TK.shape[1]] = x_TK
+        return to_inputs(self.arithmetic, padded)
+
+    def multiply(
+        self,
+        x_TK: FloatArray,
+        out_TN: FloatArray,
+        *,
+        accumulates: bool = False,
+        wide_panel: FloatArray = WIDE_PANEL,
+    ) -> FloatArray:
+        inputs = self.inputs(x_TK)
+        multiply_panels(
+            self.arithmetic, inputs.ctypes.data, inputs.strides[0], len(x_TK),
+            self.panels.ctypes.data, self.num_words, len(self.bias) // 64, self.bias.ctypes.data,
+            out_TN.ctypes.data, out_TN.strides[0], int(accumulates), wide_panel,
+        )  # fmt: skip
+        return out_TN
+
+
+def random_rows(arithmetic: Arithmetic, num_rows: int, size: int) -> FloatArray:
+    rows = np.random.default_rng(num_rows).standard_normal((num_rows, size)).astype(np.float32)
+    return rounded(rows, arithmetic.number_format)
+
+
+@each_arithmetic
+@pytest.mark.parametrize(("num_columns", "num_inputs"), [(64, 64), (200, 100), (7, 3), (129, 321)])
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 13, 100])
+def test_a_product_matches_the_reference(
+    arithmetic: Arithmetic, num_columns: int, num_inputs: int, num_rows: int
+) -> None:
+    matrix = PackedMatrix(arithmetic, num_columns, num_inputs)
+    x_TK = random_rows(arithmetic, num_rows, num_inputs)
+    out_TN = np.full((num_rows, len(matrix.bias)), np.nan, np.float32)
+    expected = linear(x_TK, matrix.weight_NK, matrix.bias[:num_columns])
+
+    matrix.multiply(x_TK, out_TN)
+
+    np.testing.assert_allclose(out_TN[:, :num_columns], expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(
+        out_TN[:, num_columns:], np.tile(matrix.bias[num_columns:], (num_rows, 1))
+    )
+
+
+@each_arithmetic
+def test_a_product_is_added_to_the_residual_stream(arithmetic: Arithmetic) -> None:
+    matrix = PackedMatrix(arithmetic, 64, 64)
+    x_TK = random_rows(arithmetic, 9, 64)
+    alone = matrix.multiply(x_TK, np.full((9, 64), np.nan, np.float32))
+    residual = np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
+    added = matrix.multiply(x_TK, residual.copy(), accumulates=True)
+    np.testing.assert_array_equal(added, alone + residual)
+
+
+@each_arithmetic
+def test_a_row_has_the_same_product_whatever_the_number_of_rows(arithmetic: Arithmetic) -> None:
+    matrix = PackedMatrix(arithmetic, 128, 200)
+    many = LEAST_ROWS_TO_WIDEN_ONCE + 5
+    x_TK = random_rows(arithmetic, many, 200)
+    together = matrix.multiply(x_TK, np.full((many, 128), np.nan, np.float32))
+    for count in (1, 2, 3, 4, 5, 6, 7, 16, 64, many):
+        part = np.full((count, 128), np.nan, np.float32)
+        np.testing.assert_array_equal(matrix.multiply(x_TK[:count], part), together[:count])
+    unwidened = np.full((many, 128), np.nan, np.float32)
+    no_scratch = np.zeros(0, np.float32)
+    matrix.multiply(x_TK, unwidened, wide_panel=no_scratch)
+    np.testing.assert_array_equal(unwidened, together)
+
+
+@each_arithmetic
+def test_greedy_tokens_are_the_arg_max_of_the_logits_and_ties_go_to_the_lowest(
+    arithmetic: Arithmetic,
+) -> None:
+    vocab_size, num_rows = 300, 9
+    matrix = PackedMatrix(arithmetic, vocab_size, 64)
+    matrix.bias[:] = 0
+    matrix.bias[vocab_size:] = -np.inf
+    x_TK = random_rows(arithmetic, num_rows, 64)
+    x_TK[4] = 0  # all logits are equal
+    logits = matrix.multiply(x_TK, np.full((num_rows, 320), np.nan, np.float32))
+    inputs = matrix.inputs(x_TK)
+    tokens = np.full(num_rows, -1, np.int32)
+    greedy_tokens(
+        arithmetic, inputs.ctypes.data, inputs.strides[0], num_rows, matrix.panels.ctypes.data,
+        matrix.num_words, 5, matrix.bias.ctypes.data, np.full((num_rows, 64), np.nan, np.float32),
+        tokens, WIDE_PANEL,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens, logits[:, :vocab_size].argmax(axis=1))
+    assert tokens[4] == 0
