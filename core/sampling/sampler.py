@@ -82,10 +82,13 @@ class Sampler:
     ) -> tuple[list[int], tuple[PositionLogprobs | None, ...]]:
         """The token after each row, for position `positions[s]` of the sequence in `slots[s]`.
 
-        Logits are C order and end as they began. The log probabilities have an entry a row
-        where any row asked for them, else none at all.
+        Logits end as they began; those that are not float32 in C order are copied first. The
+        log probabilities have an entry a row where any row asked for them, else none at all.
         """
-        assert logits_SV.shape[1] == self._vocab_size
+        assert logits_SV.shape == (len(slots), self._vocab_size)
+        # Other types or strides would compile the kernel anew, in the middle of a request.
+        logits_SV = np.ascontiguousarray(logits_SV, np.float32)
+        slots, positions = np.asarray(slots, np.int32), np.asarray(positions, np.int32)
         self._reserve(int(self._history_lengths_N[slots].max(initial=NO_HISTORY)) + 1)
         token_ids_S = np.empty(len(slots), np.int32)
         sample_rows(

@@ -138,6 +138,22 @@ def test_a_slot_that_is_used_again_forgets_the_sequence_before() -> None:
         assert results[0] == results[1]
 
 
+def test_padded_logits_give_the_tokens_of_dense_ones() -> None:
+    """A head computes whole panels; its logits may be a part of wider rows."""
+    sampler = Sampler(90, 2)
+    for slot in range(2):
+        sampler.start(slot, replace(PLAIN, seed=slot, logprobs=1))
+    padded = random_logits(2, 128)
+    dense = sampler.sample(padded[:, :90].copy(), indices(0, 1), indices(4, 4))
+    assert sampler.sample(padded[:, :90], indices(0, 1), indices(4, 4)) == dense
+
+
+def test_no_rows_give_no_tokens() -> None:
+    sampler = Sampler(90, 2)
+    nothing = indices()
+    assert sampler.sample(np.empty((0, 90), np.float32), nothing, nothing) == ([], ())
+
+
 def test_log_probabilities_are_of_the_raw_logits() -> None:
     sampler = Sampler(200, 2)
     sampler.start(0, GREEDY)
