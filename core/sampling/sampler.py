@@ -26,7 +26,8 @@ FIRST_CAPACITY = 256
 class Sampler:
     """Parameters and, where penalties need it, the tokens of the sequences in every slot.
 
-    Used by one thread at a time. A token depends on its row of logits, its sequence's
+    Construction compiles the kernels, or loads them from numba's cache. Used by one thread
+    at a time. A token depends on its row of logits, its sequence's
     parameters, history and position, and on nothing else in the batch.
     """
 
@@ -43,6 +44,7 @@ class Sampler:
         self._history_ids_NM = np.zeros((num_slots, 0), np.int32)
         self._history_counts_NM = np.zeros((num_slots, 0), np.int32)
         self._history_lengths_N = np.full(num_slots, NO_HISTORY, np.int32)
+        self._warm_up()
 
     def start(
         self,
@@ -86,9 +88,10 @@ class Sampler:
         log probabilities have an entry a row where any row asked for them, else none at all.
         """
         assert logits_SV.shape == (len(slots), self._vocab_size)
-        # Other types or strides would compile the kernel anew, in the middle of a request.
+        # Other types, strides or read-only arrays would compile the kernel anew, in the middle of
+        # a request.
         logits_SV = np.ascontiguousarray(logits_SV, np.float32)
-        slots, positions = np.asarray(slots, np.int32), np.asarray(positions, np.int32)
+        slots, positions = np.array(slots, np.int32), np.array(positions, np.int32)
         self._reserve(int(self._history_lengths_N[slots].max(initial=NO_HISTORY)) + 1)
         token_ids_S = np.empty(len(slots), np.int32)
         sample_rows(
@@ -112,6 +115,13 @@ class Sampler:
             return token_ids, ()
         rows = zip(logits_SV, token_ids, num_logprobs_S.tolist(), strict=True)
         return token_ids, tuple(_position_logprobs(*row) for row in rows)
+
+    def _warm_up(self) -> None:
+        """Samples once with every kernel, so that no request waits for a compiler."""
+        self._num_logprobs_N[0] = 0
+        slot = np.zeros(1, np.int32)
+        self.sample(np.zeros((1, self._vocab_size), np.float32), slot, slot)
+        self._num_logprobs_N[0] = NO_LOGPROBS
 
     def _remember(self, slot: int, ids_M: npt.NDArray[np.int32], num_prompt_tokens: int) -> None:
         distinct, inverse = np.unique(ids_M, return_inverse=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from core.kernels.sampling import reference
+from core.kernels.sampling.cpu import log_probabilities, sample_rows
 from core.sampling.parameters import SamplingParameters
 from core.sampling.sampler import Sampler
 
@@ -146,6 +147,16 @@ def test_padded_logits_give_the_tokens_of_dense_ones() -> None:
     padded = random_logits(2, 128)
     dense = sampler.sample(padded[:, :90].copy(), indices(0, 1), indices(4, 4))
     assert sampler.sample(padded[:, :90], indices(0, 1), indices(4, 4)) == dense
+
+
+def test_nothing_is_compiled_after_construction() -> None:
+    sampler = Sampler(90, 2)
+    compiled = [len(kernel.signatures) for kernel in (sample_rows, log_probabilities)]
+    sampler.start(0, replace(PLAIN, logprobs=2, presence_penalty=1.0, top_p=0.5), [1, 2], 1)
+    logits, index = random_logits(1, 128)[:, :90], indices(0)
+    index.flags.writeable = False
+    sampler.sample(logits, index, index.astype(np.int64))
+    assert [len(kernel.signatures) for kernel in (sample_rows, log_probabilities)] == compiled
 
 
 def test_no_rows_give_no_tokens() -> None:
