@@ -7,8 +7,8 @@ from pathlib import Path
 from core.kernels.fingerprint import kernel_cache_key
 
 
-def use_kernel_cache(cache_folder: Path) -> Path:
-    """Points numba at `cache_folder`/kernels/KEY, and returns that folder.
+def use_kernel_cache(folder: Path) -> Path:
+    """Points numba at `folder`/KEY, and returns that folder.
 
     The key covers all kernel sources, the CPU and numba's version, because numba's
     own index sees neither a changed callee in another module nor another CPU. To be
@@ -17,8 +17,8 @@ def use_kernel_cache(cache_folder: Path) -> Path:
     """
     from numba.core import config
 
-    folder = cache_folder / "kernels" / kernel_cache_key()
-    folder.mkdir(parents=True, exist_ok=True)
+    keyed = folder / kernel_cache_key()
+    keyed.mkdir(parents=True, exist_ok=True)
     # numba sets its options dynamically.
-    config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
-    return folder
+    config.CACHE_DIR = str(keyed)  # type: ignore[attr-defined]
+    return keyed

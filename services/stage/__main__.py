@@ -25,9 +25,9 @@ def stage(
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
     max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
-    cache_folder: Annotated[
-        Path, typer.Option(envvar="PENSTOCK_CACHE", help="Compiled kernels are kept below it")
-    ] = Path("~/.cache/penstock"),
+    kernel_cache: Annotated[
+        Path | None, typer.Option(help="Folder of compiled kernels; default: beside their sources")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -47,7 +47,7 @@ def stage(
             num_kv_blocks=kv_blocks,
             max_rows=max_rows,
             max_sequences=max_sequences,
-            cache_folder=cache_folder.expanduser(),
+            kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

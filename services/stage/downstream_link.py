@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
-from core.errors import ProtocolViolation, Unavailable
+from core.errors import Unavailable
 from services.common.channels import open_channel
 from services.common.statuses import error_from_rpc
 
@@ -81,7 +81,8 @@ class DownstreamLink:
             async with open_channel(self._address) as channel:
                 await self._converse(channel)
         except grpc.aio.AioRpcError as error:
-            self._break(error_from_rpc(error))
+            reason = error_from_rpc(error)
+            self._break(Unavailable(f"the link to the next stage at {self._address}: {reason}"))
         except Exception as error:  # the boundary of the task: the session ends with it
             self._break(error)
 
@@ -124,8 +125,6 @@ class DownstreamLink:
             await self._progress.wait()
 
     def _break(self, error: Exception) -> None:
-        if isinstance(error, ProtocolViolation):  # refused there: to us it is a broken link
-            error = Unavailable(f"the next stage at {self._address} refused: {error}")
         if not self._stands.done():
             self._stands.set_exception(error)
             self._stands.exception()  # seen: `stands` may have given up already

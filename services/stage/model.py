@@ -44,10 +44,11 @@ def load_model(settings: StageSettings) -> LoadedModel:
     """
     started = time.perf_counter_ns()
     # Imported here, by the compute thread: compiled kernels load while the port is open
-    # already, and their cache folder must be known first.
-    from services.common.kernel_cache import use_kernel_cache
+    # already, and their cache folder must be known before.
+    if settings.kernel_cache is not None:
+        from services.common.kernel_cache import use_kernel_cache
 
-    use_kernel_cache(settings.cache_folder)
+        use_kernel_cache(settings.kernel_cache)
     from core.engine.engine import Engine, EngineSettings
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice

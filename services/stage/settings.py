@@ -24,7 +24,7 @@ class StageSettings:
     num_kv_blocks: int = 1024
     max_rows: int = 512  # of a micro-batch
     max_sequences: int = 256  # at a time
-    cache_folder: Path  # compiled kernels are kept below it
+    kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:

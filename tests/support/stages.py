@@ -20,7 +20,7 @@ from services.stage.model import LoadedModel
 from services.stage.servicer import StageServicer
 from services.stage.stage import Stage
 from services.stage.worker import Worker
-from tests.support.fake_engine import HIDDEN_SIZE, FakeEngine, fake_model
+from tests.support.counting_engine import HIDDEN_SIZE, CountingEngine, counting_model
 
 TIMEOUT_S = 30.0
 
@@ -30,7 +30,7 @@ class RunningStage:
     """A stage server in this process."""
 
     address: str
-    engine: FakeEngine
+    engine: CountingEngine
     stage: Stage
     health: HealthService
     load: Callable[[], Awaitable[None]]
@@ -49,8 +49,8 @@ async def running_stage(
     """Runs stage `index` of a fake model."""
     telemetry = telemetry or no_telemetry()
     is_last = index == num_stages - 1
-    engine = FakeEngine(is_first=index == 0, is_last=is_last, hidden_size=hidden_size)
-    model = fake_model(engine, index=index, num_stages=num_stages)
+    engine = CountingEngine(is_first=index == 0, is_last=is_last, hidden_size=hidden_size)
+    model = counting_model(engine, index=index, num_stages=num_stages)
     loop = asyncio.get_running_loop()
     worker: Worker[LoadedModel] = Worker(loop.call_soon_threadsafe)
     health = HealthService()

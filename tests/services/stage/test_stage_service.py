@@ -15,7 +15,7 @@ from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
 from core.wire.frames import encode_frames
 from services.common.channels import open_channel
 from services.common.statuses import error_from_rpc
-from tests.support.fake_engine import HIDDEN_SIZE, POISON
+from tests.support.counting_engine import HIDDEN_SIZE, POISON
 from tests.support.stages import (
     TIMEOUT_S,
     ControlStream,
@@ -330,7 +330,7 @@ def frame(**fields: Any) -> stage_pb2.ActivateRequest:
         ([opened(), frame(epoch=2)], PRECONDITION),
         ([opened(), frame(), frame()], PRECONDITION),
         (
-            [opened(), *(frame(sequence_number=id, micro_batch_id=id) for id in range(70))],
+            [opened(), *(frame(sequence_number=id, micro_batch_id=id) for id in range(65))],
             PRECONDITION,
         ),
         ([opened(0)], PRECONDITION),
