@@ -1,109 +1,83 @@
-"""An engine whose arithmetic a test can follow: every stage adds one.
+"""A stage's engine that computes a checkable function instead of a model.
 
-A row (of 4 elements, unless told otherwise) starts as (token id, position, 0, 0); every
-stage adds 1 to the third element; the last one samples token id + position + number of stages.
+Its KV cache holds token ids. The next token is a function of the whole prefix, read back from
+the blocks that the coordinator named, so that a wrong block, position or order changes the
+answer. It refuses every order that a real engine would refuse, by AssertionError.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
 
-import numpy as np
-from penstock.v1 import stage_pb2, tensor_pb2
-
-from core.errors import ProtocolViolation
-from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
-from services.stage.model import LoadedModel
-
-HIDDEN_SIZE = 4
-POISON = 666  # a token id that makes the engine fail
+VOCAB_SIZE = 1000
+EOS = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FakeResult:
-    hidden_TH: np.ndarray | None = None
-    sampled: SampledTokens | None = None
+def next_token(prefix: Sequence[int]) -> int:
+    """The fake model; it never says EOS."""
+    return 1 + crc32(bytes(str(list(prefix)), "ascii")) % (VOCAB_SIZE - 1)
+
+
+def completion(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """What a pipeline must generate."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
 
 
 class FakeEngine:
-    """Computes as described above; `gate`, when cleared, holds every step."""
+    """Mirrors sequences and KV blocks of one stage."""
 
-    def __init__(self, *, is_first: bool, is_last: bool, hidden_size: int = HIDDEN_SIZE) -> None:
-        self.hidden_size = hidden_size
-        self.is_first = is_first
+    def __init__(self, *, num_kv_blocks: int, is_last: bool, block_size: int = 16) -> None:
+        self.num_kv_blocks = num_kv_blocks
         self.is_last = is_last
-        self.gate = threading.Event()
-        self.gate.set()
-        self.live: set[int] = set()
-        self.steps: list[int] = []
-        self.threads: set[int] = set()
-        self._buffer_TH = np.zeros((0, hidden_size), np.float32)
+        self.block_size = block_size
+        self.tables: dict[int, list[int]] = {}
+        self._kv: dict[tuple[int, int], int] = {}
 
-    def apply(self, updates: SequenceUpdates) -> None:
-        self.threads.add(threading.get_ident())
+    def apply(self, updates: Any) -> None:
+        """Takes SequenceUpdates, of the contract or of core: their fields have equal names."""
         for slot in updates.ended_slots:
-            if slot not in self.live:
-                raise ProtocolViolation(f"slot {slot} is not live")
-            self.live.remove(slot)
+            assert slot in self.tables, f"slot {slot} ended twice"
+            del self.tables[slot]
         for start in updates.starts:
-            if start.slot in self.live:
-                raise ProtocolViolation(f"slot {start.slot} is live already")
-            self.live.add(start.slot)
+            assert start.slot not in self.tables, f"slot {start.slot} started twice"
+            self.tables[start.slot] = []
+        held = {block for table in self.tables.values() for block in table}
+        for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
+            assert block not in held, f"block {block} is held twice"
+            assert 0 <= block < self.num_kv_blocks, f"block {block} does not exist"
+            held.add(block)
+            self.tables[slot].append(block)
 
-    def step(self, batch: MicroBatch, hidden_TH: np.ndarray | None) -> FakeResult:
-        self.apply(batch.updates)
-        assert self.gate.wait(60), "the test never opened the gate"
-        if POISON in batch.token_ids_T:
-            raise RuntimeError("the secret of the engine")
-        missing = set(batch.slots_R.tolist()) - self.live
-        if missing:
-            raise ProtocolViolation(f"slots {missing} are not live")
-        self.steps.append(batch.id)
-        rows_TH = self._embed(batch) if hidden_TH is None else hidden_TH.copy()
-        rows_TH[:, 2] += 1
-        # The result is valid until the next step only, as the real engine's is.
-        self._buffer_TH[:] = np.nan
-        self._buffer_TH = rows_TH
-        return self._sampled(batch, rows_TH) if self.is_last else FakeResult(hidden_TH=rows_TH)
+    def run(
+        self,
+        slots: Sequence[int],
+        first_positions: Sequence[int],
+        num_rows: Sequence[int],
+        samples: Sequence[bool],
+        token_ids: Sequence[int],
+    ) -> list[int]:
+        """Computes the runs of a micro-batch; returns the tokens of those that sample."""
+        assert len(set(slots)) == len(slots), "two runs of one sequence"
+        sampled, row = [], 0
+        for slot, first, count, samples_here in zip(
+            slots, first_positions, num_rows, samples, strict=True
+        ):
+            table = self.tables[slot]
+            assert count >= 1, "a run without rows"
+            assert first + count <= len(table) * self.block_size, "no block for a row"
+            for position in range(first, first + count):
+                self._kv[self._place(table, position)] = token_ids[row]
+                row += 1
+            if samples_here:
+                prefix = [self._kv[self._place(table, p)] for p in range(first + count)]
+                sampled.append(next_token(prefix))
+        assert row == len(token_ids), "rows and token ids differ in number"
+        return sampled
 
-    def _embed(self, batch: MicroBatch) -> np.ndarray:
-        rows_TH = np.zeros((batch.num_rows, self.hidden_size), np.float32)
-        rows_TH[:, 0] = batch.token_ids_T
-        runs = zip(batch.first_positions_R, batch.num_rows_R, strict=True)
-        rows_TH[:, 1] = np.concatenate([np.arange(first, first + num) for first, num in runs])
-        return rows_TH
-
-    def _sampled(self, batch: MicroBatch, rows_TH: np.ndarray) -> FakeResult:
-        last_rows_R = np.cumsum(batch.num_rows_R) - 1
-        tokens_R = rows_TH[last_rows_R, :3].sum(axis=1).astype(int)
-        token_ids = tuple(int(token) for token in tokens_R[batch.samples_R])
-        logprobs = tuple(
-            PositionLogprobs(token_id=id, logprob=-1.0, top_token_ids=(1,), top_logprobs=(-0.5,))
-            if id % 2
-            else None
-            for id in token_ids
-        )
-        return FakeResult(
-            sampled=SampledTokens(micro_batch_id=batch.id, token_ids=token_ids, logprobs=logprobs)
-        )
-
-
-def fake_model(engine: FakeEngine, *, index: int, num_stages: int) -> LoadedModel:
-    """Returns `engine` as stage `index` of a model with one layer a stage."""
-    manifest = stage_pb2.StageReady(
-        model="fake",
-        first_layer=index,
-        end_layer=index + 1,
-        num_layers=num_stages,
-        hidden_size=engine.hidden_size,
-        vocab_size=1000,
-        context_length=4096,
-        number_format="fp32",
-        codec=tensor_pb2.CODEC_F32,
-        kv_block_size=16,
-        num_kv_blocks=100,
-        max_rows=512,
-        weights_bytes=12345,
-    )
-    return LoadedModel(engine=engine, manifest=manifest, codec="f32")
+    def _place(self, table: list[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size

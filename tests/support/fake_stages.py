@@ -1,39 +1,22 @@
 """Stages that compute a simple function instead of a model, behind real gRPC servers.
 
-A fake stage mirrors what the coordinator tells it, checks every order as a real one would, and
-passes "activations" to the next stage through a queue of this process. The next token is a
-function of the whole prefix, read back from the KV blocks that the coordinator named, so that
-a wrong block, position or order changes the answer.
+A fake stage performs orders in their order and refuses wrong ones as a real one would. It
+passes token ids, for want of activations, to the next stage through a queue of this process.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
-from zlib import crc32
 
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
 
-VOCAB_SIZE = 1000
-EOS = 0
-
-
-def next_token(prefix: Sequence[int]) -> int:
-    """The fake model: never EOS by chance."""
-    return 1 + crc32(bytes(str(list(prefix)), "ascii")) % (VOCAB_SIZE - 1)
-
-
-def completion(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What the pipeline must generate."""
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
+from tests.support.fake_engine import EOS, VOCAB_SIZE, FakeEngine
 
 
 @dataclass
@@ -56,8 +39,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     violations: list[str] = field(default_factory=list)
     inbox: asyncio.Queue[tuple[int, list[int]]] = field(default_factory=asyncio.Queue)
     downstream: FakeStage | None = None
-    tables: dict[int, list[int]] = field(default_factory=dict)
-    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    engine: FakeEngine = field(init=False)
     may_load: asyncio.Event = field(default_factory=asyncio.Event)
     may_compute: asyncio.Event = field(default_factory=asyncio.Event)
     _updated: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -83,10 +65,19 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     async def restart(self) -> None:
         await self.start(int(self.address.rpartition(":")[2]))
 
+    def __post_init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.engine = FakeEngine(
+            num_kv_blocks=self.num_kv_blocks, is_last=self.is_last, block_size=self.block_size
+        )
+        self.inbox = asyncio.Queue()
+
     async def Control(
         self, requests: AsyncIterator[stage_pb2.ControlRequest], context: Any
     ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        self.tables, self.kv, self.inbox = {}, {}, asyncio.Queue()
+        self._clear()
         opened = await anext(aiter(requests))
         self.epochs.append(opened.open.epoch)
         await self.may_load.wait()
@@ -134,22 +125,13 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     async def until_it_holds_nothing(self) -> None:
         """Waits until every sequence has ended on this stage."""
         async with self._updated:
-            await self._updated.wait_for(lambda: not self.tables)
+            await self._updated.wait_for(lambda: not self.engine.tables)
 
     async def _update(self, updates: stage_pb2.SequenceUpdates) -> None:
-        for slot in updates.ended_slots:
-            assert slot in self.tables, f"slot {slot} ended twice"
-            del self.tables[slot]
         for start in updates.starts:
-            assert start.slot not in self.tables, f"slot {start.slot} started twice"
             assert start.HasField("sampling") == self.is_last, "sampling is for the last stage"
-            self.tables[start.slot] = []
             self.traceparents[start.request_id] = start.traceparent
-        for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
-            held = [b for table in self.tables.values() for b in table]
-            assert block not in held, f"block {block} is held twice"
-            assert block < self.num_kv_blocks, f"block {block} does not exist"
-            self.tables[slot].append(block)
+        self.engine.apply(updates)
         async with self._updated:
             self._updated.notify_all()
 
@@ -166,7 +148,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             assert not batch.token_ids, "token ids are for the first stage"
         if self.seconds_a_batch:
             await asyncio.sleep(self.seconds_a_batch)
-        sampled = self._run_rows(batch, token_ids)
+        sampled = self.engine.run(
+            batch.slots, batch.first_positions, batch.num_rows, batch.samples, token_ids
+        )
         self.num_batches += 1
         if self.downstream is not None:
             self.downstream.inbox.put_nowait((batch.id, token_ids))
@@ -181,28 +165,6 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         report.busy.FromMicroseconds(1000 + 10 * rows)
         report.starved.FromMicroseconds(500)
         return report
-
-    def _run_rows(self, batch: stage_pb2.MicroBatch, token_ids: list[int]) -> list[int]:
-        """Writes every row's token into the KV blocks, then reads whole prefixes back."""
-        sampled, row = [], 0
-        runs = zip(batch.slots, batch.first_positions, batch.num_rows, batch.samples, strict=True)
-        for slot, first, num_rows, samples in runs:
-            table = self.tables[slot]
-            assert first + num_rows <= len(table) * self.block_size, "no block for a row"
-            for position in range(first, first + num_rows):
-                place = (table[position // self.block_size], position % self.block_size)
-                self.kv[place] = token_ids[row]
-                row += 1
-            if samples:
-                sampled.append(next_token(self._prefix(table, first + num_rows)))
-        assert row == len(token_ids), "rows and token ids differ in number"
-        return sampled
-
-    def _prefix(self, table: list[int], length: int) -> list[int]:
-        return [
-            self.kv[table[position // self.block_size], position % self.block_size]
-            for position in range(length)
-        ]
 
 
 @asynccontextmanager

@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from penstock.v1 import generation_pb2
 
 from tests.services.coordinator.conftest import Gateway, coordinator, mesh
-from tests.support.fake_stages import completion, fake_stages
+from tests.support.fake_engine import completion
+from tests.support.fake_stages import fake_stages
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]

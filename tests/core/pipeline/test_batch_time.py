@@ -1,0 +1,75 @@
+"""Curves of batch times are found from reports."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        Coefficients(2e-3, 2e-4, 1e-6),
+        Coefficients(0.5, 0.01, 1e-5),  # a model hundreds of times bigger than the prior's
+        Coefficients(1e-4, 1e-5, 0.0),
+    ],
+)
+def test_a_curve_finds_the_truth_behind_noisy_times(truth: Coefficients) -> None:
+    rng = random.Random(3)
+    curve = BatchTimeCurve()
+    rows = [rng.choice([1, 4, 16, 64, 256]) for _ in range(400)]
+    pairs = [count * rng.randrange(1, 600) for count in rows]
+    seconds = [
+        truth.seconds(r, p) * rng.uniform(0.9, 1.1) for r, p in zip(rows, pairs, strict=True)
+    ]
+    curve.observe(rows, pairs, seconds)
+    for count, context in ((1, 100), (32, 300), (256, 200)):
+        expected = truth.seconds(count, count * context)
+        assert curve.coefficients.seconds(count, count * context) == pytest.approx(
+            expected, rel=0.1
+        )
+    assert 0.04 < curve.variation < 0.09  # uniform +-10 % has 5.8 %
+
+
+def test_before_reports_the_prior_holds() -> None:
+    assert BatchTimeCurve().coefficients == DEFAULT_PRIOR
+
+
+def test_one_size_of_batch_says_little_of_others_but_keeps_proportions() -> None:
+    curve = BatchTimeCurve()
+    curve.observe([32] * 50, [2048] * 50, [10 * DEFAULT_PRIOR.seconds(32, 2048)] * 50)
+    assert curve.coefficients.seconds(1, 64) == pytest.approx(
+        10 * DEFAULT_PRIOR.seconds(1, 64), rel=0.3
+    )
+
+
+def test_a_curve_follows_a_stage_that_becomes_slower() -> None:
+    curve = BatchTimeCurve()
+    curve.observe([16, 64] * 200, [1600, 6400] * 200, [0.005, 0.015] * 200)
+    curve.observe([16, 64] * 700, [1600, 6400] * 700, [0.010, 0.030] * 700)
+    assert curve.coefficients.seconds(64, 6400) == pytest.approx(0.030, rel=0.15)
+
+
+def test_coefficients_are_never_negative() -> None:
+    curve = BatchTimeCurve()
+    curve.observe([1, 8, 64, 256] * 50, [64, 512, 4096, 16384] * 50, [4e-3, 3e-3, 2e-3, 1e-3] * 50)
+    assert min(curve.coefficients) >= 0
+
+
+@pytest.mark.parametrize("position", [0, 100, 5000])
+def test_rows_within_a_budget_take_no_longer_than_it(position: int) -> None:
+    curve = Coefficients(2e-3, 2e-4, 1e-6)
+    rows = curve.rows_within(0.05, position)
+
+    def seconds(count: int) -> float:
+        return curve.seconds(count, count * (position + 0.5 + 0.5 * count)) - curve.fixed_s
+
+    assert seconds(rows) <= 0.05 < seconds(rows + 1)
+
+
+def test_later_chunks_of_equal_time_are_shorter() -> None:
+    curve = Coefficients(2e-3, 2e-4, 1e-6)
+    assert curve.rows_within(0.05, 0) > curve.rows_within(0.05, 1000) > 0
