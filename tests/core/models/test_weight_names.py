@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from core.models.llama.weight_names import (
     split_halves,
 )
 from core.models.registry import load_config
+from core.tokens.tokenizer import load_tokenizer
 from core.weights.open import open_checkpoint
 from services.local.fetch import resolve_model
 from tests.support.models import (
@@ -179,17 +181,26 @@ def test_the_default_model_reads_as_the_library_decodes_it() -> None:
 
 
 @pytest.mark.model
-def test_the_default_model_speaks_english() -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "following"),
+    [
+        ("smollm2-135m-instruct", "The capital of France is", "Paris"),
+        pytest.param(
+            "stories15m",
+            "Once upon a time, there was a little",
+            "girl",
+            marks=pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed"),
+        ),
+    ],
+)
+def test_real_models_speak_english(name: str, text: str, following: str) -> None:
     """A wrong rotary order, a wrong tie or a wrong scale would all make noise of this."""
     import torch
 
-    from core.tokens.tokenizer import load_tokenizer
-
-    path = resolve_model("smollm2-135m-instruct")
+    path = resolve_model(name)
     checkpoint = open_checkpoint(path)
     model = transformers_model(checkpoint, load_config(checkpoint))
     tokenizer = load_tokenizer(path)
-    ids = tokenizer.encode("The capital of France is")
     with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0, -1]
-    assert tokenizer.decode([int(logits.argmax())]).strip() == "Paris"
+        logits = model(torch.tensor([tokenizer.encode(text)])).logits[0, -1]
+    assert tokenizer.decode([int(logits.argmax())]).strip() == following
