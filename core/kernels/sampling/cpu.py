@@ -71,6 +71,7 @@ def sample_rows(
     num_chunks = (logits_SV.shape[1] + CHUNK - 1) // CHUNK
     maxima_C = np.empty(num_chunks, np.int32)
     sums_C = np.empty(num_chunks, np.int64)
+    powers_V = np.empty(logits_SV.shape[1], np.float32)
     saved_M = np.empty(history_ids_NM.shape[1], np.float32)
     for s in range(len(slots_S)):
         slot = slots_S[s]
@@ -88,6 +89,7 @@ def sample_rows(
             random_bits(seeds_N[slot], positions_S[s]),
             maxima_C,
             sums_C,
+            powers_V,
         )
         if num_known > 0:
             for i in range(num_known):
@@ -105,7 +107,9 @@ def log_probabilities(logits_V, token_id, num_top, top_ids_L, top_logprobs_L):
     num_top = min(num_top, len(logits_V))
     largest_key = _chunk_maxima(logits_V.view(np.int32), maxima_C)
     largest = float_of(largest_key)
-    total = _chunk_sums(logits_V, largest, _LOG2_E, np.int64(0), KEEP_ALL, sums_C)
+    powers_V = np.empty(len(logits_V), np.float32)
+    _fill_powers(logits_V, largest, _LOG2_E, powers_V)
+    total = _chunk_sums(logits_V, powers_V, np.int64(0), KEEP_ALL, sums_C)
     log_total = np.log(np.float64(total) / np.float64(ONE))
     if num_top > 0:
         orders_K, _ = _candidates(logits_V.view(np.int32), maxima_C, num_top)
@@ -119,7 +123,7 @@ def log_probabilities(logits_V, token_id, num_top, top_ids_L, top_logprobs_L):
 
 
 @kernel
-def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C):
+def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C, powers_V):
     bits_V = row_V.view(np.int32)
     largest_key = _chunk_maxima(bits_V, maxima_C)
     if temperature == 0.0 or largest_key <= KEY_OF_MINUS_INFINITY:
@@ -135,11 +139,12 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C)
             row_V, orders_K, top_k, KEEP_ALL, top_p, np.int64(-1), largest, scale
         )
         return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
+    _fill_powers(row_V, largest, scale, powers_V)
     if not limits_count and top_p >= 1.0:
-        _chunk_sums(row_V, largest, scale, least_weight, KEEP_ALL, sums_C)
+        _chunk_sums(row_V, powers_V, least_weight, KEEP_ALL, sums_C)
         return _draw(row_V, largest, scale, least_weight, KEEP_ALL, sums_C, bits)
     if not limits_count:
-        total = _chunk_sums(row_V, largest, scale, np.int64(0), KEEP_ALL, sums_C)
+        total = _chunk_sums(row_V, powers_V, np.int64(0), KEEP_ALL, sums_C)
         for guess in NUCLEUS_GUESSES:
             if guess > len(maxima_C):
                 break
@@ -149,8 +154,8 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C)
             )
             if found:
                 return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
-    cut = cut_by_histogram(row_V, top_k, top_p, largest, scale)
-    _chunk_sums(row_V, largest, scale, least_weight, cut, sums_C)
+    cut = cut_by_histogram(row_V, powers_V, top_k, top_p, largest, scale)
+    _chunk_sums(row_V, powers_V, least_weight, cut, sums_C)
     return _draw(row_V, largest, scale, least_weight, cut, sums_C, bits)
 
 
@@ -178,20 +183,26 @@ def _first_of_key(bits_V, maxima_C, key):
 
 
 @kernel
-def _chunk_sums(row_V, largest, scale, least_weight, cut, sums_C):
+def _fill_powers(row_V, largest, scale, powers_V):
+    """Fills in every weight, not yet rounded to an integer."""
+    for token_id in range(len(row_V)):
+        powers_V[token_id] = float_weight(exponent_of(row_V[token_id], largest, scale))
+
+
+@kernel
+def _chunk_sums(row_V, powers_V, least_weight, cut, sums_C):
     """Fills in every chunk's sum of kept weights and returns the sum of all."""
-    powers = np.empty(CHUNK, np.float32)
+    kept = np.empty(CHUNK, np.float32)
     total = np.int64(0)
     for c in range(len(sums_C)):
-        chunk = row_V[c * CHUNK : (c + 1) * CHUNK]
-        # Two loops: the float part fills twice as many lanes as the integer part.
-        for i in range(len(chunk)):
-            powers[i] = float_weight(exponent_of(chunk[i], largest, scale))
+        chunk = powers_V[c * CHUNK : (c + 1) * CHUNK]
         if cut != KEEP_ALL:
-            _drop_below(cut, chunk.view(np.int32), c * CHUNK, powers)
+            bits = row_V[c * CHUNK : (c + 1) * CHUNK].view(np.int32)
+            _drop_below(cut, bits, c * CHUNK, chunk, kept)
+            chunk = kept[: len(bits)]
         chunk_sum = np.int64(0)
         for i in range(len(chunk)):
-            weight = np.int64(powers[i])
+            weight = np.int64(chunk[i])
             chunk_sum += weight if weight >= least_weight else np.int64(0)
         sums_C[c] = chunk_sum
         total += chunk_sum
@@ -199,13 +210,13 @@ def _chunk_sums(row_V, largest, scale, least_weight, cut, sums_C):
 
 
 @inlined
-def _drop_below(cut, bits, first_id, powers):
-    """Zeroes the weights of a chunk's tokens whose order is below the cut."""
+def _drop_below(cut, bits, first_id, powers, kept):
+    """Copies a chunk's weights, those of tokens whose order is below the cut as zero."""
     key, last = np.int32(cut >> np.int64(32)), np.int32(id_of(cut) - first_id)
     for i in range(len(bits)):
         above = np.int32(rank_key(bits[i]) > key)
         level = np.int32(np.int32(rank_key(bits[i]) == key) & np.int32(np.int32(i) <= last))
-        powers[i] *= np.float32(np.int32(above | level))
+        kept[i] = powers[i] * np.float32(np.int32(above | level))
 
 
 @kernel

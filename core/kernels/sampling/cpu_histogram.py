@@ -16,7 +16,6 @@ from core.kernels.sampling.cpu_arithmetic import (
     CHUNK,
     KEEP_ALL,
     exponent_of,
-    float_weight,
     id_of,
     order_of,
     weight_of,
@@ -27,12 +26,12 @@ _BUCKET_SCALE = np.float32((NUM_BUCKETS - 1) / -LOWEST_EXPONENT)
 
 
 @kernel
-def cut_by_histogram(row_V, top_k, top_p, largest, scale):
+def cut_by_histogram(row_V, powers_V, top_k, top_p, largest, scale):
     """The cut of top-k and top-p, whatever the width of what they keep."""
     counts_B, masses_B = np.zeros(NUM_BUCKETS, np.int64), np.zeros(NUM_BUCKETS, np.int64)
     # Bucket 0 has the likeliest; the last has only weights of zero.
     buckets_V = np.empty(len(row_V), np.int32)
-    _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V)
+    _fill_histogram(row_V, powers_V, largest, scale, counts_B, masses_B, buckets_V)
     cut, total = KEEP_ALL, masses_B.sum()
     if 0 < top_k < len(row_V):
         bucket = 0
@@ -63,15 +62,14 @@ def cut_by_histogram(row_V, top_k, top_p, largest, scale):
 
 
 @kernel
-def _fill_histogram(row_V, largest, scale, counts_B, masses_B, buckets_V):
+def _fill_histogram(row_V, powers_V, largest, scale, counts_B, masses_B, buckets_V):
     """Counts and weighs every bucket, and notes the bucket of every token."""
-    powers, weights = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int64)
+    weights = np.empty(CHUNK, np.int64)
     for first in range(0, len(row_V), CHUNK):
         chunk, buckets = row_V[first : first + CHUNK], buckets_V[first : first + CHUNK]
+        powers = powers_V[first : first + CHUNK]
         for i in range(len(chunk)):
-            exponent = exponent_of(chunk[i], largest, scale)
-            powers[i] = float_weight(exponent)
-            buckets[i] = np.int32(-exponent * _BUCKET_SCALE)
+            buckets[i] = np.int32(-exponent_of(chunk[i], largest, scale) * _BUCKET_SCALE)
         for i in range(len(chunk)):
             weights[i] = np.int64(powers[i])
         for i in range(len(chunk)):
