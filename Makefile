@@ -31,7 +31,7 @@ mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 DTYPE=bf16 SPLIT=0:14
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE= TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
-	@$(CLI) generate -- "$$PENSTOCK_PROMPT"
+	@$(CLI) generate $(if $(value STOP),--stop "$$PENSTOCK_STOP") -- "$$PENSTOCK_PROMPT"
 
 status: $(RUN_STAMP) ## shows the running mesh: stages, layers, health, memory, load
 	@$(CLI) status

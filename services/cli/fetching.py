@@ -22,9 +22,7 @@ from services.local.fetch import FetchProgress, Report
 def fetch_display() -> Iterator[Report]:
     """Yields what takes the reports of a fetch. Nothing is shown where nothing is fetched."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    bar = Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console.err, disable=False
-    )
+    bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console.err)
     task = bar.add_task("", visible=False)
     step = ""
 
@@ -48,4 +46,5 @@ def fetch_display() -> Iterator[Report]:
     try:
         yield report
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

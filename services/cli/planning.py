@@ -7,21 +7,20 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from core.models.llama.weight_names import model_sizes
-from core.models.registry import load_config
-from core.weights.open import open_checkpoint
+from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
 from services.local.fetch import fetch, fetched_path, resolve_model
-from services.local.memory import POSITIONS_PER_BLOCK
-from services.local.partition import PlannedStage, plan_stages
-from services.local.settings import MeshSettings
+from services.local.partition import plan_stages
+from services.local.prepare import read_config
+from services.local.settings import MeshSettings, parse_bytes
 
 
 def models() -> None:
     """Lists the models that can be had by name."""
-    table = Table("name", box=None)
+    table = Table(box=None)
+    table.add_column("name", no_wrap=True)
     for column in ("parameters", "download", "format"):
         table.add_column(column, justify="right")
     for column in ("licence", "cached", "what it is"):
@@ -65,29 +64,51 @@ def plan(
         str | None,
         typer.Option(envvar="PENSTOCK_SPLIT", help="Layers of each stage, such as 0:14,14:30."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PENSTOCK_MEMORY",
+            help="What each stage's node has: 8GiB for all, or 8GiB,4GiB one by one.",
+        ),
+    ] = None,
 ) -> None:
     """Shows how a model would be cut, and starts nothing."""
     settings = MeshSettings(model=model, stages=stages, dtype=dtype, split=split)
     with fetch_display() as report:
         path = resolve_model(model, report)
-    checkpoint = open_checkpoint(path)
-    try:
-        config = load_config(checkpoint)
-        planned = plan_stages(settings, config, model_sizes(checkpoint, config))
-    finally:
-        checkpoint.close()
-    console.out.print(plan_table(planned))
+    config = read_config(path)
+    planned = plan_stages(
+        config,
+        number_format=dtype,
+        num_stages=settings.num_stages,
+        split=split,
+        memory_bytes=_memory_of_nodes(memory, num_stages=settings.num_stages),
+    )
+    console.out.print(plan_table(planned, context_length=config.context_length))
 
 
-def plan_table(planned: tuple[PlannedStage, ...]) -> Table:
+def _memory_of_nodes(text: str | None, *, num_stages: int) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    sizes = tuple(parse_bytes("memory", part) for part in text.split(","))
+    return sizes * num_stages if len(sizes) == 1 else sizes
+
+
+def plan_table(planned: PipelinePlan, *, context_length: int) -> Table:
     """One row a stage."""
-    table = Table("stage", "layers", "weights", "KV a token", box=None)
-    for index, stage in enumerate(planned):
+    table = Table("stage", "layers", box=None)
+    kv_column = f"KV of {context_length} tokens"
+    for column in ("weights", kv_column, "in all", "time of a micro-batch", "of the slowest"):
+        table.add_column(column, justify="right")
+    for index, stage in enumerate(planned.stages):
         table.add_row(
             str(index),
-            f"{stage.slice.first_layer}:{stage.slice.end_layer}",
+            f"{stage.stage_slice.first_layer}:{stage.stage_slice.end_layer}",
             console.format_bytes(stage.weights_bytes),
-            console.format_bytes(stage.kv_block_bytes // POSITIONS_PER_BLOCK),
+            console.format_bytes(stage.kv_bytes),
+            console.format_bytes(stage.weights_bytes + stage.kv_bytes),
+            f"{stage.seconds * 1e3:.1f} ms",
+            f"{stage.time_share:.0%}",
         )
     return table
 

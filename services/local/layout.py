@@ -10,12 +10,10 @@ from services.local.process import ProcessCommand
 
 @dataclass(frozen=True, kw_only=True)
 class StageLayout:
-    """One stage process. Bytes are estimates made before anything is loaded."""
+    """One stage process."""
 
     first_layer: int
     end_layer: int
-    weights_bytes: int
-    kv_bytes: int
     address: str
     metrics_port: int
 

@@ -1,58 +1,52 @@
-"""Which layers each stage of a local mesh holds, and what that takes."""
+"""Cuts a model for a local mesh: from its configuration and the user's wishes to a plan."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-
-from core.engine.engine import kv_bytes_per_block
-from core.errors import InvalidInput
 from core.models.llama.config import LlamaConfig
-from core.models.llama.weight_names import ModelSizes
-from core.pipeline.plan import StageSlice
-from services.local.settings import MeshSettings, parse_split
+from core.pipeline.costs import DecoderShape, ModelCosts, estimate_costs
+from core.pipeline.partitioner import Node, parse_split, partition, plan_split
+from core.pipeline.plan import PipelinePlan
+from services.local.memory import POSITIONS_PER_BLOCK
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedStage:
-    """A stage and its estimated sizes."""
-
-    slice: StageSlice
-    weights_bytes: int
-    kv_block_bytes: int
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def plan_stages(
-    settings: MeshSettings, config: LlamaConfig, sizes: ModelSizes
-) -> tuple[PlannedStage, ...]:
-    """Raises InvalidInput or PlanImpossible."""
-    count = config.num_layers
-    if settings.split is not None:
-        pairs = parse_split(settings.split)
-    else:
-        edges = [round(i * count / settings.stages) for i in range(settings.stages + 1)]
-        pairs = tuple(itertools.pairwise(edges))
-    if [pairs[0][0], *(end for _, end in pairs)] != [first for first, _ in pairs] + [count]:
-        raise InvalidInput("split", settings.split, f"adjoining runs from 0 to {count}")
-    slices = [StageSlice(first_layer=f, end_layer=e, num_layers=count) for f, e in pairs]
-    return tuple(
-        PlannedStage(
-            slice=one,
-            weights_bytes=stage_parameters(one, sizes) * ELEMENT_BYTES[settings.dtype],
-            kv_block_bytes=kv_bytes_per_block(config, one, settings.dtype),
+def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
+    """Estimated time and memory of each layer."""
+    size = _ELEMENT_BYTES[number_format]
+    return estimate_costs(
+        DecoderShape(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            query_size=config.num_heads * config.head_dim,
+            kv_size=config.num_kv_heads * config.head_dim,
+            vocab_size=config.vocab_size,
+            bytes_per_weight=size,
+            bytes_per_kv=size,
+            kv_block_size=POSITIONS_PER_BLOCK,
         )
-        for one in slices
     )
 
 
-def stage_parameters(stage_slice: StageSlice, sizes: ModelSizes) -> int:
-    """Parameters that a stage holds; a head tied to the embedding counts on both ends."""
-    layers = sizes.layers[stage_slice.first_layer : stage_slice.end_layer]
-    parts = list(layers)
-    if stage_slice.is_first:
-        parts.append(sizes.embedding)
-    if stage_slice.is_last:
-        parts.append(sizes.head)
-    return sum(part.num_parameters for part in parts)
+def plan_stages(
+    config: LlamaConfig,
+    *,
+    number_format: str,
+    num_stages: int,
+    split: str | None = None,
+    memory_bytes: tuple[int, ...] = (),
+) -> PipelinePlan:
+    """The cut that `split` says, or the best one.
+
+    `memory_bytes` is what each stage's node has; with it, every stage must hold its weights
+    and the KV blocks of one sequence of full length. Raises InvalidInput, or PlanImpossible
+    with the numbers.
+    """
+    costs = model_costs(config, number_format=number_format)
+    nodes = tuple(Node(memory_bytes=size) for size in memory_bytes)
+    blocks = -(-config.context_length // POSITIONS_PER_BLOCK)
+    if split is not None:
+        slices = parse_split(split, num_layers=config.num_layers)
+        return plan_split(costs, slices, nodes=nodes, min_kv_blocks=blocks)
+    return partition(costs, num_stages=num_stages, nodes=nodes, min_kv_blocks=blocks)

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import psutil
 
 from core.models.llama.config import LlamaConfig
-from core.models.llama.weight_names import model_sizes
 from core.models.registry import load_config
+from core.pipeline.costs import ModelCosts
+from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.layout import MeshLayout, StageLayout
 from services.local.memory import POSITIONS_PER_BLOCK, MemoryNeeds, choose_kv_blocks
-from services.local.partition import PlannedStage, plan_stages
+from services.local.partition import model_costs, plan_stages
 from services.local.ports import HOST, free_ports, require_free
 from services.local.settings import MeshSettings
 
@@ -34,16 +35,17 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
     memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
-    num_stages = settings.num_stages
-    ports = _choose_ports(settings, num_stages)
+    ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
-    checkpoint = open_checkpoint(path)
-    try:
-        config = load_config(checkpoint)
-        plan = plan_stages(settings, config, model_sizes(checkpoint, config))
-    finally:
-        checkpoint.close()
-    kv_blocks = _choose_kv_blocks(settings, config, plan)
+    config = read_config(path)
+    plan = plan_stages(
+        config,
+        number_format=settings.dtype,
+        num_stages=settings.num_stages,
+        split=settings.split,
+    )
+    costs = model_costs(config, number_format=settings.dtype)
+    kv_blocks = _choose_kv_blocks(settings, config, plan, costs)
     return MeshLayout(
         model_name=model_name(settings.model, path),
         model_path=str(path),
@@ -54,20 +56,27 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         drain_s=DRAIN_S,
         stages=tuple(
             StageLayout(
-                first_layer=stage.slice.first_layer,
-                end_layer=stage.slice.end_layer,
-                weights_bytes=stage.weights_bytes,
-                kv_bytes=stage.kv_block_bytes * kv_blocks,
+                first_layer=stage.stage_slice.first_layer,
+                end_layer=stage.stage_slice.end_layer,
                 address=f"{HOST}:{ports.listen[index]}",
                 metrics_port=ports.metrics[index],
             )
-            for index, stage in enumerate(plan)
+            for index, stage in enumerate(plan.stages)
         ),
         coordinator_address=f"{HOST}:{ports.listen[-2]}",
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
     )
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """The model's sizes, from the headers of its file; raises CorruptWeights."""
+    checkpoint = open_checkpoint(path)
+    try:
+        return load_config(checkpoint)
+    finally:
+        checkpoint.close()
 
 
 def model_name(spec: str, path: Path) -> str:
@@ -77,8 +86,9 @@ def model_name(spec: str, path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _choose_ports(settings: MeshSettings, num_stages: int) -> _Ports:
+def _choose_ports(settings: MeshSettings) -> _Ports:
     """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards."""
+    num_stages = settings.num_stages
     num_processes = num_stages + 2
     free = free_ports(2 * num_processes)
     listen, metrics = free[:num_processes], free[num_processes:]
@@ -94,14 +104,14 @@ def _choose_ports(settings: MeshSettings, num_stages: int) -> _Ports:
 
 
 def _choose_kv_blocks(
-    settings: MeshSettings, config: LlamaConfig, plan: tuple[PlannedStage, ...]
+    settings: MeshSettings, config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts
 ) -> int:
     blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
     needs = MemoryNeeds(
         available_bytes=psutil.virtual_memory().available,
-        weights_bytes=sum(stage.weights_bytes for stage in plan),
-        kv_block_bytes=sum(stage.kv_block_bytes for stage in plan),
-        num_processes=len(plan) + 2,
+        weights_bytes=sum(stage.weights_bytes for stage in plan.stages),
+        kv_block_bytes=sum(costs.kv_block_bytes),
+        num_processes=len(plan.stages) + 2,
         most_blocks=settings.max_sequences * blocks_a_sequence,
     )
     return choose_kv_blocks(needs, kv_memory_bytes=settings.kv_memory_bytes)

@@ -47,7 +47,7 @@ class MeshSettings:
     @property
     def num_stages(self) -> int:
         """As many as the split names, where there is one."""
-        return self.stages if self.split is None else len(parse_split(self.split))
+        return self.stages if self.split is None else self.split.count(",") + 1
 
 
 def parse_bytes(field: str, text: str) -> int:
@@ -56,11 +56,3 @@ def parse_bytes(field: str, text: str) -> int:
     if match is None:
         raise InvalidInput(field, text, "a number of bytes such as 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def parse_split(text: str) -> tuple[tuple[int, int], ...]:
-    """Reads "0:14,14:30"; raises InvalidInput unless it is a list of FIRST:END."""
-    if re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", text) is None:
-        raise InvalidInput("split", text, "FIRST:END for each stage, such as 0:14,14:30")
-    pairs = (part.split(":") for part in text.split(","))
-    return tuple((int(first), int(end)) for first, end in pairs)

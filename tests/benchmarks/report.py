@@ -40,7 +40,8 @@ class Figures:
     stages: list[StageShares] = field(default_factory=list)
     cpu_us_per_token: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
+    num_errors: int = 0
+    errors: list[str] = field(default_factory=list)  # the first few
 
 
 def make_figures(
@@ -72,6 +73,7 @@ def make_figures(
         stages=_stage_shares(before, after, duration_s),
         cpu_us_per_token=_cpu_us_per_token(before, after, tokens),
         peak_memory_bytes={reading.name: reading.peak_memory_bytes for reading in after},
+        num_errors=len(tally.errors),
         errors=tally.errors[:10],
     )
 
@@ -81,7 +83,7 @@ def latency_table(figures: Sequence[Figures]) -> Table:
     table = Table(box=None, title="seen by the clients", title_justify="left")
     columns = ("load", "requests", "tokens/s", "prompt tokens/s")
     for column in (*columns, "TTFT p50", "p99 ms", "inter-token p50", "p99 ms", "errors"):
-        table.add_column(column, justify="left" if column == "load" else "right")
+        table.add_column(column, justify="left" if column == "load" else "right", no_wrap=True)
     for row in figures:
         latencies = (row.ttft_p50_ms, row.ttft_p99_ms, row.inter_token_p50_ms)
         table.add_row(
@@ -90,7 +92,7 @@ def latency_table(figures: Sequence[Figures]) -> Table:
             f"{row.tokens_per_s:.0f}",
             f"{row.prompt_tokens_per_s:.0f}",
             *(f"{latency:.1f}" for latency in (*latencies, row.inter_token_p99_ms)),
-            str(len(row.errors)),
+            str(row.num_errors),
         )
     return table
 
@@ -101,12 +103,12 @@ def process_table(figures: Sequence[Figures]) -> Table:
     table = Table(box=None, title="inside the mesh", title_justify="left")
     table.add_column("load")
     for name in names:
-        table.add_column(f"{name}: busy/starved/wire/serialise %", justify="right")
+        table.add_column(f"{name}: busy, starved,\nwire, serialise", justify="right")
     for name in figures[0].cpu_us_per_token:
-        table.add_column(f"{name} CPU us/token", justify="right")
+        table.add_column(f"{name}\nCPU us/token", justify="right")
     for row in figures:
         shares = (
-            f"{stage.busy:.0%} / {stage.starved:.0%} / {stage.wire:.1%} / {stage.serialise:.1%}"
+            f"{stage.busy:.0%}, {stage.starved:.0%}, {stage.wire:.1%}, {stage.serialise:.1%}"
             for stage in row.stages
         )
         table.add_row(row.load, *shares, *(f"{us:.0f}" for us in row.cpu_us_per_token.values()))

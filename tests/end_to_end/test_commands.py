@@ -147,7 +147,7 @@ def test_a_taken_port_is_refused_in_one_line(no_mesh: LocalMesh, option: str) ->
         (["--split", "0:10,10:29"], "30"),
         (["--split", "nonsense"], "0:14,14:30"),
         (["--kv-memory", "much"], "512MiB"),
-        (["--kv-memory", "100TiB"], "TiB"),
+        (["--kv-memory", "100TiB"], "102400.00 GiB"),
         (["--kv-memory", "1KiB"], "KiB"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

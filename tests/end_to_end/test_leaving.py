@@ -83,8 +83,9 @@ def test_a_deadline_ends_the_request_with_its_status(client: Client) -> None:
 
 
 def test_a_stop_string_frees_the_request_behind_it(client: Client) -> None:
-    sampling = LONG | {"temperature": 0.0, "stop": ["Thursday"]}
-    answer = client.generate(prompt="The days of the week are Monday,", sampling=sampling)
+    sampling = LONG | {"temperature": 0.0, "stop": ["Friday"]}
+    prompt = "The days of the week are Monday, Tuesday,"
+    answer = client.generate(prompt=prompt, sampling=sampling)
     assert len(answer.token_ids) < 100
     client.wait_until_idle()
 

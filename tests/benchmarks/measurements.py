@@ -1,0 +1,144 @@
+"""The measurements: closed loop with short requests, and a real trace in open loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc.aio
+from penstock.v1 import generation_pb2 as pb
+from penstock.v1.generation_pb2_grpc import GenerationServiceStub
+
+from services.common.channels import open_channel
+from tests.benchmarks.load import LoadGenerator, Request, make_request
+from tests.benchmarks.meters import read_processes
+from tests.benchmarks.report import Figures, make_figures
+from tests.benchmarks.systems import System
+from tests.benchmarks.trace import TracedRequest, clip, read_trace, scale
+
+SEED = 20231116
+NEW_TOKENS = 128
+PROMPT_TOKENS = (16, 64)
+WARM_UP_S = 3.0
+SATURATING_CLIENTS = 32
+OPEN_LOOP_SHARE = 0.8
+# The trace is long; this many requests have its mix of lengths.
+TRACE_REQUESTS = 2000
+# For measurements that end by number of requests.
+LONGEST_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure. With `requests`, a closed loop ends after so many, not after `seconds`."""
+
+    streams: tuple[int, ...]
+    seconds: float
+    requests: int | None
+    open_loop_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A system under load."""
+
+    system: System
+    channel: grpc.aio.Channel
+    model: pb.Model
+    plan: Plan
+
+    async def closed(self, num_streams: int) -> Figures:
+        """`num_streams` clients with short prompts. Unless the number of requests is given, the
+        first answers are cut to random lengths, so that the clients do not march in step."""
+        workers = [self._short_requests(client, num_streams) for client in range(num_streams)]
+        load = f"{num_streams} streams"
+        seconds = None if self.plan.requests else self.plan.seconds
+        return await self._run(workers, load=load, seconds=seconds)
+
+    async def trace(self, say: Callable[[str], None]) -> list[Figures]:
+        """The trace's lengths at saturation, then its arrivals at a share of that rate."""
+        limit = self.model.context_length
+        traced, share = clip(read_trace(limit=TRACE_REQUESTS), context_length=limit)
+        say(f"trace: {share:.1%} of requests clipped to {limit} tokens")
+        endless = (self._request(one, seed) for seed, one in enumerate(itertools.cycle(traced)))
+        seconds = self.plan.open_loop_seconds
+        saturated = await self._run(
+            [endless] * SATURATING_CLIENTS, load="trace, saturated", seconds=seconds
+        )
+        rate = OPEN_LOOP_SHARE * saturated.requests / saturated.duration_s
+        if not rate:
+            say("no request of the trace ended in the time given: more seconds are needed")
+            return [saturated]
+        arrivals = scale(traced, requests_per_s=rate)
+        due = [one for one in arrivals if one.at_s < seconds]
+        requests = [self._request(one, seed) for seed, one in enumerate(due)]
+        load = f"trace, {rate:.2f} requests/s"
+        generator = LoadGenerator(self.channel)
+        return [saturated, await self._measured(generator, generator.open_loop(requests), load)]
+
+    async def _run(
+        self, workers: Sequence[Iterator[Request]], *, load: str, seconds: float | None
+    ) -> Figures:
+        """A closed loop: after a warm-up that is not counted for `seconds`, or to its end."""
+        generator = LoadGenerator(self.channel)
+        warm_up_s = 0.0 if seconds is None else WARM_UP_S
+        limit_s = LONGEST_S if seconds is None else warm_up_s + seconds
+        until_s = time.monotonic() + limit_s
+        running = asyncio.create_task(generator.closed_loop(workers, until_s=until_s))
+        await asyncio.sleep(warm_up_s)
+        return await self._measured(generator, running, load)
+
+    async def _measured(
+        self, generator: LoadGenerator, running: Awaitable[None], load: str
+    ) -> Figures:
+        """Figures from now until `running` has ended."""
+        before, from_s = read_processes(self.system.processes), time.monotonic()
+        await running
+        to_s, after = time.monotonic(), read_processes(self.system.processes)
+        return make_figures(
+            load, generator.tally, from_s=from_s, to_s=to_s, before=before, after=after
+        )
+
+    def _request(self, lengths: TracedRequest, seed: int) -> Request:
+        return make_request(
+            random.Random(seed),
+            vocab_size=self.model.vocab_size,
+            num_prompt_tokens=lengths.num_prompt_tokens,
+            num_new_tokens=lengths.num_new_tokens,
+            at_s=lengths.at_s,
+        )
+
+    def _short_requests(self, client: int, num_streams: int) -> Iterator[Request]:
+        """One client's requests: endless, or its part of `plan.requests`."""
+        rng = random.Random(SEED + client)
+        total = self.plan.requests
+        turns = itertools.count() if total is None else range(client, total, num_streams)
+        for turn, _ in enumerate(turns):
+            staggered = turn == 0 and total is None
+            yield make_request(
+                rng,
+                vocab_size=self.model.vocab_size,
+                num_prompt_tokens=rng.randint(*PROMPT_TOKENS),
+                num_new_tokens=rng.randint(1, NEW_TOKENS) if staggered else NEW_TOKENS,
+            )
+
+
+async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> list[Figures]:
+    """All measurements, one after another, over one channel."""
+    channel = open_channel(system.address)
+    try:
+        listed = await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30)
+        bench = Bench(system=system, channel=channel, model=listed.models[0], plan=plan)
+        figures = []
+        for num_streams in plan.streams:
+            figures.append(await bench.closed(num_streams))
+            say(f"{figures[-1].load}: {figures[-1].tokens_per_s:.0f} tokens/s")
+        if plan.open_loop_seconds:
+            figures += await bench.trace(say)
+        return figures
+    finally:
+        await channel.close()

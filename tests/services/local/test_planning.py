@@ -1,0 +1,195 @@
+"""From what a user asks for to a layout: sizes, memory, layers, ports, command lines."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.errors import InvalidInput, PlanImpossible
+from core.models.llama.config import LlamaConfig
+from services.local.layout import MeshLayout
+from services.local.memory import PROCESS_BYTES, MemoryNeeds, choose_kv_blocks
+from services.local.partition import plan_stages
+from services.local.ports import free_ports
+from services.local.prepare import prepare
+from services.local.settings import MeshSettings, parse_bytes
+from tests.support.models import write_servable
+
+GIB = 2**30
+
+SMOLLM2 = LlamaConfig(
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    context_length=8192,
+    norm_eps=1e-5,
+    rope_theta=100000.0,
+    tied_head=True,
+)
+
+
+def needs(**changes: int) -> MemoryNeeds:
+    fields = {
+        "available_bytes": 8 * GIB,
+        "weights_bytes": GIB,
+        "kv_block_bytes": 2**20,
+        "num_processes": 4,
+        "most_blocks": 10**9,
+    }
+    return MemoryNeeds(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000),
+        ("2GiB", 2 * GIB),
+        ("2 gib", 2 * GIB),
+        ("512M", 512_000_000),
+        ("1.5KiB", 1536),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_read_in_decimal_and_binary_units(text: str, size: int) -> None:
+    assert parse_bytes("kv_memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "1XB", "1GiB2", "nan", "1e9"])
+def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(InvalidInput, match="kv_memory"):
+        parse_bytes("kv_memory", text)
+
+
+def test_the_cache_gets_a_quarter_of_what_is_free_after_the_weights() -> None:
+    free = 7 * GIB - 4 * PROCESS_BYTES
+    assert choose_kv_blocks(needs(), kv_memory_bytes=None) == free // 4 // 2**20
+
+
+def test_the_cache_is_no_bigger_than_all_sequences_can_fill() -> None:
+    assert choose_kv_blocks(needs(most_blocks=7), kv_memory_bytes=None) == 7
+    assert choose_kv_blocks(needs(most_blocks=7), kv_memory_bytes=GIB) == 7
+
+
+def test_the_cache_is_as_big_as_asked_for() -> None:
+    assert choose_kv_blocks(needs(), kv_memory_bytes=GIB) == 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_memory_bytes"),
+    [({"weights_bytes": 8 * GIB}, None), ({}, 8 * GIB), ({"available_bytes": GIB}, None)],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    changes: dict[str, int], kv_memory_bytes: int | None
+) -> None:
+    with pytest.raises(PlanImpossible, match=r"weights .* GiB.* need .* GiB, and .* available"):
+        choose_kv_blocks(needs(**changes), kv_memory_bytes=kv_memory_bytes)
+
+
+def test_a_cache_of_less_than_a_block_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="one block of 16 tokens"):
+        choose_kv_blocks(needs(), kv_memory_bytes=1000)
+
+
+def test_the_last_stage_has_fewer_layers_because_it_has_the_head() -> None:
+    plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2)
+    assert plan.split == "0:18,18:30"
+
+
+def test_a_split_overrides_the_balance() -> None:
+    plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2, split="0:10,10:30")
+    assert plan.split == "0:10,10:30"
+
+
+def test_weights_are_counted_in_the_number_format() -> None:
+    def weights(number_format: str) -> int:
+        plan = plan_stages(SMOLLM2, number_format=number_format, num_stages=1)
+        return plan.stages[0].weights_bytes
+
+    assert weights("fp32") == 2 * weights("bf16")
+    # 134.5 M parameters; the head is a second copy of the embedding it is tied to.
+    assert weights("bf16") == pytest.approx(2 * (134.5e6 + 49152 * 576), rel=0.01)
+
+
+def test_nodes_that_are_too_small_are_refused_with_the_numbers() -> None:
+    with pytest.raises(PlanImpossible, match="do not fit"):
+        plan_stages(SMOLLM2, number_format="bf16", num_stages=2, memory_bytes=(10**8, 10**8))
+
+
+Lay = Callable[..., MeshLayout]
+
+
+@pytest.fixture
+def lay(tmp_path: Path) -> Lay:
+    """Prepares meshes of a tiny model of four layers."""
+    folder = write_servable(tmp_path / "tiny")
+
+    def prepare_tiny(**changes: object) -> MeshLayout:
+        fields: dict[str, object] = {"model": str(folder), "grpc_port": 0, "metrics_port": 0}
+        return prepare(MeshSettings(**(fields | changes)))
+
+    return prepare_tiny
+
+
+def test_a_layout_survives_the_way_to_the_background_process(lay: Lay) -> None:
+    layout = lay()
+    assert MeshLayout.from_json(layout.to_json()) == layout
+
+
+def test_every_part_listens_somewhere_else(lay: Lay) -> None:
+    layout = lay(stages=3)
+    commands = layout.commands()
+    addresses = {command.address for command in commands}
+    metrics = {command.metrics_port for command in commands}
+    assert [command.name for command in commands] == [
+        *("stage-0", "stage-1", "stage-2", "coordinator", "gateway")
+    ]
+    assert len(addresses) == len(metrics) == 5
+    assert all(address.startswith("127.0.0.1:") for address in addresses)
+
+
+def test_metrics_ports_count_upwards_from_the_gateway(lay: Lay) -> None:
+    (base,) = free_ports(1)
+    layout = lay(metrics_port=base)
+    ports = {command.name: command.metrics_port for command in layout.commands()}
+    assert ports == {
+        "gateway": base,
+        "coordinator": base + 1,
+        "stage-0": base + 2,
+        "stage-1": base + 3,
+    }
+
+
+def test_a_stage_is_told_its_layers_and_its_share_of_the_cache(lay: Lay) -> None:
+    layout = lay(split="0:1,1:4", kv_memory_bytes=2**20)
+    command = layout.commands()[1]
+    options = dict(zip(command.arguments[::2], command.arguments[1::2], strict=True))
+    assert options["--layers"] == "1:4"
+    assert options["--kv-blocks"] == str(layout.kv_blocks)
+    assert options["--name"] == "tiny"
+
+
+def test_any_taken_metrics_port_is_refused(lay: Lay) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidInput, match=f"metrics_port is {port}"):
+            lay(metrics_port=port - 2)
+
+
+def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
+    assert lay().gateway_address != lay().gateway_address
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"), [({"stages": 0}, "stages"), ({"dtype": "int3"}, "dtype")]
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^{field} is "):
+        MeshSettings(**changes)
