@@ -68,7 +68,11 @@ async def _load(
         on_loaded=lambda model: _settle(loaded, model, None),
         on_failure=lambda error: _settle(loaded, None, error),
     )
-    model = await loaded
+    try:
+        model = await loaded
+    except Exception:
+        await stage.close()  # those who wait for the model need not wait for the server to stop
+        raise
     await stage.set_model(model)
     manifest = model.manifest
     facts = {

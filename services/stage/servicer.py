@@ -33,7 +33,9 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             raise MalformedMessage("the first order of a stream opens the pipeline")
         session = await self._stage.open(first.open)
         try:
-            async with _reading(partial(_take_orders, requests, session), session.close):
+            async with _reading(
+                partial(_take_orders, requests, session, self._stage), session.close
+            ):
                 async for response in session.responses:
                     yield response
         finally:
@@ -53,8 +55,11 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
                 yield response
 
 
-async def _take_orders(requests: AsyncIterator[stage_pb2.ControlRequest], session: Session) -> None:
+async def _take_orders(
+    requests: AsyncIterator[stage_pb2.ControlRequest], session: Session, stage: Stage
+) -> None:
     await session.open()
+    await stage.say_serving(session)
     async for request in requests:
         session.take_order(request)
 

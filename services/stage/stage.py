@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from penstock.v1 import stage_pb2
 
@@ -42,7 +43,7 @@ class Stage:
         self._session: Session | None = None
         self._last_epoch = -1
         self._stage_index: int | None = None
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._closed = False
 
     async def set_model(self, model: LoadedModel) -> None:
@@ -56,7 +57,7 @@ class Stage:
             kv_blocks_used=lambda: 0 if self._session is None else self._session.kv_blocks_used,
         )
         await self._health.set("", serving=True)
-        await self._tell()
+        self._tell()
 
     async def open(self, order: stage_pb2.OpenPipeline) -> Session:
         """Begins a session and ends the one before it; waits for the model.
@@ -81,11 +82,15 @@ class Stage:
             self._session.close(Unavailable("a newer epoch took this stage over"))
         self._session, self._last_epoch = session, order.epoch
         self._stage_index = order.stage_index
-        await self._health.set(f"{model.manifest.model}/stage/{order.stage_index}", serving=True)
         facts = {"epoch": order.epoch, "stage": order.stage_index, "stages": order.num_stages}
         _LOG.info("pipeline opened", extra=facts)
-        await self._tell()
+        self._tell()
         return session
+
+    async def say_serving(self, session: Session) -> None:
+        """Makes the stage known to health checks by its place in the pipeline."""
+        model = await self._loaded()
+        await self._health.set(f"{model.manifest.model}/stage/{session.stage_index}", serving=True)
 
     def leave(self, session: Session) -> None:
         """Ends a session, if nobody has yet."""
@@ -101,8 +106,8 @@ class Stage:
         Unavailable when it does not begin in time.
         """
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S), self._changed:
-                await self._changed.wait_for(lambda: self._closed or self._last_epoch >= epoch)
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await self._wait_until(lambda: self._last_epoch >= epoch)
         except TimeoutError as error:
             raise Unavailable(f"epoch {epoch} has not begun here") from error
         session = self._session
@@ -116,18 +121,23 @@ class Stage:
         await self._health.stop_serving()
         if self._session is not None:
             self._session.close(Unavailable("the stage is shutting down"))
-        await self._tell()
+        self._tell()
 
     async def _loaded(self) -> LoadedModel:
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S), self._changed:
-                await self._changed.wait_for(lambda: self._closed or self._model is not None)
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await self._wait_until(lambda: self._model is not None)
         except TimeoutError as error:
             raise Unavailable("the model is still being loaded") from error
         if self._closed or self._model is None:
             raise Unavailable("the stage is shutting down")
         return self._model
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        while not (self._closed or condition()):
+            await self._changed.wait()
+
+    def _tell(self) -> None:
+        """Wakes all who wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,14 +19,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from core.errors import CorruptWeights
 from core.models.registry import load_config
 from core.sampling.parameters import SamplingParameters
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
+from services.stage.model import LoadedModel
+from services.stage.process import run_stage
+from services.stage.settings import StageSettings
 from tests.support.chain import Chain
 from tests.support.metrics import scrape
 from tests.support.models import TinyModel, write_hugging_face
-from tests.support.stages import HandDrivenCoordinator, micro_batch, start
+from tests.support.stages import ControlStream, HandDrivenCoordinator, micro_batch, start
 
 ROOT = Path(__file__).resolve().parents[3]
 # Generous: the first process on a machine compiles the kernels.
@@ -182,6 +189,43 @@ def test_layers_that_the_model_has_not_are_one_clear_line(tiny: Path) -> None:
 
 def test_layers_that_are_none_are_one_clear_line(tiny: Path) -> None:
     assert error_line(tiny, "three").startswith("error: layers is 'three'; allowed: FIRST:END")
+
+
+class PortOf(logging.Handler):
+    """Hears from the log which port a stage in this process listens on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == "stage listens":
+            self.port.set_result(vars(record)["port"])
+
+
+async def test_who_waits_for_a_model_that_cannot_be_loaded_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begin = threading.Event()
+
+    def load(settings: StageSettings) -> LoadedModel:
+        assert begin.wait(60)
+        raise CorruptWeights("cut short")
+
+    caplog.set_level("INFO")
+    heard = PortOf()
+    logging.getLogger("services.stage").addHandler(heard)
+    settings = StageSettings(
+        model=Path("none"), name="tiny", first_layer=0, end_layer=4, listen="127.0.0.1:0"
+    )
+    stage = asyncio.create_task(run_stage(settings, load=load))
+    async with ControlStream(f"127.0.0.1:{await heard.port}") as control:
+        logging.getLogger("services.stage").removeHandler(heard)
+        await control.open(epoch=1, index=0, num_stages=1)
+        begin.set()
+        assert (await control.failure()).code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(CorruptWeights, match="cut short"):
+            await stage
 
 
 def test_damaged_weights_are_one_clear_line(tmp_path: Path) -> None:
