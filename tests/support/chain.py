@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.engine.engine import Engine, EngineSettings
+from core.kernels.arithmetic import Arithmetic
 from core.models.llama.config import LlamaConfig
 from core.pipeline.batch import MicroBatch, SequenceStart, SequenceUpdates
 from core.pipeline.plan import StageSlice
@@ -54,6 +55,7 @@ class Chain:
         num_slots: int = 32,
         num_kv_blocks: int = 1024,
         max_rows: int = 512,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         settings = EngineSettings(
             number_format=number_format,
@@ -62,7 +64,7 @@ class Chain:
             max_rows=max_rows,
         )
         self.engines = [
-            Engine(checkpoint, config, stage_slice, settings)
+            Engine(checkpoint, config, stage_slice, settings, arithmetic=arithmetic)
             for stage_slice in even_slices(config.num_layers, num_stages)
         ]
         self.max_rows = max_rows

@@ -1,0 +1,75 @@
+"""Tiny models, opened, and chains of engines that are built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.kernels.arithmetic import Arithmetic
+from core.models.llama.config import LlamaConfig
+from core.models.registry import load_config
+from core.weights.checkpoint import Checkpoint
+from core.weights.open import open_checkpoint
+from tests.support.chain import Chain
+from tests.support.models import TINY_MODELS, TinyModel, write_hugging_face
+
+MODELS = {name: model for name, model in TINY_MODELS.items() if name not in ("llama-tied",)} | {
+    "llama-odd-sizes": TinyModel(
+        hidden_size=72,
+        intermediate_size=100,
+        head_dim=48,
+        num_heads=3,
+        num_kv_heads=3,
+        vocab_size=263,
+        tied_head=True,
+    ),
+    "llama-head-128": TinyModel(
+        hidden_size=96, head_dim=128, num_heads=6, num_kv_heads=2, num_layers=2
+    ),
+    "qwen3-many-queries": TinyModel(
+        family="qwen3", hidden_size=70, head_dim=8, num_heads=14, num_kv_heads=1, num_layers=3
+    ),
+}
+
+
+class OpenModel:
+    """A tiny model on disk, and chains of engines over it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        self.config: LlamaConfig = load_config(self.checkpoint)
+        self._chains: dict[tuple[Any, ...], Chain] = {}
+
+    def chain(
+        self, *, num_stages: int, number_format: str = "fp32", arithmetic: Arithmetic | None = None
+    ) -> Chain:
+        """A chain, with no sequence live, that tests share."""
+        key = (num_stages, number_format, arithmetic)
+        if key not in self._chains:
+            self._chains[key] = Chain(
+                self.checkpoint,
+                self.config,
+                num_stages=num_stages,
+                number_format=number_format,
+                num_kv_blocks=128,
+                max_rows=300,
+                arithmetic=arithmetic,
+            )
+        return self._chains[key]
+
+
+@pytest.fixture(scope="session")
+def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OpenModel]:
+    opened: dict[str, OpenModel] = {}
+
+    def open_one(name: str) -> OpenModel:
+        if name not in opened:
+            folder = tmp_path_factory.mktemp("engine") / name
+            opened[name] = OpenModel(write_hugging_face(folder, MODELS[name]))
+        return opened[name]
+
+    return open_one

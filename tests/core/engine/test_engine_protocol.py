@@ -1,0 +1,195 @@
+"""What an engine refuses, and that it goes on afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.engine.engine import Engine, EngineSettings, kv_bytes_per_block
+from core.errors import InvalidInput, ProtocolViolation
+from core.pipeline.batch import MicroBatch, SequenceStart, SequenceUpdates
+from core.pipeline.plan import StageSlice
+from core.sampling.parameters import SamplingParameters
+from tests.core.engine.conftest import OpenModel
+
+OpenOne = Callable[[str], OpenModel]
+GREEDY = SamplingParameters(max_tokens=4, temperature=0.0)
+SETTINGS = EngineSettings("fp32", num_kv_blocks=8, num_slots=4, max_rows=40, context_length=100)
+
+
+def start(slot: int) -> SequenceStart:
+    return SequenceStart(slot=slot, request_id=slot, sampling=GREEDY)
+
+
+def make_batch(
+    slots: list[int],
+    firsts: list[int],
+    counts: list[int],
+    *,
+    token_ids: list[int] | None = None,
+    updates: SequenceUpdates | None = None,
+) -> MicroBatch:
+    return MicroBatch(
+        id=1,
+        slots_R=np.array(slots, np.int32),
+        first_positions_R=np.array(firsts, np.int32),
+        num_rows_R=np.array(counts, np.int32),
+        samples_R=np.ones(len(slots), np.bool_),
+        token_ids_T=np.array([1] * sum(counts) if token_ids is None else token_ids, np.int32),
+        updates=updates or SequenceUpdates(),
+    )
+
+
+def build(
+    model: OpenModel, first: int, end: int, engine_settings: EngineSettings = SETTINGS
+) -> Engine:
+    stage_slice = StageSlice(first_layer=first, end_layer=end, num_layers=model.config.num_layers)
+    return Engine(model.checkpoint, model.config, stage_slice, engine_settings)
+
+
+@pytest.fixture
+def engine(open_model: OpenOne) -> Engine:
+    """The whole model, with sequences of 20 positions in slot 0 and none in slot 1."""
+    engine = build(open_model("llama"), 0, 4)
+    engine.apply(
+        SequenceUpdates(starts=(start(0), start(1)), block_slots=(0, 1, 0), block_ids=(5, 0, 7))
+    )
+    engine.step(make_batch([0], [0], [20]), None)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (make_batch([2], [0], [1]), "not live"),
+        (make_batch([4], [0], [1]), "below 4"),
+        (make_batch([-1], [0], [1]), "below 4"),
+        (make_batch([1, 1], [0, 1], [1, 1]), "twice"),
+        (make_batch([0], [19], [1]), "go on at"),
+        (make_batch([0], [21], [1]), "go on at"),
+        (make_batch([1], [-1], [1]), "go on at"),
+        (make_batch([1], [0], [17]), "no KV block"),
+        (make_batch([0, 1], [20, 0], [0, 1]), "without rows"),
+        (make_batch([0], [20], [-3], token_ids=[]), "without rows"),
+        (make_batch([0], [20], [41]), "at most 40 rows"),
+        (make_batch([], [], []), "without runs"),
+        (make_batch([0], [20], [1], token_ids=[272]), "token id"),
+        (make_batch([0], [20], [1], token_ids=[-1]), "token id"),
+        (make_batch([0], [20], [1], token_ids=[1, 2]), "token ids"),
+        (replace(make_batch([0], [20], [1]), samples_R=np.ones(2, np.bool_)), "number"),
+        (replace(make_batch([0], [20], [1]), num_rows_R=np.ones(1)), "not integers"),
+        (replace(make_batch([0], [20], [1]), slots_R=np.zeros((1, 1), np.int32)), "number"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_and_changes_nothing(
+    engine: Engine, batch: MicroBatch, message: str
+) -> None:
+    with pytest.raises(ProtocolViolation, match=message):
+        engine.step(batch, None)
+    sampled = engine.step(make_batch([0, 1], [20, 0], [1, 3]), None).sampled
+    assert sampled is not None
+    assert len(sampled.token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        (SequenceUpdates(ended_slots=(2,)), "not live"),
+        (SequenceUpdates(ended_slots=(4,)), "below 4"),
+        (SequenceUpdates(ended_slots=(0, 0)), "twice"),
+        (SequenceUpdates(starts=(start(0),)), "live slot"),
+        (SequenceUpdates(starts=(start(2), start(2))), "twice"),
+        (SequenceUpdates(starts=(start(9),)), "below 4"),
+        (SequenceUpdates(block_slots=(2,), block_ids=(1,)), "not live"),
+        (SequenceUpdates(block_slots=(9,), block_ids=(1,)), "below 4"),
+        (SequenceUpdates(block_slots=(0,), block_ids=(8,)), "below 8"),
+        (SequenceUpdates(block_slots=(0,), block_ids=(-1,)), "below 8"),
+        (SequenceUpdates(block_slots=(0,), block_ids=()), "length"),
+        (SequenceUpdates(block_slots=(0,) * 6, block_ids=(1,) * 6), "more than 7 blocks"),
+        (SequenceUpdates(ended_slots=(1,), block_slots=(1,), block_ids=(1,)), "not live"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused_and_change_nothing(
+    engine: Engine, updates: SequenceUpdates, message: str
+) -> None:
+    with pytest.raises(ProtocolViolation, match=message):
+        engine.apply(updates)
+    assert engine.step(make_batch([0, 1], [20, 0], [1, 3]), None).sampled is not None
+
+
+def test_a_slot_can_end_and_start_again_in_one_update(engine: Engine) -> None:
+    updates = SequenceUpdates(
+        ended_slots=(0,), starts=(start(0),), block_slots=(0,), block_ids=(3,)
+    )
+    result = engine.step(make_batch([0], [0], [16], updates=updates), None)
+    assert result.sampled is not None
+    with pytest.raises(ProtocolViolation, match="no KV block"):
+        engine.step(make_batch([0], [16], [1]), None)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        None,
+        np.zeros((1, 64), np.float32),
+        np.zeros((2, 63), np.float32),
+        np.zeros((2, 64), np.uint16),
+        np.zeros((2, 64), np.float64),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused(open_model: OpenOne, hidden: Any) -> None:
+    engine = build(open_model("llama"), 1, 2)
+    updates = SequenceUpdates(starts=(start(0),), block_slots=(0,), block_ids=(0,))
+    batch = make_batch([0], [0], [2], updates=updates)
+    with pytest.raises(ProtocolViolation, match="activations"):
+        engine.step(batch, hidden)
+
+
+def test_a_token_needs_sampling_parameters(open_model: OpenOne) -> None:
+    engine = build(open_model("llama"), 0, 4)
+    unsampled = SequenceStart(slot=0, request_id=0)
+    updates = SequenceUpdates(starts=(unsampled,), block_slots=(0,), block_ids=(0,))
+    with pytest.raises(ProtocolViolation, match="sampling"):
+        engine.step(make_batch([0], [0], [2], updates=updates), None)
+
+
+def test_a_middle_stage_holds_its_layers_alone_and_says_what_it_takes(
+    open_model: OpenOne,
+) -> None:
+    model = open_model("llama")
+    whole, middle = build(model, 0, 4), build(model, 1, 3)
+    assert middle.weights_bytes < 0.6 * whole.weights_bytes
+    assert middle.kv_block_bytes == whole.kv_block_bytes // 2
+    # Keys and values of 2 layers, 16 positions, 2 heads of 16 float32 elements.
+    assert middle.kv_block_bytes == 2 * 2 * 16 * 2 * 16 * 4
+    stage_slice = StageSlice(first_layer=1, end_layer=3, num_layers=4)
+    assert kv_bytes_per_block(model.config, stage_slice, "bf16") == middle.kv_block_bytes // 2
+    assert (middle.codec, middle.kv_block_size) == ("f32", 16)
+    assert middle.fingerprint == whole.fingerprint
+    with pytest.raises(InvalidInput, match="last stage"):
+        middle.logits(make_batch([0], [0], [1]), None)
+
+
+@pytest.mark.parametrize(("first", "end"), [(2, 2), (3, 2), (-1, 2), (0, 5)])
+def test_layers_that_the_model_lacks_are_refused(open_model: OpenOne, first: int, end: int) -> None:
+    with pytest.raises(InvalidInput, match="layers"):
+        build(open_model("llama"), first, end)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("number_format", "fp64"),
+        ("num_kv_blocks", 0),
+        ("num_slots", -1),
+        ("max_rows", 0),
+        ("context_length", 0),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(option: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match=option):
+        replace(SETTINGS, **{option: value})
