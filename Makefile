@@ -49,7 +49,6 @@ pull: $(RUN_STAMP) ## fetches a model of the catalogue into the cache: NAME=
 	@$(CLI) pull -- "$$PENSTOCK_NAME"
 
 test: $(DEV_STAMP) ## runs all tests: TESTS=tests/core runs some
-	@$(PYTHON) -m services.cli warm
 	@$(PYTHON) -m pytest $(TESTS)
 
 check: $(DEV_STAMP) ## lint, format, types, layers, protos
@@ -75,8 +74,10 @@ clean: ## removes the virtual environment and the tools' caches; models stay
 
 $(RUN_STAMP): $(INSTALLED_FROM)
 	@VENV=$(VENV) infra/setup.sh run
+	@$(CLI) warm
 	@touch $@
 
 $(DEV_STAMP): $(INSTALLED_FROM)
 	@VENV=$(VENV) infra/setup.sh dev
+	@$(CLI) warm
 	@touch $(RUN_STAMP) $@

@@ -11,10 +11,11 @@ from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
-from services.local.fetch import fetch, fetched_path, resolve_model
+from services.local.fetch import cache_folder, fetch, fetched_path, resolve_model
 from services.local.partition import plan_stages
 from services.local.prepare import read_config
 from services.local.settings import MeshSettings, parse_bytes
+from services.local.warm import warm_kernels
 
 
 def models() -> None:
@@ -113,5 +114,14 @@ def plan_table(planned: PipelinePlan, *, context_length: int) -> Table:
     return table
 
 
-def warm() -> None:
-    """Compiles the kernels into the cache, so that stages start fast."""
+def warm(
+    *,
+    dtype: Annotated[
+        str, typer.Option(envvar="PENSTOCK_DTYPE", help="Number format: bf16 or fp32.")
+    ] = "bf16",
+) -> None:
+    """Compiles the kernels for this machine into the cache, so that stages start fast."""
+    settings = MeshSettings(dtype=dtype)
+    console.say(f"Compiling the {dtype} kernels for this machine; a minute the first time")
+    seconds = warm_kernels(settings.dtype, cache_folder=cache_folder())
+    console.say(f"The kernels are ready after {seconds:.1f} s")

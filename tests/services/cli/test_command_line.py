@@ -35,7 +35,7 @@ OPTIONS = {
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--memory"],
-    "warm": [],
+    "warm": ["--dtype"],
 }
 
 
