@@ -66,6 +66,15 @@ def test_only_bytes_that_are_read_are_counted(tmp_path: Path) -> None:
     assert checkpoint.bytes_read == 16 + 64
 
 
+def test_a_tensor_of_many_pages_can_be_read_again(tmp_path: Path) -> None:
+    model = TINY_MODELS["llama"]
+    checkpoint = GgufCheckpoint(write_gguf(tmp_path / "m.gguf", model))
+    expected = random_weights(model)["model.embed_tokens.weight"]
+    assert expected.nbytes > 16 * 4096
+    for _ in range(2):  # its pages are given back after the first time
+        assert np.array_equal(checkpoint.read("token_embd.weight"), expected)
+
+
 def test_arrays_outlive_the_file(tmp_path: Path) -> None:
     checkpoint = GgufCheckpoint(GgufBytes().write(tmp_path / "m.gguf"))
     values, numbers = checkpoint.read("vector"), checkpoint.metadata["numbers"]

@@ -322,9 +322,14 @@ def test_a_hub_id_is_found_in_the_clients_cache(tmp_path: Path) -> None:
     write_servable(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
-    for spec in ("org/tiny", "org/tiny@main"):
+    (snapshot / "tiny.gguf").touch()
+    for spec, expected in (
+        ("org/tiny", snapshot),
+        ("org/tiny@main", snapshot),
+        ("org/tiny/tiny.gguf", snapshot / "tiny.gguf"),
+    ):
         found = _resolve_offline(spec, tmp_path)
-        assert found.stdout.strip() == str(snapshot), found.stderr
+        assert found.stdout.strip() == str(expected), found.stderr
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_clear_line(tmp_path: Path) -> None:
