@@ -30,6 +30,8 @@ def generate(out: Path) -> None:
         f"--pyi_out={out}",
         f"--grpc_python_out={out}",
         f"--mypy_grpc_out={out}",
+        # Beside the interpreter, so that the virtual environment need not be on PATH.
+        f"--plugin=protoc-gen-mypy_grpc={Path(sys.executable).parent / 'protoc-gen-mypy_grpc'}",
         *sources,
     ]
     if protoc.main(arguments) != 0:
