@@ -22,10 +22,14 @@ _PRIOR_POINTS = np.array([[1.0, 1.0, 64.0], [1.0, 32.0, 2048.0], [1.0, 256.0, 32
 _PRIOR_WEIGHT = 0.5
 # Brings rows and pairs near one, so that the normal equations are well conditioned.
 _UNITS = np.array([1.0, 32.0, 2048.0])
-# An observation's weight halves after 350 later ones: seconds of decoding.
-_FORGET = 0.998
+# An observation's weight halves after 70 later ones of its size.
+_FORGET = 0.99
+# Sizes are told apart by powers of two, up to 2 ** (_NUM_SIZES - 1) rows.
+_NUM_SIZES = 14
 # Observations beyond this multiple of the prediction are stalls, not arithmetic.
 _OUTLIER = 5.0
+# Observations before a fit can tell stalls and variation from its own error.
+_TRUSTED = 16
 
 
 class Coefficients(NamedTuple):
@@ -58,19 +62,23 @@ DEFAULT_PRIOR = Coefficients(2e-3, 2e-4, 5e-7)
 
 
 class BatchTimeCurve:
-    """Recursive weighted least squares with forgetting, coefficients kept non-negative.
+    """Weighted least squares with forgetting, coefficients kept non-negative.
 
     Errors count relative to the time, so that small micro-batches are fitted as well as big
-    ones. The prior is scaled to the first observations and gives way to later ones.
+    ones. Observations are forgotten in favour of later ones of about the same number of rows:
+    thousands of equal micro-batches must not wash out what others taught, or fixed cost could
+    no longer be told from cost per row. The prior is scaled to the observations and counts
+    little beside them.
     """
 
     def __init__(self, prior: Coefficients = DEFAULT_PRIOR) -> None:
         self._prior = np.array(prior)
-        self._gram = np.zeros((3, 3))
-        self._moment = np.zeros(3)
+        self._gram_B33 = np.zeros((_NUM_SIZES, 3, 3))
+        self._moment_B3 = np.zeros((_NUM_SIZES, 3))
         self._log_scale = 0.0
-        self._weight = 0.0
+        self._scale_weight = 0.0
         self._variance = 0.01
+        self._num_fitted = 0
         self.num_observations = 0
         self.coefficients = prior
 
@@ -82,35 +90,52 @@ class BatchTimeCurve:
     def observe(
         self, rows: Sequence[float], pairs: Sequence[float], seconds: Sequence[float]
     ) -> None:
-        """Takes in micro-batches, oldest first, and fits again."""
-        for row_count, pair_count, time_s in zip(rows, pairs, seconds, strict=True):
-            if time_s > 0:
-                self._add(np.array([1.0, row_count, pair_count]), time_s)
-        self._fit()
+        """Takes in micro-batches, oldest first; they count from the next `fit` on."""
+        seconds_N = np.maximum(np.array(seconds, np.float64), 1e-9)
+        rows_N = np.array(rows, np.float64)
+        features_N3 = np.stack([np.ones(len(rows_N)), rows_N, np.array(pairs)], axis=1)
+        self._scale_prior(features_N3, seconds_N)
+        if self._num_fitted >= _TRUSTED:
+            seconds_N = self._judge(features_N3, seconds_N)
+        scaled_N3 = features_N3 / _UNITS / seconds_N[:, None]
+        sizes_N = np.minimum(np.log2(np.maximum(rows_N, 1.0)).astype(np.int64), _NUM_SIZES - 1)
+        for size in np.unique(sizes_N):
+            self._remember(int(size), scaled_N3[sizes_N == size])
+        self.num_observations += len(seconds_N)
 
-    def _add(self, features: Array, time_s: float) -> None:
-        self._log_scale_step(features, time_s)
-        if self.num_observations > 8:
-            ratio = time_s / max(self.coefficients.seconds(features[1], features[2]), 1e-9)
-            if ratio > _OUTLIER:
-                time_s *= _OUTLIER / ratio
-                ratio = _OUTLIER
-            self._variance += 0.02 * (min(ratio - 1.0, 1.0) ** 2 - self._variance)
-        scaled = features / _UNITS / time_s
-        self._gram = self._gram * _FORGET + np.outer(scaled, scaled)
-        self._moment = self._moment * _FORGET + scaled
-        self.num_observations += 1
+    def _remember(self, size: int, scaled_N3: Array) -> None:
+        count = len(scaled_N3)
+        weights_N = _FORGET ** np.arange(count - 1, -1, -1, dtype=np.float64)
+        forget = _FORGET**count
+        gram_33 = (scaled_N3 * weights_N[:, None]).T @ scaled_N3
+        self._gram_B33[size] = self._gram_B33[size] * forget + gram_33
+        self._moment_B3[size] = self._moment_B3[size] * forget + weights_N @ scaled_N3
 
-    def _log_scale_step(self, features: Array, time_s: float) -> None:
-        self._weight = self._weight * _FORGET + 1.0
-        offset = float(np.log(time_s / (self._prior @ features)))
-        self._log_scale += (offset - self._log_scale) / self._weight
+    def _scale_prior(self, features_N3: Array, seconds_N: Array) -> None:
+        """Moves the prior to the observed times' magnitude, keeping its proportions."""
+        offset = float(np.mean(np.log(seconds_N / (features_N3 @ self._prior))))
+        count = len(seconds_N)
+        self._scale_weight = self._scale_weight * _FORGET**count + count
+        self._log_scale += (offset - self._log_scale) * min(count / self._scale_weight, 1.0)
 
-    def _fit(self) -> None:
+    def _judge(self, features_N3: Array, seconds_N: Array) -> Array:
+        """Notes how far times are from the fit, and cuts stalls off."""
+        fitted_N = np.maximum(features_N3 @ np.array(self.coefficients), 1e-9)
+        ratio_N = seconds_N / fitted_N
+        error = float(np.mean(np.minimum(np.abs(ratio_N - 1.0), 1.0) ** 2))
+        share = 1.0 - 0.98 ** len(seconds_N)
+        self._variance += share * (error - self._variance)
+        return np.minimum(seconds_N, _OUTLIER * fitted_N)
+
+    def fit(self) -> None:
+        """Brings the coefficients up to date, if anything was observed since the last time."""
+        if self._num_fitted == self.num_observations:
+            return
+        self._num_fitted = self.num_observations
         prior = self._prior * np.exp(self._log_scale)
         points = _PRIOR_POINTS / _UNITS / (_PRIOR_POINTS @ prior)[:, None]
-        gram = self._gram + _PRIOR_WEIGHT * points.T @ points
-        moment = self._moment + _PRIOR_WEIGHT * points.sum(axis=0)
+        gram = self._gram_B33.sum(axis=0) + _PRIOR_WEIGHT * points.T @ points
+        moment = self._moment_B3.sum(axis=0) + _PRIOR_WEIGHT * points.sum(axis=0)
         solution = _solve_non_negative(gram, moment) / _UNITS
         self.coefficients = Coefficients(*(float(value) for value in solution))
 

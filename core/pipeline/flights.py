@@ -20,6 +20,7 @@ class Flight:
     rows: int
     pairs: int
     has_decodes: bool
+    found_empty: bool  # none was in flight when it was launched
     overlapped: bool  # others were in flight at some time of its life
 
 

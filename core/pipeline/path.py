@@ -104,7 +104,7 @@ class Path:
         self._returned_id = flight.micro_batch_id
         self._returned_s = now_s
         self.mirror.release_slots(flight.micro_batch_id)
-        if not flight.overlapped:
+        if flight.found_empty:
             self._policy.observe_round_trip(
                 now_s - flight.launched_s, rows=flight.rows, pairs=flight.pairs
             )
@@ -290,6 +290,7 @@ class Path:
                 rows=len(action.token_ids_T),
                 pairs=pairs,
                 has_decodes=bool(decodes),
+                found_empty=not self._flights,
                 overlapped=bool(self._flights),
             )
         )

@@ -12,6 +12,7 @@ more while there is no slack (see `_loss`).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -22,6 +23,11 @@ import numpy.typing as npt
 from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
 
 Array = npt.NDArray[np.float64]
+
+# A cut is kept while another one promises no more than this.
+_KEEP = 0.02
+# A loss to variation that is worth no further micro-batch.
+_SMALL_LOSS = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +59,10 @@ class InFlightPolicy:
         self._alone = [BatchTimeCurve(prior) for _ in range(num_stages)]
         self._overlapped = [BatchTimeCurve(contended) for _ in range(num_stages)]
         self._hops_s = settings.hop_prior_s * (num_stages + 1)
+        self._round_trips: deque[tuple[float, float, float]] = deque(maxlen=16)
         self._context = 64.0
         self._decode_targets: dict[int, int] = {}
+        self._last_target = 1
         self._refresh()
 
     # --- what was measured
@@ -74,9 +82,21 @@ class InFlightPolicy:
         self._is_stale = True
 
     def observe_round_trip(self, seconds: float, *, rows: float, pairs: float) -> None:
-        """Takes in the life of a micro-batch that had the pipeline to itself."""
-        computed = sum(c.coefficients.seconds(rows, pairs) for c in self._alone)
-        self._hops_s += 0.1 * (max(seconds - computed, 0.0) - self._hops_s)
+        """Takes in the life of a micro-batch that was launched into an empty pipeline.
+
+        None was ahead of it, so that it never queued: what was not computing was hops.
+        """
+        self._round_trips.append((seconds, rows, pairs))
+        self._is_stale = True
+
+    def _estimate_hops(self) -> None:
+        """With today's curves: early round trips were made before their times were known."""
+        if self._round_trips:
+            measured = any(curve.num_observations for curve in self._alone)
+            way_3 = (self._alone_S3 if measured else self._overlapped_S3).sum(axis=0)
+            trips = np.array(self._round_trips)
+            computing = way_3[0] + trips[:, 1:] @ way_3[1:]
+            self._hops_s = max(float(np.median(trips[:, 0] - computing)), 0.0)
 
     def set_context(self, mean_context: float) -> None:
         """The mean number of positions that a decoding row attends to."""
@@ -90,12 +110,15 @@ class InFlightPolicy:
     def _refresh(self) -> None:
         self._is_stale = False
         self._decode_targets.clear()
+        for curve in (*self._alone, *self._overlapped):
+            curve.fit()
         self._alone_S3 = np.array([c.coefficients for c in self._alone])
         self._overlapped_S3 = np.array([c.coefficients for c in self._overlapped_curves()])
         self._variation = float(np.mean([c.variation for c in self._overlapped_curves()]))
         typical = np.array([1.0, 64.0, 64.0 * self._context])
         self._slowest = int(np.argmax(self._overlapped_S3 @ typical))
         self._slowest_s = Coefficients(*(float(x) for x in self._overlapped_S3[self._slowest]))
+        self._estimate_hops()
 
     def _overlapped_curves(self) -> list[BatchTimeCurve]:
         """Until a stage was measured under overlap, its measured times alone, contended."""
@@ -113,6 +136,7 @@ class InFlightPolicy:
         target = self._decode_targets.get(num_sequences)
         if target is None:
             target = self._decode_targets[num_sequences] = self._best_cut(num_sequences)
+            self._last_target = target
         return target
 
     def _best_cut(self, num_sequences: int) -> int:
@@ -123,13 +147,18 @@ class InFlightPolicy:
         best = 1 + int(np.argmin(cycle_N[1:]))
         if cycle_N[0] <= cycle_N[best] * (1.0 + self._settings.overlap_gain):
             return 1
+        chosen = best
         # A little slack against varying times, where it is nearly free.
         for index in range(best, most):
             if cycle_N[index] > 1.08 * cycle_N[best]:
                 break
-            if loss_N[index] < 0.025:
-                return index + 1
-        return best + 1
+            if loss_N[index] < _SMALL_LOSS:
+                chosen = index
+                break
+        last = self._last_target - 1
+        if 0 < last < most and cycle_N[last] <= (1.0 + _KEEP) * cycle_N[chosen]:
+            return last + 1
+        return chosen + 1
 
     def _cycles(self, num_sequences: int, most: int) -> tuple[Array, Array]:
         """For N = 1 .. most: predicted seconds a cycle, and the share of it lost to variation."""

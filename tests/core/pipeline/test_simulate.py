@@ -37,7 +37,7 @@ def closed_loop(
             jitter=jitter,
             warm_up_s=cycles * cycle_s / 2,
             until_s=cycles * cycle_s,
-            num_kv_blocks=1_000_000,
+            num_kv_blocks=20_000,
             scheduler=SchedulerSettings(max_waiting=100_000),
         ),
     )
@@ -47,7 +47,7 @@ def closed_loop(
 def test_the_bottleneck_is_97_percent_busy_with_work_for_twice_the_stages(num_stages: int) -> None:
     stage = Coefficients(0.0, 1e-3, 0.0)
     report = closed_loop(
-        2 * num_stages * 4, (stage,) * num_stages, cycles=100 if num_stages < 32 else 50
+        2 * num_stages * 8, (stage,) * num_stages, cycles=100 if num_stages < 32 else 40
     )
     assert max(report.busy_S) >= 0.97
 
@@ -90,7 +90,7 @@ def test_long_prompts_do_not_stall_decodes() -> None:
     prompts = [SimulatedRequest(arrival_s=1.0, num_prompt=4000, num_output=10)] * 8
     report = simulate(decodes + prompts, SimulationSettings(stages=(HALF, HALF), warm_up_s=0.5))
     assert report.num_ended == 24
-    assert report.longest_gap_s < 4 * 0.05
+    assert report.longest_gap_s < 5 * 0.05
 
 
 def test_chunks_of_one_prompt_fill_the_pipeline() -> None:
