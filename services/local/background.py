@@ -16,8 +16,8 @@ from services.local.progress import StageProgress
 from services.local.run_folder import MeshRecord, RunFolder, find_process
 from services.local.supervisor import Listener
 
-# The gateway drains first, then the others; each may take its whole grace.
-STOP_TIMEOUT_S = 2 * STOP_GRACE_S + 5.0
+# Gateway, coordinator and stages end in turn; each may take its whole grace.
+STOP_TIMEOUT_S = 3 * STOP_GRACE_S + 5.0
 
 
 async def start_in_background(

@@ -40,7 +40,7 @@ class MeshLayout:
     gateway_metrics_port: int
 
     def commands(self) -> tuple[ProcessCommand, ...]:
-        """What to run: the stages, the coordinator, and the gateway last."""
+        """What to run: the stages, the coordinator, the gateway; ended the other way round."""
         stages = (self._stage_command(index) for index in range(len(self.stages)))
         return (*stages, self._coordinator_command(), self._gateway_command())
 
@@ -59,6 +59,7 @@ class MeshLayout:
         return _command(
             f"stage-{index}",
             "services.stage",
+            3,
             stage.address,
             stage.metrics_port,
             {
@@ -76,6 +77,7 @@ class MeshLayout:
         return _command(
             "coordinator",
             "services.coordinator",
+            2,
             self.coordinator_address,
             self.coordinator_metrics_port,
             {
@@ -88,6 +90,7 @@ class MeshLayout:
         return _command(
             "gateway",
             "services.gateway",
+            1,
             self.gateway_address,
             self.gateway_metrics_port,
             {
@@ -99,7 +102,12 @@ class MeshLayout:
 
 
 def _command(
-    name: str, module: str, address: str, metrics_port: int, options: dict[str, str]
+    name: str,
+    module: str,
+    stop_turn: int,
+    address: str,
+    metrics_port: int,
+    options: dict[str, str],
 ) -> ProcessCommand:
     shared = {"--listen": address, "--metrics-port": str(metrics_port)}
     arguments = [part for option in (shared | options).items() for part in option]
@@ -109,4 +117,5 @@ def _command(
         arguments=tuple(arguments),
         address=address,
         metrics_port=metrics_port,
+        stop_turn=stop_turn,
     )

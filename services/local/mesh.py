@@ -36,7 +36,7 @@ class Patience:
 
 
 class Mesh:
-    """The processes of a mesh, the entry to it (the gateway) last.
+    """The processes of a mesh.
 
     `say` is called with one line for people whenever something happened that nobody asked for.
     """
@@ -126,9 +126,10 @@ class Mesh:
         self._restarts_at.append(now)
 
     async def _stop(self) -> None:
-        """Ends the entry first, so that what runs can drain, then all others at once."""
-        *inner, entry = self.processes
-        await entry.stop(grace_s=self._patience.stop_grace_s)
-        async with asyncio.TaskGroup() as tasks:
-            for process in inner:
-                tasks.create_task(process.stop(grace_s=self._patience.stop_grace_s))
+        """Ends the processes turn by turn: who asks before who is asked."""
+        grace_s = self._patience.stop_grace_s
+        for turn in sorted({process.command.stop_turn for process in self.processes}):
+            async with asyncio.TaskGroup() as tasks:
+                for process in self.processes:
+                    if process.command.stop_turn == turn:
+                        tasks.create_task(process.stop(grace_s=grace_s))

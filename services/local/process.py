@@ -28,13 +28,17 @@ ONE_THREAD = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessCommand:
-    """What to run. `name` is for people: "gateway", "coordinator", "stage-0"."""
+    """What to run. `name` is for people: "gateway", "coordinator", "stage-0".
+
+    Processes with a smaller `stop_turn` are ended first, those with the same together.
+    """
 
     name: str
     module: str
     arguments: tuple[str, ...]
     address: str
     metrics_port: int
+    stop_turn: int = 0
 
 
 class MeshProcess:

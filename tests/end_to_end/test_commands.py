@@ -145,7 +145,7 @@ def test_a_taken_port_is_refused_in_one_line(no_mesh: LocalMesh, option: str) ->
         (["--dtype", "int3"], "bf16"),
         (["--split", "0:10,11:30"], "split"),
         (["--split", "0:10,10:29"], "30"),
-        (["--split", "nonsense"], "0:14,14:30"),
+        (["--split", "nonsense"], "FIRST:END"),
         (["--kv-memory", "much"], "512MiB"),
         (["--kv-memory", "100TiB"], "102400.00 GiB"),
         (["--kv-memory", "1KiB"], "KiB"),

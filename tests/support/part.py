@@ -1,7 +1,8 @@
 """Stands for a part of a mesh where a test is about processes and not about models.
 
 `python -m tests.support.part HOW`: "serve" runs until SIGTERM, "stubborn" ignores it, "fail"
-says why and exits with 1, "once FILE" serves after it has failed one time.
+says why and exits with 1, "once FILE" serves after it has failed one time, "sign FILE NAME"
+serves and adds its name to the file when it ends.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if how == "sign":
+        signal.signal(signal.SIGTERM, sign)
     print("serving", flush=True)
     while True:
         signal.pause()
+
+
+def sign(*_: object) -> None:
+    with open(sys.argv[2], "a") as file:
+        file.write(sys.argv[3] + "\n")
+    sys.exit(0)
 
 
 if __name__ == "__main__":

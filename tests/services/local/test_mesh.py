@@ -21,13 +21,14 @@ from services.local.run_folder import RunFolder, find_process
 ROOT = Path(__file__).parents[3]
 
 
-def part(name: str, *arguments: str) -> ProcessCommand:
+def part(name: str, *arguments: str, stop_turn: int = 0) -> ProcessCommand:
     return ProcessCommand(
         name=name,
         module="tests.support.part",
         arguments=arguments,
         address="127.0.0.1:1",
         metrics_port=0,
+        stop_turn=stop_turn,
     )
 
 
@@ -49,6 +50,19 @@ async def test_all_processes_have_ended_when_the_context_has(tmp_path: Path) -> 
         for process in mesh.processes:
             await said_something(process)
     assert not any(find_process(record) for record in records)
+
+
+async def test_processes_are_ended_turn_by_turn(tmp_path: Path) -> None:
+    signatures = tmp_path / "signatures"
+    parts = [
+        part(name, "sign", str(signatures), name, stop_turn=turn)
+        for turn, name in ((3, "stage"), (2, "coordinator"), (1, "gateway"))
+    ]
+    mesh = Mesh(tuple(parts), run_folder=RunFolder(tmp_path), say=pytest.fail)
+    async with mesh.running():
+        for process in mesh.processes:
+            await said_something(process)
+    assert signatures.read_text().split() == ["gateway", "coordinator", "stage"]
 
 
 async def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
