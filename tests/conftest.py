@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.kernel_cache import use_kernel_cache
-from services.local.fetch import cache_folder
 from tests.support.allowed_skips import read_allowed, unexpected
-
-# Kernels are compiled once for tests and meshes alike. Before any test imports them.
-use_kernel_cache(cache_folder())
 
 ROOT = Path(__file__).parent
 # Cheap tests fail first: what starts processes or loads real models comes last.

@@ -11,7 +11,7 @@ from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
-from services.local.fetch import cache_folder, fetch, fetched_path, resolve_model
+from services.local.fetch import fetch, fetched_path, resolve_model
 from services.local.partition import plan_stages
 from services.local.prepare import read_config
 from services.local.settings import MeshSettings, parse_bytes
@@ -123,5 +123,5 @@ def warm(
     """Compiles the kernels for this machine into the cache, so that stages start fast."""
     settings = MeshSettings(dtype=dtype)
     console.say(f"Compiling the {dtype} kernels for this machine; a minute the first time")
-    seconds = warm_kernels(settings.dtype, cache_folder=cache_folder())
+    seconds = warm_kernels(settings.dtype)
     console.say(f"The kernels are ready after {seconds:.1f} s")

@@ -2,7 +2,7 @@
 
 Kernels are compiled for a processor and a number format, not for a model: an engine with
 the smallest model there can be compiles all that any engine uses, into the cache that the
-stages read.
+stages read, too.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from services.common.kernel_cache import use_kernel_cache
-
 _HIDDEN = _INTERMEDIATE = 32
 _VOCABULARY = 32
 _CONTEXT = 16
 
 
-def warm_kernels(number_format: str, *, cache_folder: Path) -> float:
-    """Compiles what is not in the cache below `cache_folder`; returns the seconds that took."""
+def warm_kernels(number_format: str) -> float:
+    """Compiles what is not in the cache yet; returns the seconds that took."""
     started_s = time.monotonic()
-    use_kernel_cache(cache_folder)
-    # The cache folder must be known before the kernels are imported.
+    # Imported here: commands that compile nothing do not pay for the compiler.
     from core.engine.engine import Engine, EngineSettings
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
