@@ -137,6 +137,14 @@ def _emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> lis
     return [builder.add(start, builder.mul(stride, index(row))) for row in range(rows)]
 
 
+def _emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
+    """Asks for cache lines, into the second-level cache; harmless at any address."""
+    for line in _vector_addresses(builder, where, num_lines):
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, level 2, data
+        pointer = builder.inttoptr(line, ir.PointerType())
+        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+
+
 def _vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
     return [builder.add(start, index(BYTES_OF_FLOATS * vector)) for vector in range(count)]
 
@@ -167,6 +175,7 @@ def product_tile(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, num_rows, inputs, input_stride, weights, num_words, bias, outputs, *rest = args
         output_stride, accumulates = rest
+        panel_bytes = builder.mul(num_words, index(PANEL_ROW_BYTES))
         biases = [
             emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)
         ]
@@ -176,6 +185,7 @@ def product_tile(
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
+                _emit_prefetch(builder, builder.add(row, panel_bytes), vectors)
                 panel = [
                     _emit_weights(builder, kind, at)
                     for at in _vector_addresses(builder, row, vectors)
