@@ -168,6 +168,7 @@ def product_tile(
     Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
     packed panel (`num_words` rows of 64 words), `bias` and `outputs` float32. Where
     `accumulates` is not 0, the sum is added to what `outputs` holds.
+    Meanwhile the panel behind this one is fetched: few rows are bound by memory.
     """
     kind = arithmetic.arithmetic
     vectors = kind.tile_vectors
