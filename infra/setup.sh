@@ -38,7 +38,7 @@ make_environment() {
     fi
 }
 
-install() { "$venv/bin/python" -m pip install --quiet --constraint infra/constraints.txt "$@"; }
+install() { "$venv/bin/python" -m pip install --quiet --quiet --constraint infra/constraints.txt "$@"; }
 
 is_recent "$venv/bin/python" || { rm -rf "$venv" && make_environment; }
 echo "Installing what pyproject.toml asks for ($extras); the first time takes some minutes"
