@@ -22,7 +22,7 @@ from core.pipeline.policy import InFlightPolicy, PolicySettings
 from core.pipeline.sequences import Sequence, State
 from core.pipeline.waiting import WaitingQueue
 
-_REFRESH_S = 0.25  # how often the policy looks at new measurements
+_REFRESH_S = 0.5  # how often the policy looks at new measurements
 
 
 class Chunk(NamedTuple):

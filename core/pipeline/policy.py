@@ -24,6 +24,10 @@ from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
 
 Array = npt.NDArray[np.float64]
 
+# Fewer observations under overlap say less than those alone and the prior of contention.
+_ENOUGH = 32
+# After so many micro-batches alone, what was measured under overlap is out of date.
+_OUT_OF_DATE = 4000
 # A cut is kept while another one promises no more than this.
 _KEEP = 0.02
 # A loss to variation that is worth no further micro-batch.
@@ -56,9 +60,11 @@ class InFlightPolicy:
         self._settings = settings
         prior = settings.prior
         contended = prior._replace(fixed_s=prior.fixed_s * settings.contention_prior)
+        self._contended = contended
         self._alone = [BatchTimeCurve(prior) for _ in range(num_stages)]
         self._overlapped = [BatchTimeCurve(contended) for _ in range(num_stages)]
-        self._hops_s = settings.hop_prior_s * (num_stages + 1)
+        self._alone_since_S = [0] * num_stages  # observations since the last under overlap
+        self._hop_prior_s = self._hops_s = settings.hop_prior_s * (num_stages + 1)
         self._round_trips: deque[tuple[float, float, float]] = deque(maxlen=16)
         self._context = 64.0
         self._decode_targets: dict[int, int] = {}
@@ -77,9 +83,17 @@ class InFlightPolicy:
         seconds: Sequence[float],
     ) -> None:
         """Takes in a stage's times; `overlapped`: other micro-batches were in flight."""
-        curves = self._overlapped if overlapped else self._alone
-        curves[stage_index].observe(rows, pairs, seconds)
         self._is_stale = True
+        if overlapped:
+            self._overlapped[stage_index].observe(rows, pairs, seconds)
+            self._alone_since_S[stage_index] = 0
+            return
+        self._alone[stage_index].observe(rows, pairs, seconds)
+        self._alone_since_S[stage_index] += len(rows)
+        if self._alone_since_S[stage_index] > _OUT_OF_DATE:
+            # Overlap may pay by now: it will be tried again.
+            self._overlapped[stage_index] = BatchTimeCurve(self._contended)
+            self._alone_since_S[stage_index] = 0
 
     def observe_round_trip(self, seconds: float, *, rows: float, pairs: float) -> None:
         """Takes in the life of a micro-batch that was launched into an empty pipeline.
@@ -90,13 +104,21 @@ class InFlightPolicy:
         self._is_stale = True
 
     def _estimate_hops(self) -> None:
-        """With today's curves: early round trips were made before their times were known."""
-        if self._round_trips:
-            measured = any(curve.num_observations for curve in self._alone)
-            way_3 = (self._alone_S3 if measured else self._overlapped_S3).sum(axis=0)
-            trips = np.array(self._round_trips)
-            computing = way_3[0] + trips[:, 1:] @ way_3[1:]
-            self._hops_s = max(float(np.median(trips[:, 0] - computing)), 0.0)
+        """With today's curves: early round trips were made before their times were known.
+
+        A big micro-batch's computing varies by more than hops take: its remainder counts as
+        far as it differs from the prior by more than that.
+        """
+        if not self._round_trips:
+            return
+        measured = any(curve.num_observations for curve in self._alone)
+        way_3 = (self._alone_S3 if measured else self._overlapped_S3).sum(axis=0)
+        trips_N3 = np.array(self._round_trips)
+        computing_N = way_3[0] + trips_N3[:, 1:] @ way_3[1:]
+        beyond_N = trips_N3[:, 0] - computing_N - self._hop_prior_s
+        doubt_N = 2.0 * self._variation * computing_N
+        trust_N = beyond_N**2 / (beyond_N**2 + doubt_N**2 + 1e-18)
+        self._hops_s = max(self._hop_prior_s + float(np.median(trust_N * beyond_N)), 0.0)
 
     def set_context(self, mean_context: float) -> None:
         """The mean number of positions that a decoding row attends to."""
@@ -121,10 +143,10 @@ class InFlightPolicy:
         self._estimate_hops()
 
     def _overlapped_curves(self) -> list[BatchTimeCurve]:
-        """Until a stage was measured under overlap, its measured times alone, contended."""
+        """Until a stage was measured enough under overlap, its times alone, contended."""
         factor = self._settings.contention_prior
         for alone, overlapped in zip(self._alone, self._overlapped, strict=True):
-            if overlapped.num_observations == 0 and alone.num_observations > 0:
+            if overlapped.num_observations < _ENOUGH and alone.num_observations > 0:
                 c = alone.coefficients
                 overlapped.coefficients = c._replace(fixed_s=c.fixed_s * factor)
         return self._overlapped
@@ -155,10 +177,16 @@ class InFlightPolicy:
             if loss_N[index] < _SMALL_LOSS:
                 chosen = index
                 break
+        return 1 + self._keep_last(chosen, cycle_N, loss_N)
+
+    def _keep_last(self, chosen: int, cycle_N: Array, loss_N: Array) -> int:
+        """The last cut where it is about as good: every change unsettles the cohorts."""
         last = self._last_target - 1
-        if 0 < last < most and cycle_N[last] <= (1.0 + _KEEP) * cycle_N[chosen]:
-            return last + 1
-        return chosen + 1
+        if not 0 < last < len(cycle_N):
+            return chosen
+        is_as_fast = cycle_N[last] <= (1.0 + _KEEP) * cycle_N[chosen]
+        is_as_steady = loss_N[last] <= max(loss_N[chosen], _SMALL_LOSS)
+        return last if is_as_fast and is_as_steady else chosen
 
     def _cycles(self, num_sequences: int, most: int) -> tuple[Array, Array]:
         """For N = 1 .. most: predicted seconds a cycle, and the share of it lost to variation."""
