@@ -27,7 +27,7 @@ Array = npt.NDArray[np.float64]
 # Fewer observations under overlap say less than those alone and the prior of contention.
 _ENOUGH = 32
 # After so many micro-batches alone, what was measured under overlap is out of date.
-_OUT_OF_DATE = 4000
+_OUT_OF_DATE = 400
 # A cut is kept while another one promises no more than this.
 _KEEP = 0.02
 # A loss to variation that is worth no further micro-batch.
@@ -44,7 +44,7 @@ class PolicySettings:
     # (on one machine they share the memory's bandwidth).
     contention_prior: float = 1.3
     # Two or more in flight must promise to be this much faster than one.
-    overlap_gain: float = 0.1
+    overlap_gain: float = 0.05
     # Longest that a micro-batch with decodes may take on the slowest stage because of prefill.
     decode_stall_s: float = 0.05
     # Fewest prompt tokens in a chunk, unless the prompt ends with it.
