@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from core.engine.port import ActivationPort
 from core.engine.sequences import BLOCK_SIZE, SequenceTable
 from core.engine.settings import EngineSettings
 from core.engine.stage_memory import (
@@ -27,7 +28,7 @@ from core.kernels.attention.cpu import RowTable
 from core.kernels.fingerprint import kernel_cache_key
 from core.models.llama.config import LlamaConfig
 from core.models.llama.model import StageInputs, run_stage
-from core.models.llama.packing import StageLayout, element_type
+from core.models.llama.packing import StageLayout
 from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
 from core.pipeline.plan import StageSlice
 from core.sampling.sampler import Sampler
@@ -84,7 +85,14 @@ class Engine:
         self._work = allocate_workspace(layout, settings, projects=projects)
         self._attention_work = allocate_attention(layout, num_positions=num_positions)
         self._outputs = allocate_outputs(layout, settings, projects=projects)
-        self._sizes, self._heads = layout.stage_sizes(num_layers), layout.head_sizes()
+        self._port = ActivationPort(
+            settings.wire,
+            self.arithmetic,
+            hidden_TG=self._work.hidden_TG,
+            hidden_size=config.hidden_size,
+        )
+        self._sizes = layout.stage_sizes(num_layers, rounds_residual=settings.wire == "bf16")
+        self._heads = layout.head_sizes()
         self._sampler = Sampler(config.vocab_size, settings.num_slots) if projects else None
         self._can_sample_S = np.zeros(settings.num_slots, np.bool_)
         self._is_greedy_S = np.zeros(settings.num_slots, np.bool_)
@@ -113,12 +121,12 @@ class Engine:
     @property
     def codec(self) -> str:
         """How activations leave and arrive: "f32" or "bf16"."""
-        return "bf16" if self.settings.number_format == "bf16" else "f32"
+        return self.settings.wire
 
     @property
     def fingerprint(self) -> str:
         """Two engines with equal fingerprints and weights compute the same bits."""
-        return f"{self.arithmetic.name}-{kernel_cache_key()}"
+        return f"{self.arithmetic.name}-{self.codec}-{kernel_cache_key()}"
 
     def apply(self, updates: SequenceUpdates) -> None:
         """Ends and starts sequences and gives them blocks.
@@ -148,15 +156,14 @@ class Engine:
     def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
         """Applies the batch's updates and computes it.
 
-        `hidden_TH` is None on the first stage; else uint16 bit patterns (bf16) or float32. The
-        result's array is valid until the next step. Raises ProtocolViolation.
+        `hidden_TH` is None on the first stage; else float32, or uint16 bit patterns where the
+        wire is bf16. The result's array is valid until the next step. Raises ProtocolViolation.
         """
         num_rows = self._prepare(batch, hidden_TH)
         if self._sampler is None:
             self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
             self._sequences.advance(batch)
-            result_TH = self._work.wire_TG[:num_rows, : self.config.hidden_size]
-            return StepResult(hidden_TH=np.ascontiguousarray(result_TH))
+            return StepResult(hidden_TH=self._port.give(num_rows))
         samples_R = np.flatnonzero(batch.samples_R)
         slots_S = batch.slots_R[samples_R]
         if not self._can_sample_S[slots_S].all():
@@ -188,7 +195,7 @@ class Engine:
         if self.stage_slice.is_first:
             self._take_token_ids(batch, num_rows)
         else:
-            self._take_hidden(hidden_TH, num_rows)
+            self._port.take(hidden_TH, num_rows=num_rows)
         num_rows_R = batch.num_rows_R
         start_R = np.cumsum(num_rows_R) - num_rows_R
         self._slots_T[:num_rows] = np.repeat(batch.slots_R, num_rows_R)
@@ -203,13 +210,6 @@ class Engine:
         if token_ids_T.min() < 0 or token_ids_T.max() >= self.config.vocab_size:
             raise ProtocolViolation(f"a token id is not below {self.config.vocab_size}")
         self._token_ids_T[:num_rows] = token_ids_T
-
-    def _take_hidden(self, hidden_TH: npt.NDArray[Any] | None, num_rows: int) -> None:
-        shape, dtype = (num_rows, self.config.hidden_size), np.dtype(element_type(self.arithmetic))
-        if hidden_TH is None or hidden_TH.shape != shape or hidden_TH.dtype != dtype:
-            seen = None if hidden_TH is None else (hidden_TH.shape, str(hidden_TH.dtype))
-            raise ProtocolViolation(f"activations are {seen}, expected {(shape, str(dtype))}")
-        self._work.wire_TG[:num_rows, : self.config.hidden_size] = hidden_TH
 
     def _run(
         self,

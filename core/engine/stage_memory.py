@@ -87,7 +87,6 @@ def allocate_workspace(
     """Buffers for `max_rows` rows; those of the head only where the stage `projects`."""
     rows, sampled = settings.max_rows, settings.max_rows if projects else 0
     return StageWorkspace(
-        wire_TG=aligned_zeros((rows, layout.hidden), element_type(layout.arithmetic)),
         hidden_TG=aligned_zeros((rows, layout.hidden), np.float32),
         normed_T=aligned_zeros((rows * layout.input_words(layout.hidden),), np.uint32),
         attended_T=aligned_zeros((rows * layout.input_words(layout.attention),), np.uint32),

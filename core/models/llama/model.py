@@ -25,7 +25,7 @@ from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, 
 from core.kernels.compile import kernel
 from core.kernels.linear.cpu import greedy_tokens, multiply_panels
 from core.kernels.norm.cpu import norm_rows
-from core.kernels.packing.cpu import gather_rows, gather_widened_rows, narrow_rows, widen_rows
+from core.kernels.packing.cpu import gather_rows, gather_widened_rows
 from core.kernels.rotary.cpu import rotate_and_write
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import address
@@ -45,6 +45,8 @@ class StageSizes(NamedTuple):
     intermediate_size: int  # F
     qkv_columns: int  # C
     norm_eps: float
+    # Whether the residual stream is rounded after every layer to what the wire carries.
+    rounds_residual: bool
 
 
 class StageWeights(NamedTuple):
@@ -65,8 +67,7 @@ class StageWeights(NamedTuple):
 class StageWorkspace(NamedTuple):
     """Buffers of one micro-batch, reused by the next."""
 
-    wire_TG: ElementArray  # activations as they come and as they go
-    hidden_TG: FloatArray  # the residual stream
+    hidden_TG: FloatArray  # the residual stream: activations as they come and as they go
     normed_T: WordArray  # normed rows, as inputs of a product; flat
     attended_T: WordArray  # outputs of attention, likewise
     qkv_TC: FloatArray
@@ -111,7 +112,7 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
     qkv_bias = head_norms + 2 * heads.width * 4
     norm_rows(
         arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
-        vectors_V[:padded_hidden], sizes.norm_eps, True, normed,
+        vectors_V[:padded_hidden], sizes.norm_eps, sizes.rounds_residual, normed,
     )  # fmt: skip
     multiply_panels(
         arithmetic, normed, hidden_bytes, num_rows, panels, hidden_words,
@@ -185,7 +186,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):
         gather_rows(work.hidden_TG, inputs.greedy_rows_S, inputs.num_greedy, work.sampled_hidden_SG)
         norm_rows(
             arithmetic, work.sampled_hidden_SG, inputs.num_greedy, sizes.hidden_size,
-            weights.final_norm_G, sizes.norm_eps, True, normed,
+            weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         greedy_tokens(
             arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, hidden_words,
@@ -196,7 +197,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):
         gather_rows(work.hidden_TG, inputs.logits_rows_S, inputs.num_logits, work.sampled_hidden_SG)
         norm_rows(
             arithmetic, work.sampled_hidden_SG, inputs.num_logits, sizes.hidden_size,
-            weights.final_norm_G, sizes.norm_eps, True, normed,
+            weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         multiply_panels(
             arithmetic, normed, hidden_bytes, inputs.num_logits, panels, hidden_words,
@@ -212,15 +213,13 @@ def run_stage(
     """Computes one micro-batch: activations in, activations or tokens and logits out.
 
     Arguments are the tuples of this module and of `core.kernels.attention.cpu`. `cache_L` is
-    uint32 [L, blocks, KV heads, 2, words]; the rows' keys and values are added to it. The
-    residual stream is rounded to the number format after every layer.
+    uint32 [L, blocks, KV heads, 2, words]; the rows' keys and values are added to it.
+    Activations come and go in `work.hidden_TG`.
     """
     if inputs.embeds:
         gather_widened_rows(
             arithmetic, weights.embedding_VG, inputs.token_ids_T, rows.num_rows, work.hidden_TG
         )
-    else:
-        widen_rows(arithmetic, work.wire_TG, rows.num_rows, work.hidden_TG)
     for layer in range(sizes.num_layers):
         run_attention(
             arithmetic, sizes, heads, weights, layer, address(cache_L[layer]), rows, work,
@@ -229,8 +228,6 @@ def run_stage(
         run_mlp(arithmetic, sizes, heads, weights, layer, rows.num_rows, work)
     if inputs.projects:
         run_head(arithmetic, sizes, weights, inputs, work, outputs)
-    else:
-        narrow_rows(arithmetic, work.hidden_TG, rows.num_rows, work.wire_TG)
 
 
 __all__ = [

@@ -88,7 +88,7 @@ class StageLayout:
         """Words of keys and values of one KV head in one block."""
         return 2 * self.words(LANES * self.head_width)
 
-    def stage_sizes(self, num_layers: int) -> StageSizes:
+    def stage_sizes(self, num_layers: int, *, rounds_residual: bool) -> StageSizes:
         return StageSizes(
             hidden_size=self.config.hidden_size,
             num_layers=num_layers,
@@ -96,6 +96,7 @@ class StageLayout:
             intermediate_size=self.intermediate,
             qkv_columns=self.qkv,
             norm_eps=self.config.norm_eps,
+            rounds_residual=rounds_residual,
         )
 
     def head_sizes(self) -> HeadSizes:
