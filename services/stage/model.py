@@ -73,6 +73,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
             num_kv_blocks=settings.num_kv_blocks,
             num_slots=settings.max_sequences,
             max_rows=settings.max_rows,
+            wire=settings.wire,
         ),
     )
     identity = f"{checkpoint.digest}\n{config!r}"

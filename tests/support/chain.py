@@ -56,12 +56,14 @@ class Chain:
         num_kv_blocks: int = 1024,
         max_rows: int = 512,
         arithmetic: Arithmetic | None = None,
+        wire: str = "f32",
     ) -> None:
         settings = EngineSettings(
             number_format=number_format,
             num_kv_blocks=num_kv_blocks,
             num_slots=num_slots,
             max_rows=max_rows,
+            wire=wire,
         )
         self.engines = [
             Engine(checkpoint, config, stage_slice, settings, arithmetic=arithmetic)

@@ -45,10 +45,15 @@ class OpenModel:
         self._chains: dict[tuple[Any, ...], Chain] = {}
 
     def chain(
-        self, *, num_stages: int, number_format: str = "fp32", arithmetic: Arithmetic | None = None
+        self,
+        *,
+        num_stages: int,
+        number_format: str = "fp32",
+        wire: str = "f32",
+        arithmetic: Arithmetic | None = None,
     ) -> Chain:
         """A chain, with no sequence live, that tests share."""
-        key = (num_stages, number_format, arithmetic)
+        key = (num_stages, number_format, wire, arithmetic)
         if key not in self._chains:
             self._chains[key] = Chain(
                 self.checkpoint,
@@ -57,6 +62,7 @@ class OpenModel:
                 number_format=number_format,
                 num_kv_blocks=128,
                 max_rows=300,
+                wire=wire,
                 arithmetic=arithmetic,
             )
         return self._chains[key]

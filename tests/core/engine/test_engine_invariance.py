@@ -70,20 +70,22 @@ def compute(
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("number_format", "wire"), [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16")]
+)
 @pytest.mark.parametrize("name", ["llama-odd-sizes", "mistral", "qwen3-many-queries"])
 def test_logits_do_not_depend_on_companions_chunks_splits_or_blocks(
-    name: str, number_format: str, open_model: OpenOne
+    name: str, number_format: str, wire: str, open_model: OpenOne
 ) -> None:
     model = open_model(name)
-    unsplit = model.chain(num_stages=1, number_format=number_format)
+    unsplit = model.chain(num_stages=1, number_format=number_format, wire=wire)
     expected = compute(unsplit, [(len(SEQUENCE), [])], seed=0)
     assert np.isfinite(expected).all()
 
     @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(schedules(), st.integers(1, model.config.num_layers), st.integers(0, 1000))
     def holds(schedule: list, num_stages: int, seed: int) -> None:
-        chain = model.chain(num_stages=num_stages, number_format=number_format)
+        chain = model.chain(num_stages=num_stages, number_format=number_format, wire=wire)
         np.testing.assert_array_equal(compute(chain, schedule, seed), expected)
 
     holds()

@@ -184,6 +184,7 @@ def test_layers_that_the_model_lacks_are_refused(open_model: OpenOne, first: int
     ("option", "value"),
     [
         ("number_format", "fp64"),
+        ("wire", "bf16"),  # narrower than fp32 weights
         ("num_kv_blocks", 0),
         ("num_slots", -1),
         ("max_rows", 0),
