@@ -63,3 +63,13 @@ def gather_rows(source_SG, row_indices_T, num_rows, target_TG):
         for vector in range(target_TG.shape[1] // LANES):
             offset = vector * BYTES_OF_FLOATS
             store_floats(target + offset, load_floats(source + offset))
+
+
+@kernel
+def scatter_rows(source_TG, row_indices_T, num_rows, target_SG):
+    """Float32 row t of the source is written to row `row_indices_T[t]` of the target."""
+    for t in range(num_rows):
+        source, target = address(source_TG[t]), address(target_SG[row_indices_T[t]])
+        for vector in range(source_TG.shape[1] // LANES):
+            offset = vector * BYTES_OF_FLOATS
+            store_floats(target + offset, load_floats(source + offset))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from core.kernels.packing import cpu
 from core.kernels.packing.reference import gather_rows, last_rows, row_indices, scatter_rows
 
 
@@ -28,3 +29,16 @@ def test_scattering_gathered_rows_puts_each_back() -> None:
     scatter_rows(gather_rows(source, indices), indices, target)
     np.testing.assert_array_equal(target[indices], source[indices])
     assert np.isnan(np.delete(target, indices, axis=0)).all()
+
+
+def test_the_cpu_scatters_what_it_gathers_back_to_its_place() -> None:
+    source_SG = np.arange(7 * 64, dtype=np.float32).reshape(7, 64)
+    indices_T = np.array([6, 1, 4], np.int32)
+    packed_TG = np.full((3, 64), np.nan, np.float32)
+    cpu.gather_rows(source_SG, indices_T, 3, packed_TG)
+    np.testing.assert_array_equal(packed_TG, gather_rows(source_SG, indices_T))
+    result_SG = np.full((7, 64), np.nan, np.float32)
+    expected_SG = result_SG.copy()
+    cpu.scatter_rows(packed_TG, indices_T, 3, result_SG)
+    scatter_rows(packed_TG, indices_T, expected_SG)
+    np.testing.assert_array_equal(result_SG, expected_SG)
