@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics, trace
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _PROPAGATOR = TraceContextTextMapPropagator()
 Labels = Mapping[str, str | int]
 METRICS_HOST = "127.0.0.1"
+# What a collector has to take the last spans of a process that ends.
+FLUSH_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Telemetry:
         create(metric.name, [callback], unit=metric.unit, description=metric.description)
 
     def shutdown(self) -> None:
-        """Sends what is left and stops the metrics server. Blocks for a few seconds at most."""
+        """Sends what is left and stops the metrics server. Blocks for FLUSH_TIMEOUT_S at most."""
         while self._closers:
             self._closers.pop()()
 
@@ -167,8 +170,18 @@ def _start_traces(resource: Resource, *, closers: list[Callable[[], None]]) -> T
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    closers.append(provider.shutdown)
+    exporter = OTLPSpanExporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+
+    def close() -> None:
+        # By itself the SDK tries for 30 s to reach a collector that is gone.
+        give_up = Timer(FLUSH_TIMEOUT_S, exporter.shutdown)
+        give_up.start()
+        provider.shutdown()
+        give_up.cancel()
+        give_up.join()
+
+    closers.append(close)
     return provider.get_tracer("penstock")
 
 

@@ -18,6 +18,7 @@ import grpc
 from penstock.v1 import stage_pb2
 
 from core.errors import PenstockError, ProtocolViolation, Unavailable
+from services.common.cancellation import raise_if_cancelled
 from services.common.channels import open_channel
 from services.coordinator.fit import check_fit
 from services.coordinator.settings import CoordinatorSettings
@@ -123,6 +124,7 @@ class PipelineLink:
             outcome = outcome or (None, str(errors.exceptions[0]))
         finally:
             self._streams = []
+        raise_if_cancelled()
         assert outcome is not None, "streams end by raising"
         return outcome
 

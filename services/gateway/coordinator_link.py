@@ -18,6 +18,7 @@ import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from core.errors import PenstockError, Unavailable
+from services.common.cancellation import raise_if_cancelled
 
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 1.0
@@ -130,6 +131,7 @@ class CoordinatorLink:
             finally:
                 was_connected = self._connected
                 await self._drop_stream()
+            raise_if_cancelled()
             backoff_s = _FIRST_BACKOFF_S if was_connected else min(_LAST_BACKOFF_S, 2 * backoff_s)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 

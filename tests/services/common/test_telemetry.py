@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ from opentelemetry.trace import INVALID_SPAN
 
 from core import telemetry as names
 from core.errors import InvalidInput
-from services.common.telemetry import context_from, no_telemetry, start_telemetry, traceparent_of
+from services.common.telemetry import (
+    FLUSH_TIMEOUT_S,
+    context_from,
+    no_telemetry,
+    start_telemetry,
+    traceparent_of,
+)
 from tests.support.metrics import scrape
 from tests.support.otlp_receiver import otlp_receiver
 
@@ -46,6 +53,17 @@ def test_spans_reach_a_collector_in_another_process_under_their_remote_parent(
     assert received["service"] == "penstock-stage"
     assert received["resource"]["a"] == 1
     assert onward == f"00-{received['trace_id']}-{received['span_id']}-01"
+
+
+def test_a_collector_that_does_not_answer_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, answers nothing
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        telemetry = start_telemetry("penstock-stage", metrics_port=None)
+        telemetry.tracer.start_span("stage").end()
+        started_s = time.monotonic()
+        telemetry.shutdown()
+        assert time.monotonic() - started_s < FLUSH_TIMEOUT_S + 3
 
 
 @pytest.mark.parametrize(
