@@ -36,6 +36,7 @@ from core.kernels.compile import intrinsic
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
 MAX_TILE_ROWS = 6  # 6 rows x 4 vectors of sums, 4 of weights and 1 of inputs fill 32 registers
+TALL_TILE_ROWS = 13  # 13 rows x 2 vectors of sums, 2 x 2 of widened weights and 1 of inputs, too
 
 NUMBER_FORMATS = ("fp32", "bf16")
 
@@ -75,10 +76,19 @@ class Arithmetic:
         return 2 if self.dots_pairs else 4
 
     @property
-    def tile_vectors(self) -> int:
-        """Vectors of columns that a register tile spans: a CPU without AVX-512 has half as
-        many registers of at most half the width."""
-        return 1 if self.instructions == "portable" else 4
+    def most_tile_rows(self) -> int:
+        """Rows of the highest register tile of a product."""
+        return TALL_TILE_ROWS if self.instructions == "avx512" else MAX_TILE_ROWS
+
+    def tile_vectors(self, num_rows: int) -> int:
+        """Vectors of columns that a register tile of a product spans.
+
+        A CPU without AVX-512 has half as many registers of at most half the width. Tall tiles are
+        narrow: they load and widen weights half as often for each row.
+        """
+        if self.instructions == "portable":
+            return 1
+        return 4 if num_rows <= MAX_TILE_ROWS else 2
 
 
 def host_arithmetic(number_format: str) -> Arithmetic:
@@ -169,6 +179,19 @@ def widened(typing_context, arithmetic):
 
 
 @intrinsic
-def tile_columns(typing_context, arithmetic):
-    """Columns of a register tile: 64 or 16: a constant of the compiled kernel."""
-    return types.intp(arithmetic), _constant(arithmetic.arithmetic.tile_vectors * LANES)
+def most_tile_rows(typing_context, arithmetic):
+    """Rows of the highest register tile of a product: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.most_tile_rows)
+
+
+@intrinsic
+def tile_columns(typing_context, arithmetic, num_rows):
+    """Columns of a register tile of so many rows: 64, 32 or 16."""
+    kind = arithmetic.arithmetic
+    low, high = (kind.tile_vectors(rows) * LANES for rows in (1, kind.most_tile_rows))
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        is_low = builder.icmp_signed("<=", args[1], ir.Constant(args[1].type, MAX_TILE_ROWS))
+        return builder.select(is_low, *(ir.Constant(ir.IntType(64), n) for n in (low, high)))
+
+    return types.intp(arithmetic, types.intp), codegen

@@ -1,6 +1,6 @@
 """Register tiles: the innermost loops of products and attention, as LLVM intrinsics for numba.
 
-A tile keeps the sums of up to 6 rows in registers while it walks over the words of the
+A tile keeps the sums of up to 13 rows in registers while it walks over the words of the
 inner dimension. Each sum adds its terms in one fixed order, whatever the number of rows
 in the tile, so that a row's result never depends on the rows beside it.
 """
@@ -115,8 +115,10 @@ def _emit_loop(
     return results
 
 
-def _emit_for_rows(builder: Any, num_rows: Any, emit: Callable[[int], None]) -> None:
-    """Branches to the code that `emit(rows)` makes for the number of rows, 1 to 6."""
+def _emit_for_rows(
+    builder: Any, num_rows: Any, emit: Callable[[int], None], *, most: int = MAX_TILE_ROWS
+) -> None:
+    """Branches to the code that `emit(rows)` makes for the number of rows, 1 to `most`."""
     origin = builder.block
     done = builder.append_basic_block("tile.end")
     unreachable = builder.append_basic_block("tile.unreachable")
@@ -124,7 +126,7 @@ def _emit_for_rows(builder: Any, num_rows: Any, emit: Callable[[int], None]) -> 
     builder.unreachable()
     builder.position_at_end(origin)
     switch = builder.switch(num_rows, unreachable)
-    for rows in range(1, MAX_TILE_ROWS + 1):
+    for rows in range(1, most + 1):
         block = builder.append_basic_block(f"tile.rows{rows}")
         switch.add_case(index(rows), block)
         builder.position_at_end(block)
@@ -162,31 +164,34 @@ def product_tile(
     outputs,
     output_stride,
     accumulates,
+    fetch_offset,
 ):
-    """outputs = bias + inputs x weights for 1 to 6 rows and `tile_columns` columns.
+    """outputs = bias + inputs x weights for some rows and the columns of a tile of as many rows.
+
+    1 to `most_rows`, see `core.kernels.arithmetic`.
 
     Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
     packed panel (`num_words` rows of 64 words), `bias` and `outputs` float32. Where
     `accumulates` is not 0, the sum is added to what `outputs` holds.
-    Meanwhile the panel behind this one is fetched: few rows are bound by memory.
+    Meanwhile what lies `fetch_offset` bytes behind the weights is fetched, such as the next panel:
+    few rows are bound by memory.
     """
     kind = arithmetic.arithmetic
-    vectors = kind.tile_vectors
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, num_rows, inputs, input_stride, weights, num_words, bias, outputs, *rest = args
-        output_stride, accumulates = rest
-        panel_bytes = builder.mul(num_words, index(PANEL_ROW_BYTES))
-        biases = [
-            emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)
-        ]
+        output_stride, accumulates, fetch_offset = rest
 
         def emit(rows: int) -> None:
+            vectors = kind.tile_vectors(rows)
+            biases = [
+                emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)
+            ]
             input_rows = _emit_row_addresses(builder, inputs, input_stride, rows)
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
-                _emit_prefetch(builder, builder.add(row, panel_bytes), vectors)
+                _emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
                 panel = [
                     _emit_weights(builder, kind, at)
                     for at in _vector_addresses(builder, row, vectors)
@@ -207,10 +212,10 @@ def product_tile(
                 for vector, at in enumerate(_vector_addresses(builder, row, vectors)):
                     _emit_output(builder, sums[number * vectors + vector], at, accumulates)
 
-        _emit_for_rows(builder, num_rows, emit)
+        _emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, *[types.intp] * 9), codegen
+    return types.void(arithmetic, *[types.intp] * 10), codegen
 
 
 def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None:

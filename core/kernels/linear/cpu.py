@@ -20,6 +20,7 @@ from core.kernels.arithmetic import (
     PANEL_COLUMNS,
     element_bytes,
     elements_per_word,
+    most_tile_rows,
     tile_columns,
     widened,
     widens,
@@ -38,8 +39,11 @@ from core.kernels.vectors import (
     widen_words,
 )
 
-# Measured, in GFLOP/s of one core with and without: 16 rows 115, 145; 64: 150, 148; 256: 163, 146.
-LEAST_ROWS_TO_WIDEN_ONCE = 96
+# Measured in GFLOP/s of one core with and without widening once: 576 inputs and 96 rows 141, 145;
+# 128: 147, 145; 256: 153, 145. With 1,536 inputs the wide panel crowds the second-level cache:
+# 256 rows 140, 147.
+LEAST_ROWS_TO_WIDEN_ONCE = 128
+MOST_INPUTS_TO_WIDEN_ONCE = 1024
 
 
 @kernel
@@ -86,9 +90,12 @@ def multiply_panel(
 
     Rows are cut into tiles of nearly equal height.
     """
-    num_tiles = (num_rows + MAX_TILE_ROWS - 1) // MAX_TILE_ROWS
-    for first in range(0, PANEL_COLUMNS, tile_columns(arithmetic)):
+    most_rows = most_tile_rows(arithmetic) if num_rows > MAX_TILE_ROWS else MAX_TILE_ROWS
+    num_tiles = (num_rows + most_rows - 1) // most_rows
+    columns = tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
+    for first in range(0, PANEL_COLUMNS, columns):
         row = 0
+        fetch_offset = num_words * PANEL_ROW_BYTES
         for tile in range(num_tiles):
             rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
             product_tile(
@@ -102,8 +109,10 @@ def multiply_panel(
                 outputs + row * output_stride + first * 4,
                 output_stride,
                 accumulates,
+                fetch_offset,
             )
             row += rows
+            fetch_offset = 0
 
 
 @kernel
@@ -141,7 +150,7 @@ def multiply_panels(
     widens_once = (
         widens(arithmetic)
         and num_rows >= LEAST_ROWS_TO_WIDEN_ONCE
-        and 2 * num_words * PANEL_COLUMNS <= wide_panel.size
+        and 2 * num_words <= min(MOST_INPUTS_TO_WIDEN_ONCE, wide_panel.size // PANEL_COLUMNS)
     )
     for number in range(num_panels):
         panel = panels + number * num_words * PANEL_ROW_BYTES

@@ -67,7 +67,7 @@ def random_rows(arithmetic: Arithmetic, num_rows: int, size: int) -> FloatArray:
 
 @each_arithmetic
 @pytest.mark.parametrize(("num_columns", "num_inputs"), [(64, 64), (200, 100), (7, 3), (129, 321)])
-@pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 13, 100])
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 7, 13, 14, 130])
 def test_a_product_matches_the_reference(
     arithmetic: Arithmetic, num_columns: int, num_inputs: int, num_rows: int
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_row_has_the_same_product_whatever_the_number_of_rows(arithmetic: Arit
     many = LEAST_ROWS_TO_WIDEN_ONCE + 5
     x_TK = random_rows(arithmetic, many, 200)
     together = matrix.multiply(x_TK, np.full((many, 128), np.nan, np.float32))
-    for count in (1, 2, 3, 4, 5, 6, 7, 16, 64, many):
+    for count in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 16, 64, many):
         part = np.full((count, 128), np.nan, np.float32)
         np.testing.assert_array_equal(matrix.multiply(x_TK[:count], part), together[:count])
     unwidened = np.full((many, 128), np.nan, np.float32)
