@@ -30,7 +30,7 @@ help: ## shows this list
 mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 DTYPE=bf16 SPLIT=0:14,14:30 KV_MEMORY=2GiB GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
 	@$(CLI) mesh
 
-generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE= TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
+generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
 	@$(CLI) generate $(if $(value STOP),--stop "$$PENSTOCK_STOP") -- "$$PENSTOCK_PROMPT"
 
 status: $(RUN_STAMP) ## shows the running mesh: stages, layers, health, memory, load

@@ -50,8 +50,13 @@ def generate(
         typer.Option(envvar="PENSTOCK_MAX_TOKENS", min=0, help="Most tokens to generate."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(envvar="PENSTOCK_TEMPERATURE", help="0 means greedy.")
-    ] = None,
+        float,
+        typer.Option(
+            envvar="PENSTOCK_TEMPERATURE",
+            help="0 is greedy: always the likeliest token. Above 0 tokens are drawn, and top-k, "
+            "top-p, min-p and seed count. (A request through the API that says nothing has 1.)",
+        ),
+    ] = 0.0,
     top_k: Annotated[
         int | None,
         typer.Option(envvar="PENSTOCK_TOP_K", min=0, help="Keeps the k likeliest tokens."),

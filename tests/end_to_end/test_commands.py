@@ -71,8 +71,10 @@ def test_a_second_start_is_refused_in_one_line(mesh: LocalMesh) -> None:
     )
 
 
-def test_generate_streams_what_the_public_api_says(mesh: LocalMesh, client: Client) -> None:
-    done = mesh.run("generate", "--raw", "--temperature", "0", "--max-tokens", "8", PROMPT)
+def test_generate_streams_what_the_public_api_says_greedily_by_default(
+    mesh: LocalMesh, client: Client
+) -> None:
+    done = mesh.run("generate", "--raw", "--max-tokens", "8", PROMPT)
     answer = client.generate(prompt=PROMPT, sampling={"temperature": 0.0, "max_tokens": 8})
     assert done.returncode == 0, done.stderr
     assert done.stdout == answer.text + "\n"
@@ -93,9 +95,11 @@ def test_generate_shows_a_refusal_in_one_line(mesh: LocalMesh) -> None:
     "prompt", ['It\'s "quoted" & $HOME `id` \\ $(shell id) #1', "two\nlines", "$$PATH %d {x}"]
 )
 def test_make_hands_a_prompt_on_as_it_is(mesh: LocalMesh, client: Client, prompt: str) -> None:
-    done = make(mesh, "generate", f"PROMPT={prompt}", "RAW=1", "TEMPERATURE=0", "MAX_TOKENS=12")
+    options = ("RAW=1", "TEMPERATURE=1", "SEED=5", "MAX_TOKENS=12")
+    done = make(mesh, "generate", f"PROMPT={prompt}", *options)
     assert done.returncode == 0, done.stderr
-    answer = client.generate(prompt=prompt, sampling={"temperature": 0.0, "max_tokens": 12})
+    sampling = {"temperature": 1.0, "seed": 5, "max_tokens": 12}
+    answer = client.generate(prompt=prompt, sampling=sampling)
     assert done.stdout == answer.text + "\n"
 
 
