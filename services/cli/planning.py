@@ -59,7 +59,10 @@ def plan(
         int, typer.Option(envvar="PENSTOCK_STAGES", help="How many stages share the layers.")
     ] = 2,
     dtype: Annotated[
-        str, typer.Option(envvar="PENSTOCK_DTYPE", help="Number format: bf16 or fp32.")
+        str,
+        typer.Option(
+            envvar="PENSTOCK_DTYPE", help="Number format: bf16 (also called auto) or fp32."
+        ),
     ] = "bf16",
     split: Annotated[
         str | None,
@@ -80,7 +83,7 @@ def plan(
     config = read_config(path)
     planned = plan_stages(
         config,
-        number_format=dtype,
+        number_format=settings.number_format,
         num_stages=settings.num_stages,
         split=split,
         memory_bytes=_memory_of_nodes(memory, num_stages=settings.num_stages),
@@ -117,11 +120,15 @@ def plan_table(planned: PipelinePlan, *, context_length: int) -> Table:
 def warm(
     *,
     dtype: Annotated[
-        str, typer.Option(envvar="PENSTOCK_DTYPE", help="Number format: bf16 or fp32.")
+        str,
+        typer.Option(
+            envvar="PENSTOCK_DTYPE", help="Number format: bf16 (also called auto) or fp32."
+        ),
     ] = "bf16",
 ) -> None:
     """Compiles the kernels for this machine into the cache, so that stages start fast."""
     settings = MeshSettings(dtype=dtype)
-    console.say(f"Compiling the {dtype} kernels for this machine; a minute the first time")
-    seconds = warm_kernels(settings.dtype)
+    name = settings.number_format
+    console.say(f"Compiling the {name} kernels for this machine; a minute the first time")
+    seconds = warm_kernels(name)
     console.say(f"The kernels are ready after {seconds:.1f} s")

@@ -47,7 +47,10 @@ def mesh(
         int, typer.Option(envvar="PENSTOCK_STAGES", help="How many processes share the layers.")
     ] = 2,
     dtype: Annotated[
-        str, typer.Option(envvar="PENSTOCK_DTYPE", help="Number format: bf16 or fp32.")
+        str,
+        typer.Option(
+            envvar="PENSTOCK_DTYPE", help="Number format: bf16 (also called auto) or fp32."
+        ),
     ] = "bf16",
     split: Annotated[
         str | None,

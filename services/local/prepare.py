@@ -40,16 +40,16 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     config = read_config(path)
     plan = plan_stages(
         config,
-        number_format=settings.dtype,
+        number_format=settings.number_format,
         num_stages=settings.num_stages,
         split=settings.split,
     )
-    costs = model_costs(config, number_format=settings.dtype)
+    costs = model_costs(config, number_format=settings.number_format)
     kv_blocks = _choose_kv_blocks(settings, config, plan, costs)
     return MeshLayout(
         model_name=model_name(settings.model, path),
         model_path=str(path),
-        number_format=settings.dtype,
+        number_format=settings.number_format,
         kv_blocks=kv_blocks,
         max_sequences=settings.max_sequences,
         max_rows=settings.max_rows,

@@ -9,7 +9,8 @@ from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
 
 NUMBER_FORMATS = ("bf16", "fp32")
-
+# What `auto` stands for.
+BEST_NUMBER_FORMAT = "bf16"
 
 _UNITS = {"": 1}
 _UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
@@ -23,8 +24,8 @@ class MeshSettings:
     # A name of the catalogue, a file, a folder or a hub id.
     model: str = DEFAULT_MODEL
     stages: int = 2
-    # Of weights, activations and KV cache.
-    dtype: str = "bf16"
+    # Of weights, activations and KV cache; "auto": the best for most machines.
+    dtype: str = BEST_NUMBER_FORMAT
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
     # KV cache of all stages together; None: a share of the memory that is free.
@@ -39,10 +40,15 @@ class MeshSettings:
     max_rows: int = 512
 
     def __post_init__(self) -> None:
-        if self.dtype not in NUMBER_FORMATS:
-            raise InvalidInput("dtype", self.dtype, " or ".join(NUMBER_FORMATS))
+        if self.dtype not in ("auto", *NUMBER_FORMATS):
+            raise InvalidInput("dtype", self.dtype, f"auto, {' or '.join(NUMBER_FORMATS)}")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
+
+    @property
+    def number_format(self) -> str:
+        """One of NUMBER_FORMATS."""
+        return BEST_NUMBER_FORMAT if self.dtype == "auto" else self.dtype
 
     @property
     def num_stages(self) -> int:
