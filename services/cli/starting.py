@@ -13,6 +13,9 @@ from services.cli import console
 from services.local.layout import MeshLayout
 from services.local.progress import StageProgress
 
+# For stages whose kernels are in no cache: after a change, or for a new number format.
+COMPILING = "compiling kernels, up to a minute, only this once"
+
 
 class StartDisplay:
     """To be used as a context around the start; `update` takes what the mesh reports."""
@@ -36,10 +39,14 @@ class StartDisplay:
     def update(self, stages: list[StageProgress]) -> None:
         """Takes the newest state of all stages."""
         for stage in stages:
-            before = self._stages.get(stage.index)
+            before = self._stages.get(stage.index, StageProgress(index=stage.index, ready=False))
             self._stages[stage.index] = stage
-            if stage.ready and not (before and before.ready) and not self._is_live:
+            if self._is_live:
+                continue
+            if stage.ready and not before.ready:
                 console.say(self._line(stage))
+            elif stage.compiling and not before.compiling:
+                console.say(f"stage {stage.index}: {COMPILING}")
 
     @property
     def seconds(self) -> float:
@@ -60,7 +67,7 @@ class StartDisplay:
 
     def _cells(self, stage: StageProgress) -> tuple[Text | Spinner, ...]:
         if not stage.ready:
-            waiting = Spinner("dots", text=stage.problem or "loading")
+            waiting = Spinner("dots", text=stage.problem or _doing(stage))
             return Text("-"), Text("-"), Text(f"{self.seconds:.1f}"), waiting
         return (
             Text(console.format_bytes(stage.weights_bytes)),
@@ -68,3 +75,7 @@ class StartDisplay:
             Text(f"{stage.load_s:.1f}"),
             Text("ready", style="green"),
         )
+
+
+def _doing(stage: StageProgress) -> str:
+    return COMPILING if stage.compiling else "loading"

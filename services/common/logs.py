@@ -14,6 +14,10 @@ from typing import Any, TextIO
 
 from opentelemetry import trace
 
+# What a stage logs before it compiles kernels, which takes up to a minute; the display of a
+# mesh that starts looks for it.
+COMPILING = "compiling kernels"
+
 # Attributes that every LogRecord has; anything else came in through `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

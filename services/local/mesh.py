@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from core.errors import Unavailable
+from services.common.logs import COMPILING
 from services.local.process import MeshProcess, ProcessCommand, describe_exit
 from services.local.run_folder import RunFolder
 from services.local.waiting import first_of
@@ -74,6 +75,10 @@ class Mesh:
             await self._stop()
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
+
+    def is_compiling(self, stage_index: int) -> bool:
+        """Whether the last that a stage has logged is that it compiles its kernels."""
+        return self.processes[stage_index].last_words() == COMPILING
 
     async def fail_when_one_ends(self) -> None:
         """Waits until a process ends; raises Unavailable with its last words."""

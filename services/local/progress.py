@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -29,19 +29,28 @@ class StageProgress:
     bytes_read: int = 0
     load_s: float = 0.0
     problem: str = ""
+    compiling: bool = False
 
 
 async def wait_until_ready(
-    gateway: str, coordinator: str, *, report: Callable[[list[StageProgress]], None]
+    gateway: str,
+    coordinator: str,
+    *,
+    report: Callable[[list[StageProgress]], None],
+    is_compiling: Callable[[int], bool],
 ) -> None:
     """Returns when the gateway's health says that a request would be served.
 
     Until then calls `report` with the state of all stages whenever it has changed.
+    `is_compiling` says whether a stage that is not ready compiles its kernels.
     """
     seen: list[StageProgress] = []
     async with _channel(coordinator) as inner, _channel(gateway) as outer:
         while True:
-            now = await _ask_stages(inner)
+            now = [
+                stage if stage.ready else replace(stage, compiling=is_compiling(stage.index))
+                for stage in await _ask_stages(inner)
+            ]
             if now and now != seen:
                 report(now)
                 seen = now

@@ -42,7 +42,10 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
         async with mesh.running():
             write_record()
             starting = wait_until_ready(
-                layout.gateway_address, layout.coordinator_address, report=listener.progress
+                layout.gateway_address,
+                layout.coordinator_address,
+                report=listener.progress,
+                is_compiling=mesh.is_compiling,
             )
             await first_of(starting, mesh.fail_when_one_ends(), _wait(stop))
             if not stop.is_set():

@@ -25,6 +25,7 @@ def warm_kernels(number_format: str) -> float:
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
     from core.weights.open import open_checkpoint
+    from services.common.kernel_cache import note_compiled
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = open_checkpoint(write_smallest_model(Path(folder)))
@@ -36,6 +37,7 @@ def warm_kernels(number_format: str) -> float:
             EngineSettings(number_format=number_format, num_kv_blocks=1, num_slots=1, max_rows=1),
         )
         checkpoint.close()
+    note_compiled(number_format)
     return time.monotonic() - started_s
 
 

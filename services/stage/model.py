@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from penstock.v1 import stage_pb2
 
 from core.errors import InvalidInput
 from core.wire.codecs import codec_named
+from services.common.logs import COMPILING
 from services.stage.settings import StageSettings
 from services.stage.worker import StageEngine
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,9 @@ def load_model(settings: StageSettings) -> LoadedModel:
     started = time.perf_counter_ns()
     # Imported here, by the compute thread: compiled kernels load while the port is open
     # already, and their cache folder must be known before.
-    if settings.kernel_cache is not None:
-        from services.common.kernel_cache import use_kernel_cache
+    from services.common.kernel_cache import kernels_are_compiled, note_compiled, use_kernel_cache
 
+    if settings.kernel_cache is not None:
         use_kernel_cache(settings.kernel_cache)
     from core.engine.engine import Engine, EngineSettings
     from core.models.registry import load_config
@@ -64,6 +68,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
         end_layer=settings.end_layer,
         num_layers=config.num_layers,
     )
+    if not kernels_are_compiled(settings.number_format):
+        _LOG.info(COMPILING, extra={"number_format": settings.number_format})
     engine = Engine(
         checkpoint,
         config,
@@ -76,6 +82,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
             wire=settings.wire,
         ),
     )
+    note_compiled(settings.number_format)
     identity = f"{checkpoint.digest}\n{config!r}"
     manifest = stage_pb2.StageReady(
         model=settings.name,

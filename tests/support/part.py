@@ -1,8 +1,8 @@
 """Stands for a part of a mesh where a test is about processes and not about models.
 
 `python -m tests.support.part HOW`: "serve" runs until SIGTERM, "stubborn" ignores it, "fail"
-says why and exits with 1, "once FILE" serves after it has failed one time, "sign FILE NAME"
-serves and adds its name to the file when it ends.
+says why and exits with 1, "say WORDS" says them and serves, "once FILE" serves after it has
+failed one time, "sign FILE NAME" serves and adds its name to the file when it ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if how == "sign":
         signal.signal(signal.SIGTERM, sign)
-    print("serving", flush=True)
+    print(sys.argv[2] if how == "say" else "serving", flush=True)
     while True:
         signal.pause()
 

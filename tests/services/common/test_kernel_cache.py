@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from core.kernels.fingerprint import kernel_cache_key
+from services.common.kernel_cache import NUM_KEPT, SPARED_S, prune
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -27,3 +31,23 @@ def test_kernels_are_cached_below_the_folder_that_was_asked_for(tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path / kernel_cache_key()
     assert (tmp_path / kernel_cache_key()).is_dir()
+
+
+def make_folder(parent: Path, name: str, *, age_s: float) -> Path:
+    folder = parent / name
+    (folder / "code").mkdir(parents=True)
+    (folder / "code" / "kernel.nbc").touch()
+    then = time.time() - age_s
+    os.utime(folder, (then, then))
+    return folder
+
+
+def test_only_the_newest_of_the_old_kernels_are_kept(tmp_path: Path) -> None:
+    used = make_folder(tmp_path, f"numba-{kernel_cache_key()}", age_s=0)
+    lately = [make_folder(tmp_path, f"numba-{n:016x}", age_s=n) for n in range(NUM_KEPT + 2)]
+    old = [make_folder(tmp_path, f"numba-{n:016x}", age_s=SPARED_S + n) for n in range(100, 120)]
+    foreign = [make_folder(tmp_path, name, age_s=1e6) for name in ("x", "numba-x", f"{5:016x}")]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(prune, [used] * 8))
+    assert set(tmp_path.iterdir()) == {used, *lately, *foreign}
+    assert not any(folder.exists() for folder in old)

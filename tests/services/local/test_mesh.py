@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from core.errors import Unavailable
+from services.common.logs import COMPILING
 from services.local.mesh import Mesh, Patience
 from services.local.process import MeshProcess, ProcessCommand
 from services.local.run_folder import RunFolder, find_process
@@ -50,6 +52,21 @@ async def test_all_processes_have_ended_when_the_context_has(tmp_path: Path) -> 
         for process in mesh.processes:
             await said_something(process)
     assert not any(find_process(record) for record in records)
+
+
+async def test_a_stage_that_compiles_its_kernels_is_told_from_one_that_loads(
+    tmp_path: Path,
+) -> None:
+    line = json.dumps({"message": COMPILING, "number_format": "bf16"})
+    mesh = Mesh(
+        (part("stage-0", "serve"), part("stage-1", "say", line)),
+        run_folder=RunFolder(tmp_path),
+        say=pytest.fail,
+    )
+    async with mesh.running():
+        for process in mesh.processes:
+            await said_something(process)
+        assert [mesh.is_compiling(0), mesh.is_compiling(1)] == [False, True]
 
 
 async def test_processes_are_ended_turn_by_turn(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from core.models.registry import load_config
 from core.sampling.parameters import SamplingParameters
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
+from services.common.logs import COMPILING
 from services.stage.model import LoadedModel
 from services.stage.process import run_stage
 from services.stage.settings import StageSettings
@@ -82,12 +83,15 @@ def stage_process(model: Path, layers: str, *options: str) -> Iterator[StageProc
 
 
 def read_event(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
+    """Reads the next line of the log, or the one after where kernels are compiled before."""
     assert process.stderr is not None
     line = process.stderr.readline()
     try:
         event: dict[str, Any] = json.loads(line)
     except ValueError:
         pytest.fail(line + process.stderr.read())
+    if event["message"] == COMPILING:
+        return read_event(process, message)
     assert event["message"] == message
     return event
 
