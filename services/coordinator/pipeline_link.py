@@ -18,7 +18,7 @@ import grpc
 from penstock.v1 import stage_pb2
 
 from core.errors import PenstockError, ProtocolViolation, Unavailable
-from services.common.cancellation import raise_if_cancelled
+from services.common.cancellation import in_own_task
 from services.common.channels import open_channel
 from services.coordinator.fit import check_fit
 from services.coordinator.settings import CoordinatorSettings
@@ -90,7 +90,7 @@ class PipelineLink:
                 for address in self._settings.stages
             ]
             while True:
-                stage_index, reason = await self._run_once(channels)
+                stage_index, reason = await in_own_task(self._run_once(channels))
                 if self._was_ready:
                     backoff_s = _FIRST_BACKOFF_S
                 _LOG.warning("pipeline lost", extra={"epoch": self.epoch, "reason": reason})
@@ -124,7 +124,6 @@ class PipelineLink:
             outcome = outcome or (None, str(errors.exceptions[0]))
         finally:
             self._streams = []
-        raise_if_cancelled()
         assert outcome is not None, "streams end by raising"
         return outcome
 

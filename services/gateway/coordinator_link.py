@@ -18,7 +18,7 @@ import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from core.errors import PenstockError, Unavailable
-from services.common.cancellation import raise_if_cancelled
+from services.common.cancellation import in_own_task
 
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 1.0
@@ -124,14 +124,13 @@ class CoordinatorLink:
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
-                await self._serve_stream()
+                await in_own_task(self._serve_stream())
             except* (grpc.RpcError, Unavailable) as group:
                 reasons = "; ".join(_reason(error) for error in group.exceptions)
                 _LOG.warning("coordinator lost", extra={"why": reasons})
             finally:
                 was_connected = self._connected
                 await self._drop_stream()
-            raise_if_cancelled()
             backoff_s = _FIRST_BACKOFF_S if was_connected else min(_LAST_BACKOFF_S, 2 * backoff_s)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
