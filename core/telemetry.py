@@ -107,7 +107,7 @@ QUEUE_DURATION = Metric(
     name="penstock.request.queue.duration",
     kind=Kind.HISTOGRAM,
     unit="s",
-    description="From the arrival of a request to its first scheduled prefill chunk",
+    description="From the arrival of a request to its first scheduled prefill chunk, or to its end",
     labels=(MODEL,),
     buckets=_LATENCY_BUCKETS_S,
 )

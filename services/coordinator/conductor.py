@@ -75,7 +75,8 @@ class Conductor:
         self._clock = clock
         self._spans = RequestSpans(telemetry)
         self._rows_histogram = telemetry.histogram(names.MICRO_BATCH_ROWS)
-        self._rows_labels: dict[str, str] = {}
+        self._queue_histogram = telemetry.histogram(names.QUEUE_DURATION)
+        self._labels: dict[str, str] = {}  # of both histograms
         self.scheduler = Scheduler(
             SchedulerSettings(
                 max_waiting=settings.max_waiting,
@@ -203,7 +204,7 @@ class Conductor:
 
     def on_pipeline_ready(self, stages: Sequence[stage_pb2.StageReady]) -> None:
         self.mesh.pipeline_ready(self._clock())
-        self._rows_labels = {names.MODEL: self.mesh.model_name}
+        self._labels = {names.MODEL: self.mesh.model_name}
         facts = pipeline_facts(stages, num_slots=self._settings.max_sequences)
         self.post(PipelineReady(facts=facts))
         self._tell_mesh()
@@ -256,7 +257,7 @@ class Conductor:
             case RunMicroBatch():
                 for stage, request in enumerate(messages.micro_batch_requests(action)):
                     self.link.send(stage, request)
-                self._rows_histogram.record(len(action.token_ids_T), self._rows_labels)
+                self._rows_histogram.record(len(action.token_ids_T), self._labels)
             case Refuse():
                 self._refuse(action)
             case FlushUpdates():
@@ -284,6 +285,7 @@ class Conductor:
         request = self._requests.pop(request_id)
         del request.gateway.request_ids[request.gateway_request_id]
         if usage is not None:
+            self._queue_histogram.record(usage.queue_s, self._labels)
             self._spans.record(
                 traceparent=request.traceparent,
                 request_id=request_id,

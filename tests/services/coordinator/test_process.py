@@ -49,6 +49,7 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
             assert samples.value("penstock_tokens_total", tokens) == 10
             assert samples.value("penstock_kv_blocks_total", {"penstock_stage_index": "1"}) == 64
             assert samples.value("penstock_requests_running") == 0
+            assert samples.value("penstock_request_queue_duration_seconds_count") == 1
             process.send_signal(signal.SIGTERM)
             await gateway.until_the_stream_ends()
         assert await process.wait() == 0
