@@ -298,12 +298,14 @@ def values_tile(
     value_stride,
     outputs,
     output_stride,
+    continues,
 ):
     """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
 
     `weights` has rows in the input format, an element for each position from the first of the
     block that `block_table` points at; `num_words` words of values belong to them. A block's
-    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart.
+    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. Where `continues` is
+    not 0, sums go on from what `outputs` holds.
     """
     kind = arithmetic.arithmetic
     count = vectors.literal_value
@@ -311,7 +313,8 @@ def values_tile(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, num_rows, _, weights, weight_stride, block_table, num_words, values, *strides = args
-        block_stride, value_stride, outputs, output_stride = strides
+        block_stride, value_stride, outputs, output_stride, continues = strides
+        is_new = builder.icmp_signed("==", continues, index(0))
 
         def emit(rows: int) -> None:
             weight_rows = _emit_row_addresses(builder, weights, weight_stride, rows)
@@ -336,14 +339,20 @@ def values_tile(
                     ]
                 return results
 
-            sums = _emit_loop(builder, num_words, [splat_constant(0.0)] * (rows * count), body)
-            for number, row in enumerate(
-                _emit_row_addresses(builder, outputs, output_stride, rows)
-            ):
-                for vector, at in enumerate(_vector_addresses(builder, row, count)):
-                    emit_store(builder, sums[number * count + vector], at)
+            targets = [
+                at
+                for row in _emit_row_addresses(builder, outputs, output_stride, rows)
+                for at in _vector_addresses(builder, row, count)
+            ]
+            zero = splat_constant(0.0)
+            initial = [
+                builder.select(is_new, zero, emit_load(builder, at, FLOATS)) for at in targets
+            ]
+            sums = _emit_loop(builder, num_words, initial, body)
+            for total, at in zip(sums, targets, strict=True):
+                emit_store(builder, total, at)
 
         _emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 9), codegen
+    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 10), codegen

@@ -262,6 +262,27 @@ def store_word(typing_context, where, word):
 
 
 @intrinsic
+def load_float(typing_context, where):
+    """The float32 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return emit_load(builder, args[0], F32)
+
+    return types.float32(types.intp), codegen
+
+
+@intrinsic
+def store_float(typing_context, where, value):
+    """A float32 to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        emit_store(builder, args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.float32), codegen
+
+
+@intrinsic
 def prefetch(typing_context, where):
     """Asks for the cache line of an address, into the second-level cache."""
 

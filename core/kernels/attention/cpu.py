@@ -34,17 +34,21 @@ from core.kernels.vectors import (
     add,
     address,
     largest_lane,
+    load_float,
     load_floats,
+    load_word,
     maximum,
     multiply,
     prefetch,
     splat,
+    store_float,
     store_inputs,
     subtract,
     sum_of_lanes,
 )
 
 TILE_QUERIES = 12  # rows x heads of a group that share a pass over keys and values
+FETCHED_BLOCKS = 2  # whose values are asked for at a time: few enough to compute meanwhile
 
 
 class HeadSizes(NamedTuple):
@@ -78,18 +82,39 @@ class AttentionWorkspace(NamedTuple):
     scales_Q: npt.NDArray[np.float32]
 
 
+class TileBuffers(NamedTuple):
+    """Addresses of an `AttentionWorkspace` and bytes from query to query.
+
+    Arrays would be counted in and out of every function that they are handed to: about 0.3 us a
+    tile, where a row's attention over 100 positions takes 1 us.
+    """
+
+    queries: int
+    query_stride: int
+    scores: int
+    score_stride: int
+    weights: int
+    weight_stride: int
+    outputs: int
+    output_stride: int
+    scales: int
+
+
+class Blocks(NamedTuple):
+    """Keys and values of one KV head, as some rows see them."""
+
+    table: int  # address of their numbers (int32), in order of position
+    num_blocks: int
+    first_block: int  # which block of the sequence is the first
+    keys: int  # address of the cache's first keys of this head; the values lie behind
+    block_stride: int  # bytes
+
+
 @kernel
-def rows_of_tile(rows, first, most):
-    """How many rows from `first` on follow each other in one sequence, at most `most`."""
-    count = 1
-    while (
-        count < most
-        and first + count < rows.num_rows
-        and rows.slots_T[first + count] == rows.slots_T[first]
-        and rows.positions_T[first + count] == rows.positions_T[first] + count
-    ):
-        count += 1
-    return count
+def keys_of_block(blocks, index):
+    """Address of the keys of a block, counted from the first that is seen."""
+    number = np.int64(load_word(blocks.table + index * 4))
+    return blocks.keys + number * blocks.block_stride
 
 
 @kernel
@@ -98,10 +123,14 @@ def softmax_weights(arithmetic, scores, num_blocks, weights):
 
     By address. Minus infinity gives an exact 0.
     """
-    largest = splat(np.float32(-np.inf))
-    for block in range(num_blocks):
-        largest = maximum(largest, load_floats(scores + block * BYTES_OF_FLOATS))
-    largest = splat(largest_lane(largest))
+    # Two chains, since each step of one waits for the step before.
+    largest = even = odd = splat(np.float32(-np.inf))
+    for block in range(0, num_blocks - 1, 2):
+        even = maximum(even, load_floats(scores + block * BYTES_OF_FLOATS))
+        odd = maximum(odd, load_floats(scores + (block + 1) * BYTES_OF_FLOATS))
+    if num_blocks % 2 == 1:
+        largest = load_floats(scores + (num_blocks - 1) * BYTES_OF_FLOATS)
+    largest = splat(largest_lane(maximum(largest, maximum(even, odd))))
     total = splat(np.float32(0.0))
     for block in range(num_blocks):
         floats = exponential(subtract(load_floats(scores + block * BYTES_OF_FLOATS), largest))
@@ -111,117 +140,222 @@ def softmax_weights(arithmetic, scores, num_blocks, weights):
 
 
 @kernel
-def load_queries(arithmetic, heads, qkv_TC, first_row, num_rows, kv_head, work):
-    """Packs the queries of a tile, row by row, as inputs of a product."""
+def load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers):
+    """Packs the queries of a tile, row by row, as inputs of a product.
+
+    By address: `queries` are a group's heads of the first row, `query_stride` bytes apart from row
+    to row.
+    """
     group = heads.num_heads // heads.num_kv_heads
-    target = address(work.queries_QW)
-    stride = work.queries_QW.shape[1] * 4
     for i in range(num_rows):
-        source = address(qkv_TC[first_row + i]) + kv_head * group * heads.width * 4
         for head in range(group):
+            source = queries + i * query_stride + head * heads.width * 4
+            target = buffers.queries + (i * group + head) * buffers.query_stride
             for vector in range(heads.width // LANES):
-                floats = load_floats(source + (head * heads.width + vector * LANES) * 4)
-                where = target + (i * group + head) * stride
-                store_inputs(arithmetic, where + vector * LANES * input_bytes(arithmetic), floats)
+                floats = load_floats(source + vector * BYTES_OF_FLOATS)
+                store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), floats)
 
 
 @kernel
-def score_blocks(arithmetic, num_queries, table_B, num_blocks, keys, block_stride, num_words, work):
-    """Scores of a tile's queries with `num_blocks` blocks of keys, two blocks at a time."""
-    queries, query_stride = address(work.queries_QW), work.queries_QW.shape[1] * 4
-    scores, score_stride = address(work.scores_QP), work.scores_QP.shape[1] * 4
-    for block in range(0, num_blocks, 2):
-        keys_0 = keys + np.int64(table_B[block]) * block_stride
+def fetch_blocks(ahead, first, count, offset, num_bytes):
+    """Asks for `num_bytes` of each of `count` blocks from the `first` on, as far as there are."""
+    for block in range(first, min(first + count, ahead.num_blocks)):
+        start = keys_of_block(ahead, block) + offset
+        for line in range(0, num_bytes, 64):
+            prefetch(start + line)
+
+
+@kernel
+def score_blocks(arithmetic, num_queries, blocks, ahead, num_words, buffers):
+    """Scores of a tile's queries with blocks of keys, two at a time.
+
+    Meanwhile the keys of the blocks `ahead` are fetched.
+    """
+    for block in range(0, blocks.num_blocks, 2):
+        fetch_blocks(ahead, block, 2, 0, num_words * BYTES_OF_FLOATS)
+        keys_0 = keys_of_block(blocks, block)
         keys_1 = keys_0
-        if block + 1 < num_blocks:
-            keys_1 = keys + np.int64(table_B[block + 1]) * block_stride
+        if block + 1 < blocks.num_blocks:
+            keys_1 = keys_of_block(blocks, block + 1)
         for first in range(0, num_queries, MAX_TILE_ROWS):
             scores_tile(
                 arithmetic,
                 min(MAX_TILE_ROWS, num_queries - first),
-                queries + first * query_stride,
-                query_stride,
+                buffers.queries + first * buffers.query_stride,
+                buffers.query_stride,
                 keys_0,
                 keys_1,
                 num_words,
-                scores + first * score_stride + block * BYTES_OF_FLOATS,
-                score_stride,
+                buffers.scores + first * buffers.score_stride + block * BYTES_OF_FLOATS,
+                buffers.score_stride,
             )
 
 
 @kernel
-def sum_values(arithmetic, num_queries, table_B, num_words, values, block_stride, width, work):
-    """Sums of values weighted by the tile's weights, 64 elements at a time, then 16."""
-    weights, weight_stride = address(work.weights_QP), work.weights_QP.shape[1] * 4
-    outputs, output_stride = address(work.outputs_QD), work.outputs_QD.shape[1] * 4
-    table = address(table_B)
+def sum_values(arithmetic, num_queries, blocks, ahead, num_positions, width, buffers):
+    """Sums of values weighted by the tile's weights.
+
+    Meanwhile the values of the blocks `ahead` are fetched.
+    """
+    half_bytes = LANES * width * element_bytes(arithmetic)
+    step = FETCHED_BLOCKS if ahead.num_blocks > 0 else blocks.num_blocks
+    per_word = elements_per_word(arithmetic)
+    num_words = (num_positions + per_word - 1) // per_word
+    words_per_block = LANES // per_word
+    for block in range(0, blocks.num_blocks, step):
+        fetch_blocks(ahead, block, step, half_bytes, half_bytes)
+        words = min(step * words_per_block, num_words - block * words_per_block)
+        add_values(arithmetic, num_queries, blocks, block, words, width, buffers)
+
+
+@kernel
+def add_values(arithmetic, num_queries, blocks, block, num_words, width, buffers):
+    """Adds `num_words` weighted words of values from a block on, 64 elements at a time, then 16."""
+    table = blocks.table + block * 4
+    values = blocks.keys + LANES * width * element_bytes(arithmetic)
     for first in range(0, num_queries, MAX_TILE_ROWS):
         count = min(MAX_TILE_ROWS, num_queries - first)
+        rows = (
+            buffers.weights
+            + first * buffers.weight_stride
+            + block * LANES * input_bytes(arithmetic)
+        )
         element = 0
         while element < width:
-            rows = weights + first * weight_stride
             source = values + element * 4
-            target = outputs + first * output_stride + element * 4
+            target = buffers.outputs + first * buffers.output_stride + element * 4
             if width - element >= 4 * LANES:
                 values_tile(
-                    arithmetic, count, 4, rows, weight_stride, table, num_words, source,
-                    block_stride, width * 4, target, output_stride,
+                    arithmetic, count, 4, rows, buffers.weight_stride, table, num_words,
+                    source, blocks.block_stride, width * 4, target, buffers.output_stride, block,
                 )  # fmt: skip
                 element += 4 * LANES
             else:
                 values_tile(
-                    arithmetic, count, 1, rows, weight_stride, table, num_words, source,
-                    block_stride, width * 4, target, output_stride,
+                    arithmetic, count, 1, rows, buffers.weight_stride, table, num_words,
+                    source, blocks.block_stride, width * 4, target, buffers.output_stride, block,
                 )  # fmt: skip
                 element += LANES
 
 
 @kernel
 def weigh_positions(
-    arithmetic, group, num_rows, first_position, first_block, num_blocks, window, work
+    arithmetic, group, num_rows, first_position, first_block, num_blocks, window, buffers
 ):
     """Hides from each row what it must not see, and turns its scores into weights."""
     minus_infinity = np.float32(-np.inf)
     base = first_block * LANES
     for query in range(num_rows * group):
         position = first_position + query // group
-        for p in range(position + 1, base + num_blocks * LANES):
-            work.scores_QP[query, p - base] = minus_infinity
-        for p in range(base, position + 1 - window):
-            work.scores_QP[query, p - base] = minus_infinity
-        work.scales_Q[query] = softmax_weights(
-            arithmetic,
-            address(work.scores_QP) + query * work.scores_QP.shape[1] * 4,
-            num_blocks,
-            address(work.weights_QP) + query * work.weights_QP.shape[1] * 4,
-        )
+        scores = buffers.scores + query * buffers.score_stride
+        for p in range(position + 1 - base, num_blocks * LANES):
+            store_float(scores + p * 4, minus_infinity)
+        for p in range(position + 1 - window - base):
+            store_float(scores + p * 4, minus_infinity)
+        weights = buffers.weights + query * buffers.weight_stride
+        scale = softmax_weights(arithmetic, scores, num_blocks, weights)
+        store_float(buffers.scales + query * 4, scale)
 
 
 @kernel
-def store_outputs(arithmetic, heads, num_rows, kv_head, work, out, out_stride):
-    """Divides by the sums of weights and stores as inputs of a product; `out`: the tile's rows."""
+def store_outputs(arithmetic, heads, num_rows, buffers, out, out_stride):
+    """Divides by the sums of weights and stores as inputs of a product.
+
+    `out` is the address for the group's heads of the tile's first row.
+    """
     group = heads.num_heads // heads.num_kv_heads
     for query in range(num_rows * group):
-        scale = splat(work.scales_Q[query])
-        source = address(work.outputs_QD) + query * work.outputs_QD.shape[1] * 4
-        head = kv_head * group + query % group
-        target = out + query // group * out_stride + head * heads.width * input_bytes(arithmetic)
+        scale = splat(load_float(buffers.scales + query * 4))
+        source = buffers.outputs + query * buffers.output_stride
+        head = query % group * heads.width * input_bytes(arithmetic)
+        target = out + query // group * out_stride + head
         for vector in range(heads.width // LANES):
             floats = multiply(load_floats(source + vector * BYTES_OF_FLOATS), scale)
             store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), floats)
 
 
 @kernel
-def prefetch_blocks(rows, row, window, cache, block_stride, num_bytes):
-    """Asks for the keys and values that row `row` will read, if its sequence begins there."""
-    if row >= rows.num_rows or rows.slots_T[row] == rows.slots_T[row - 1]:
-        return
-    position = rows.positions_T[row]
-    first = max(0, position + 1 - window) // LANES
-    for block in range(first, position // LANES + 1):
-        start = cache + np.int64(rows.block_tables_SB[rows.slots_T[row], block]) * block_stride
-        for offset in range(0, num_bytes, 64):
-            prefetch(start + offset)
+def visible_blocks(table, position, num_rows, window, keys, block_stride):
+    """The blocks that rows from a position on see; `table` is the address of their sequence's."""
+    first_block = max(0, position + 1 - window) // LANES
+    num_blocks = (position + num_rows - 1) // LANES + 1 - first_block
+    return Blocks(table + first_block * 4, num_blocks, first_block, keys, block_stride)
+
+
+@kernel
+def first_blocks_of_run(rows, row, window, cache, block_stride):
+    """The blocks that the first row of a run sees with its first head; none behind the last run."""
+    if row == rows.num_rows:
+        return Blocks(0, 0, 0, cache, block_stride)
+    table = address(rows.block_tables_SB[rows.slots_T[row]])
+    position = np.int64(rows.positions_T[row])
+    return visible_blocks(table, position, 1, window, cache, block_stride)
+
+
+@kernel
+def rows_of_run(rows, first):
+    """How many rows from `first` on follow each other in one sequence."""
+    count = 1
+    while (
+        first + count < rows.num_rows
+        and rows.slots_T[first + count] == rows.slots_T[first]
+        and rows.positions_T[first + count] == rows.positions_T[first] + count
+    ):
+        count += 1
+    return count
+
+
+@kernel
+def attend_tile(
+    arithmetic, heads, position, num_rows, blocks, ahead, window, queries, query_stride, buffers,
+    out, out_stride,
+):  # fmt: skip
+    """Attention of one group of heads of rows that share a tile, the first at `position`."""
+    group = heads.num_heads // heads.num_kv_heads
+    num_words = heads.width // elements_per_word(arithmetic)
+    num_positions = position + num_rows - blocks.first_block * LANES
+    load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers)
+    score_blocks(arithmetic, num_rows * group, blocks, ahead, num_words, buffers)
+    weigh_positions(
+        arithmetic, group, num_rows, position, blocks.first_block, blocks.num_blocks, window,
+        buffers,
+    )  # fmt: skip
+    sum_values(arithmetic, num_rows * group, blocks, ahead, num_positions, heads.width, buffers)
+    store_outputs(arithmetic, heads, num_rows, buffers, out, out_stride)
+
+
+@kernel
+def attend_run(
+    arithmetic, heads, table, position, num_rows, following, window, queries, query_stride,
+    buffers, out, out_stride,
+):  # fmt: skip
+    """Attention of neighbouring rows of one sequence, the first at `position`.
+
+    Head by head, so that a head's keys and values stay in the second-level cache for all tiles.
+    The last tile of each head fetches what the next head, or the sequence `following`, begins with.
+    """
+    group = heads.num_heads // heads.num_kv_heads
+    most_rows = max(1, TILE_QUERIES // group)
+    head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
+    cache, block_stride = following.keys, following.block_stride
+    for kv_head in range(heads.num_kv_heads):
+        keys = cache + kv_head * head_bytes
+        first_head = kv_head * group * heads.width
+        for row in range(0, num_rows, most_rows):
+            count = min(most_rows, num_rows - row)
+            ahead = Blocks(0, 0, 0, keys, block_stride)
+            if row + count == num_rows:
+                ahead = following
+                if kv_head + 1 < heads.num_kv_heads:
+                    ahead = visible_blocks(
+                        table, position, 1, window, keys + head_bytes, block_stride
+                    )
+            attend_tile(
+                arithmetic, heads, position + row, count,
+                visible_blocks(table, position + row, count, window, keys, block_stride), ahead,
+                window, queries + row * query_stride + first_head * 4, query_stride, buffers,
+                out + row * out_stride + first_head * input_bytes(arithmetic), out_stride,
+            )  # fmt: skip
 
 
 @kernel
@@ -233,36 +367,24 @@ def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride
     inputs of a product, heads side by side, `out_stride` bytes a row. A row sees `window`
     positions.
     """
-    group = heads.num_heads // heads.num_kv_heads
-    half_bytes = LANES * heads.width * element_bytes(arithmetic)
-    block_stride = heads.num_kv_heads * 2 * half_bytes
-    most_rows = max(1, TILE_QUERIES // group)
+    buffers = TileBuffers(
+        address(work.queries_QW), work.queries_QW.shape[1] * 4,
+        address(work.scores_QP), work.scores_QP.shape[1] * 4,
+        address(work.weights_QP), work.weights_QP.shape[1] * 4,
+        address(work.outputs_QD), work.outputs_QD.shape[1] * 4,
+        address(work.scales_Q),
+    )  # fmt: skip
+    head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
+    block_stride = heads.num_kv_heads * head_bytes
+    query_stride = qkv_TC.shape[1] * 4
     row = 0
     while row < rows.num_rows:
-        count = rows_of_tile(rows, row, most_rows)
-        position = np.int64(rows.positions_T[row])
-        first_block = max(0, position + 1 - window) // LANES
-        num_blocks = (position + count - 1) // LANES + 1 - first_block
-        num_positions = position + count - first_block * LANES
-        per_word = elements_per_word(arithmetic)
-        table_B = rows.block_tables_SB[rows.slots_T[row], first_block:]
-        for kv_head in range(heads.num_kv_heads):
-            keys = cache + kv_head * 2 * half_bytes
-            prefetch_blocks(rows, row + count, window, keys, block_stride, 2 * half_bytes)
-            load_queries(arithmetic, heads, qkv_TC, row, count, kv_head, work)
-            num_queries = count * group
-            score_blocks(
-                arithmetic, num_queries, table_B, num_blocks, keys, block_stride,
-                heads.width // per_word, work,
-            )  # fmt: skip
-            weigh_positions(
-                arithmetic, group, count, position, first_block, num_blocks, window, work
-            )
-            sum_values(
-                arithmetic, num_queries, table_B, (num_positions + per_word - 1) // per_word,
-                keys + half_bytes, block_stride, heads.width, work,
-            )  # fmt: skip
-            store_outputs(
-                arithmetic, heads, count, kv_head, work, out + row * out_stride, out_stride
-            )
+        count = rows_of_run(rows, row)
+        attend_run(
+            arithmetic, heads, address(rows.block_tables_SB[rows.slots_T[row]]),
+            np.int64(rows.positions_T[row]), count,
+            first_blocks_of_run(rows, row + count, window, cache, block_stride), window,
+            address(qkv_TC) + row * query_stride, query_stride, buffers,
+            out + row * out_stride, out_stride,
+        )  # fmt: skip
         row += count
