@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from core.weights.checkpoint import Checkpoint
 from core.weights.open import open_checkpoint
 from services.local.fetch import resolve_model
 from tests.support.chain import Chain
+from tests.support.transformers_models import gguf_llama_model
 
 DATA = Path(__file__).parents[1] / "data"
+WINDOW = 1024  # tokens of a text that is measured at once
 
 
 class RealModel:
@@ -34,6 +37,11 @@ class RealModel:
         gc.collect()
         return Chain(self.checkpoint, self.config, **options)
 
+    def close(self) -> None:
+        """Ends the tokenizer's process and lets go of the file."""
+        self.tokenizer.close()
+        self.checkpoint.close()
+
 
 class TransformersModel:
     """transformers in fp32: what every number here is compared with."""
@@ -41,35 +49,44 @@ class TransformersModel:
     def __init__(self, model: Any) -> None:
         self._model = model.eval()
 
-    def logits(self, token_ids: list[int]) -> npt.NDArray[np.float32]:
-        """Logits [T, V] of one text."""
+    def logits_in_chunks(
+        self, token_ids_T: npt.NDArray[np.int32], *, chunk: int
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits [chunk, V] of one text, from its first token to its last."""
         import torch
 
         with torch.inference_mode():
-            logits = self._model(torch.tensor([token_ids])).logits[0]
-        return logits.float().numpy()
+            hidden_BTH = self._model.model(torch.from_numpy(token_ids_T)[None]).last_hidden_state
+            for hidden_CH in hidden_BTH[0].split(chunk):
+                yield self._model.lm_head(hidden_CH).numpy()
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> RealModel:
-    return RealModel(resolve_model("smollm2-135m-instruct"))
+def smollm2() -> Iterator[RealModel]:
+    model = RealModel(resolve_model("smollm2-135m-instruct"))
+    yield model
+    model.close()
 
 
 @pytest.fixture(scope="session")
-def stories15m() -> RealModel:
-    return RealModel(resolve_model("stories15m"))
+def stories15m() -> Iterator[RealModel]:
+    model = RealModel(resolve_model("stories15m"))
+    yield model
+    model.close()
 
 
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2: RealModel) -> TransformersModel:
-    """SmolLM2 by transformers, from the same file but by transformers' own GGUF reader."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """SmolLM2 by transformers, from the same file but by another reader."""
+    return TransformersModel(gguf_llama_model(smollm2.path))
 
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2.path.parent, gguf_file=smollm2.path.name, dtype=torch.float32
-    )
-    return TransformersModel(model)
+
+@pytest.fixture(scope="session")
+def first_window_TV(
+    smollm2_reference: TransformersModel, wikitext_ids: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float32]:
+    """The reference's logits of the first 1,024 tokens."""
+    return np.concatenate([*smollm2_reference.logits_in_chunks(wikitext_ids[:WINDOW], chunk=256)])
 
 
 @pytest.fixture(scope="session")

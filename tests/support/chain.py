@@ -6,7 +6,7 @@ that what it computes depends on the engines alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -113,8 +113,14 @@ class Chain:
         self, token_ids: Sequence[int], *, chunk: int = 256, slot: int = 0
     ) -> npt.NDArray[np.float32]:
         """Teacher-forced logits [T, V] of one text, prefilled in chunks of `chunk` rows."""
+        parts = self.logits_in_chunks(token_ids, chunk=chunk, slot=slot)
+        return np.concatenate([part_TV.copy() for part_TV in parts])
+
+    def logits_in_chunks(
+        self, token_ids: Sequence[int], *, chunk: int, slot: int = 0
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Like `logits`, but a chunk at a time, each valid until the next."""
         self.start(slot, SamplingParameters(max_tokens=1, temperature=0.0))
-        parts = []
         for first in range(0, len(token_ids), chunk):
             batch = self._micro_batch([Run(slot, token_ids[first : first + chunk], samples=False)])
             hidden = None
@@ -122,9 +128,8 @@ class Chain:
                 hidden = engine.step(batch, hidden).hidden_TH
                 assert hidden is not None
                 hidden = hidden.copy()
-            parts.append(self.engines[-1].logits(batch, hidden).copy())
+            yield self.engines[-1].logits(batch, hidden)
         self.end(slot)
-        return np.concatenate(parts)
 
     def generate(
         self,

@@ -1,7 +1,7 @@
 """Models as transformers computes them: the reference for our numbers.
 
 transformers' own `from_pretrained(gguf_file=...)` wants the package accelerate, and takes
-40 seconds for the default model; so there are two ways here.
+40 seconds for the default model; so there are other ways here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 
 from core.models.llama.config import LlamaConfig
 from core.models.llama.weight_names import LayerWeights, read_embedding, read_head, read_layer
 from core.weights.checkpoint import Checkpoint
+from tests.support.models import gguf_name, interleave
 
 _LAYER_NAMES = {
     "attention_norm_H": "input_layernorm.weight",
@@ -55,8 +57,7 @@ def transformers_model(checkpoint: Checkpoint, config: LlamaConfig) -> Any:
 
     For files that carry no Hugging Face configuration; without rope scaling and windows.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     assert config.rope_scaling is None
     assert not any(config.windows)
@@ -74,12 +75,72 @@ def transformers_model(checkpoint: Checkpoint, config: LlamaConfig) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=config.tied_head,
     )
+    return _with_weights(_empty_model(hf_config), _state(checkpoint, config))
+
+
+def gguf_llama_model(path: Path) -> Any:
+    """Returns the model of a plain Llama's GGUF file in fp32: sizes and weights by the package
+    gguf, names and rotary order by tests/support/models, arithmetic by transformers; nothing
+    of ours."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import LlamaConfig as Config
+
+    reader = GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def value(key: str) -> Any:
+        return reader.fields[f"llama.{key}"].contents()
+
+    config = Config(
+        num_hidden_layers=value("block_count"),
+        hidden_size=value("embedding_length"),
+        intermediate_size=value("feed_forward_length"),
+        num_attention_heads=value("attention.head_count"),
+        num_key_value_heads=value("attention.head_count_kv"),
+        vocab_size=value("vocab_size"),
+        max_position_embeddings=value("context_length"),
+        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
+        tie_word_embeddings="output.weight" not in tensors,
+    )
+    model = _empty_model(config)
+    state = {}
+    for name in model.state_dict():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensor = tensors.pop(gguf_name(name))
+        array = dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            is_query = name.endswith("q_proj.weight")
+            heads = config.num_attention_heads if is_query else config.num_key_value_heads
+            array = array[np.argsort(interleave(np.arange(len(array)), num_heads=heads))]
+        state[name] = torch.from_numpy(array.copy())
+    assert not tensors, f"tensors that transformers has no place for: {sorted(tensors)}"
+    return _with_weights(model, state)
+
+
+def gguf_tokenizer(path: Path) -> Backend:
+    """Returns a GGUF file's tokenizer as transformers converts it; AutoTokenizer does the same,
+    but reads the file three times."""
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, vocabulary, _ = get_gguf_tokenizer(str(path))
+    backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
+    return backend
+
+
+def _empty_model(config: Any) -> Any:
+    """A model whose weights are not set yet, without the time that random ones take."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Rotary tables are not weights: materialise the model, then make them again.
     model = model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
-    return _with_weights(model, _state(checkpoint, config))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def _state(checkpoint: Checkpoint, config: LlamaConfig) -> dict[str, Any]:

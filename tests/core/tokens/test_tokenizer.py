@@ -20,6 +20,7 @@ from core.tokens.pre_tokenizers import pre_tokenization
 from core.tokens.tokenizer import Tokenizer, load_tokenizer
 from services.local.fetch import resolve_model
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
+from tests.support.transformers_models import gguf_tokenizer
 
 DATA = Path(__file__).parents[2] / "data"
 NASTY = [
@@ -49,10 +50,7 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def transformers_backend(smollm2_path: Path) -> Backend:
-    from transformers import AutoTokenizer
-
-    reader = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    return reader.backend_tokenizer
+    return gguf_tokenizer(smollm2_path)
 
 
 def test_real_prompts_tokenise_as_in_transformers(
