@@ -183,6 +183,10 @@ def test_any_taken_metrics_port_is_refused(lay: Lay) -> None:
             lay(metrics_port=port - 2)
 
 
+def test_auto_stands_for_bf16(lay: Lay) -> None:
+    assert lay(dtype="auto").number_format == "bf16"
+
+
 def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
     assert lay().gateway_address != lay().gateway_address
 
