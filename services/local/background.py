@@ -6,6 +6,8 @@ import asyncio
 import json
 import signal
 import sys
+import time
+from contextlib import suppress
 
 import psutil
 
@@ -18,6 +20,7 @@ from services.local.supervisor import Listener
 
 # Gateway, coordinator and stages end in turn; each may take its whole grace.
 STOP_TIMEOUT_S = 3 * STOP_GRACE_S + 5.0
+POLL_S = 0.02
 
 
 async def start_in_background(
@@ -84,11 +87,29 @@ def stop(run_folder: RunFolder) -> MeshRecord | None:
     record = run_folder.read()
     if record is None:
         return None
-    processes = [found for one in record.processes if (found := find_process(one)) is not None]
+    if not (living := _living(record)):
+        return None
     if find_process(record.supervisor) is not None:
-        processes[0].send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=STOP_GRACE_S)
-    return record if processes else None
+        _signal(living[0], signal.SIGTERM)
+    _wait_until_gone(record, timeout_s=STOP_TIMEOUT_S)
+    for process in _living(record):
+        _signal(process, signal.SIGKILL)
+    _wait_until_gone(record, timeout_s=STOP_GRACE_S)
+    return record
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):  # it ended a moment ago
+        process.send_signal(number)
+
+
+def _living(record: MeshRecord) -> list[psutil.Process]:
+    return [found for one in record.processes if (found := find_process(one)) is not None]
+
+
+def _wait_until_gone(record: MeshRecord, *, timeout_s: float) -> None:
+    """Waits for their ends, but not until they are reaped: that is for a parent that may be slow
+    or never do it, the first process of a container say."""
+    deadline_s = time.monotonic() + timeout_s
+    while _living(record) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
