@@ -57,8 +57,8 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Reads and dequantises one tensor to float32, C order.
 
-        Raises CorruptWeights when the bytes are missing or of an unsupported type, KeyError
-        when there is no such tensor.
+        Raises CorruptWeights when the bytes are missing, of an unsupported type, or not all
+        finite numbers; KeyError when there is no such tensor.
         """
         ...
 

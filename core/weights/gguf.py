@@ -11,6 +11,7 @@ import numpy.typing as npt
 from core.errors import CorruptWeights
 from core.weights.dequantise import dequantise
 from core.weights.digest import digest_of
+from core.weights.finite import require_finite
 from core.weights.gguf_header import GgufMetadata, read_header
 from core.weights.mapped_file import MappedFile
 
@@ -60,6 +61,7 @@ class GgufCheckpoint:
         del raw
         self._file.release(tensor.offset, tensor.size_bytes)
         self.bytes_read += tensor.size_bytes
+        require_finite(values, path=self.path, name=name)
         return values
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from core.errors import CorruptWeights
 from core.weights.digest import digest_of
+from core.weights.finite import require_finite
 from core.weights.mapped_file import MappedFile
 
 _HEADER = struct.Struct("<7i")
@@ -68,6 +69,7 @@ class Llama2cCheckpoint:
         del raw
         self._file.release(offset, num_bytes)
         self.bytes_read += num_bytes
+        require_finite(values, path=self.path, name=name)
         return values
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from core.errors import CorruptWeights, NotFound
 from core.weights.dequantise import bf16_to_f32
 from core.weights.digest import digest_of
+from core.weights.finite import require_finite
 from core.weights.mapped_file import MappedFile
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
@@ -133,6 +134,7 @@ class SafetensorsCheckpoint:
         del raw
         tensor.file.release(tensor.offset, tensor.size_bytes)
         self.bytes_read += tensor.size_bytes
+        require_finite(values, path=tensor.file.path, name=name)
         return values
 
     def close(self) -> None:

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.errors import CorruptWeights, NotFound
 from core.weights.open import open_checkpoint
 from tests.core.weights.gguf_bytes import GgufBytes
-from tests.support.models import TinyModel, write_gguf, write_hugging_face, write_llama2c
+from tests.support.models import (
+    TinyModel,
+    random_weights,
+    write_gguf,
+    write_hugging_face,
+    write_llama2c,
+)
 
 MODEL = TinyModel(num_layers=1)
 
@@ -62,3 +70,34 @@ def test_other_files_are_refused_with_a_reason(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorruptWeights, match=reason):
         open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("write", "name", "file"),
+    [
+        (write_gguf, "output_norm.weight", "m"),
+        (write_llama2c, "rms_final", "m.bin"),
+        (write_hugging_face, "model.norm.weight", "m/model.safetensors"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    tmp_path: Path, write: Callable[[Path, TinyModel], Path], name: str, file: str, bad: float
+) -> None:
+    path = write(tmp_path / Path(file).parts[0], MODEL)
+    norm = random_weights(MODEL)["model.norm.weight"]
+    damaged = norm.copy()
+    damaged[5] = bad
+    content = (tmp_path / file).read_bytes()
+    assert content.count(norm.tobytes()) == 1
+    (tmp_path / file).write_bytes(content.replace(norm.tobytes(), damaged.tobytes()))
+    with pytest.raises(CorruptWeights, match=rf"{file}: 1 of the 64 values of '{name}'"):
+        open_checkpoint(path).read(name)
+
+
+def test_big_weights_whose_sum_overflows_are_numbers(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", MODEL)
+    norm = random_weights(MODEL)["model.norm.weight"]
+    content = path.read_bytes().replace(norm.tobytes(), np.full_like(norm, 3e38).tobytes())
+    path.write_bytes(content)
+    assert open_checkpoint(path).read("output_norm.weight").max() == np.float32(3e38)
