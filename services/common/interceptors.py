@@ -97,6 +97,8 @@ class _Call:
                     code = _code_of(self._context)
                     _mark(span, code)
                     raise
+                except grpc.aio.InternalError:  # the peer has gone: gRPC ends the call quietly
+                    raise
                 except Exception as error:
                     status = self._status_of(error)
                     code = status.code

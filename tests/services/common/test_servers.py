@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import StringIO
 from typing import Any
 
@@ -132,6 +133,37 @@ async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_status() -> N
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await call.read()
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_peer_that_has_gone_is_no_failure_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    async def write_on(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                with suppress(asyncio.CancelledError):  # comes once, whatever it interrupts
+                    await anext(requests, None)
+                    await context.write(b"too late")
+        except BaseException as error:
+            ended.set_result(error)
+            raise
+        yield b"never"
+
+    server = create_server(no_telemetry())
+    method = grpc.stream_stream_rpc_method_handler(write_on)
+    handler = grpc.method_handlers_generic_handler("service", {"Method": method})
+    server.add_generic_rpc_handlers((handler,))
+    port = bind(server, "127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream("/service/Method")()
+        await call.write(b"hello")
+        call.cancel()
+        assert isinstance(await asyncio.wait_for(ended, 20), grpc.aio.InternalError)
+    await server.stop(None)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_status_that_a_handler_chose_itself_stays() -> None:
