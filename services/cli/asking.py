@@ -12,13 +12,15 @@ import typer
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
-from core.errors import InvalidInput
+from core.errors import InvalidInput, Unavailable
 from services.cli import console
 from services.cli.generate import CONNECT_TIMEOUT_S, describe_usage, make_request, stream_answer
 from services.common.channels import open_channel
 from services.local.run_folder import RunFolder, default_folder
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+# The widths of the fields of SamplingParameters.
+MAX_UINT32, MAX_UINT64 = 2**32 - 1, 2**64 - 1
 
 Result = TypeVar("Result")
 
@@ -47,7 +49,9 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(envvar="PENSTOCK_MAX_TOKENS", min=0, help="Most tokens to generate."),
+        typer.Option(
+            envvar="PENSTOCK_MAX_TOKENS", min=0, max=MAX_UINT32, help="Most tokens to generate."
+        ),
     ] = None,
     temperature: Annotated[
         float,
@@ -59,7 +63,9 @@ def generate(
     ] = 0.0,
     top_k: Annotated[
         int | None,
-        typer.Option(envvar="PENSTOCK_TOP_K", min=0, help="Keeps the k likeliest tokens."),
+        typer.Option(
+            envvar="PENSTOCK_TOP_K", min=0, max=MAX_UINT32, help="Keeps the k likeliest tokens."
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -82,13 +88,16 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(envvar="PENSTOCK_SEED", min=0, help="Equal seeds give equal answers."),
+        typer.Option(
+            envvar="PENSTOCK_SEED", min=0, max=MAX_UINT64, help="Equal seeds give equal answers."
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Ends before this string; may be given again.")
     ] = None,
     stop_token_id: Annotated[
-        list[int] | None, typer.Option(min=0, help="Ends at this token; may be given again.")
+        list[int] | None,
+        typer.Option(min=0, max=MAX_UINT32, help="Ends at this token; may be given again."),
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Goes on past the end-of-sequence token.")
@@ -155,19 +164,30 @@ def write_answer(text: str) -> None:
 def with_channel(
     address: str | None, ask: Callable[[grpc.aio.Channel], Awaitable[Result]]
 ) -> Result:
-    """Runs `ask` with a channel to the mesh; Ctrl-C cancels what it waits for."""
+    """Runs `ask` with a channel to the mesh; Ctrl-C cancels what it waits for.
+
+    Raises Unavailable where no address was given and this machine has no mesh.
+    """
+    found = address or local_address()
 
     async def run() -> Result:
-        channel = open_channel(address or local_address())
+        channel = open_channel(found or DEFAULT_ADDRESS)
         try:
             return await ask(channel)
+        except grpc.aio.AioRpcError as error:
+            if found is None and error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise Unavailable(
+                    f"no mesh runs here, and none answers at {DEFAULT_ADDRESS}: start one with "
+                    "`make mesh`"
+                ) from error
+            raise
         finally:
             await channel.close()
 
     return asyncio.run(run())
 
 
-def local_address() -> str:
-    """Where the mesh of this machine answers."""
+def local_address() -> str | None:
+    """Where the mesh of this machine answers; None when there is none."""
     record = RunFolder(default_folder()).running()
-    return record.gateway if record is not None else DEFAULT_ADDRESS
+    return None if record is None else record.gateway

@@ -5,7 +5,7 @@ from __future__ import annotations
 QUESTION = "Explain in two sentences what a water turbine does."
 
 _TEXT = """\
-From Python, with the stubs of this repository:
+From Python, with the stubs of this repository (.venv/bin/python has them):
 
     import grpc
     from penstock.v1 import generation_pb2 as pb, generation_pb2_grpc
@@ -21,7 +21,7 @@ From the command line, with server reflection and no files of ours:
       -d '{{"prompt": "Once upon a time", "sampling": {{"max_tokens": 32}}}}' \\
       http://{address}/penstock.v1.GenerationService/Generate
 
-From Node, with the packages @grpc/grpc-js and @grpc/proto-loader:
+From Node, in this folder, with the packages @grpc/grpc-js and @grpc/proto-loader:
 
     const grpc = require("@grpc/grpc-js");
     const definition = require("@grpc/proto-loader").loadSync(

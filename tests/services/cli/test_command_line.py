@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from core.errors import CorruptWeights, InvalidInput, NotFound, PlanImpossible, Unavailable
-from services.cli import console
+from services.cli import asking, console
 from services.cli.__main__ import app
 from services.cli.how_to_call import how_to_call
 
@@ -128,6 +128,29 @@ async def test_a_call_that_reaches_nobody_is_described_by_its_status() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary("/a/b")(b"", timeout=10)
     assert console.describe_rpc_error(caught.value).startswith("UNAVAILABLE: ")
+
+
+def test_a_question_where_no_mesh_runs_is_told_how_to_start_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(asking, "DEFAULT_ADDRESS", "127.0.0.1:1")  # nobody listens there
+    with pytest.raises(Unavailable, match="start one with `make mesh`"):
+        asking.tokenize("a")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--max-tokens", 2**32), ("--top-k", 2**32)),
+        *(("--seed", 2**64), ("--stop-token-id", 2**32)),
+    ],
+)
+def test_numbers_too_big_for_their_fields_are_usage_errors(option: str, value: int) -> None:
+    done = penstock("generate", "a", option, str(value))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert option in done.stderr
 
 
 def test_the_python_example_is_python_and_names_the_address() -> None:
