@@ -9,7 +9,7 @@ from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.errors import InvalidInput
 from services.gateway.generation import TextGenerator
-from services.gateway.validation import check_token_ids, tokenise
+from services.gateway.validation import check_token_ids, set_fields, tokenise
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -34,7 +34,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         model = self._generator.mesh.model(request.model)
         if bool(request.prompt) == bool(request.messages):
             given = [name for name in ("prompt", "messages") if getattr(request, name)]
-            raise InvalidInput("prompt", given, "exactly one of prompt and messages")
+            raise InvalidInput("prompt", set_fields(given), "exactly one of prompt and messages")
         token_ids = await tokenise(
             request.prompt,
             request.messages,

@@ -88,8 +88,13 @@ async def prepare(
 def _only_input(request: generation_pb2.GenerateRequest) -> str:
     given = [name for name in ("prompt", "messages", "token_ids") if getattr(request, name)]
     if len(given) != 1:
-        raise InvalidInput(given[0] if given else "prompt", given, _TEXT_OR_IDS)
+        raise InvalidInput(given[0] if given else "prompt", set_fields(given), _TEXT_OR_IDS)
     return given[0]
+
+
+def set_fields(given: list[str]) -> str:
+    """Says, for a refusal, how many of the fields that exclude each other were set."""
+    return f"set together with {' and '.join(given[1:])}" if given else "not set"
 
 
 async def tokenise(

@@ -46,8 +46,8 @@ def violation(error: grpc.aio.AioRpcError) -> Any:
 
 BAD_REQUESTS = [
     ({}, "prompt", "exactly one of prompt, messages and token_ids"),
-    ({"prompt": ""}, "prompt", "exactly one of"),
-    ({"prompt": "a", "token_ids": [1]}, "prompt", "exactly one of"),
+    ({"prompt": ""}, "prompt", "value 'not set'; allowed: exactly one of"),
+    ({"prompt": "a", "token_ids": [1]}, "prompt", "'set together with token_ids'; allowed: exac"),
     ({"messages": [{"role": "user"}], "token_ids": [1]}, "messages", "exactly one of"),
     ({"prompt": "x" * 200}, "prompt", "1 to 199 tokens"),
     ({"prompt": "x" * 100_000}, "prompt", "at most 199 tokens"),
