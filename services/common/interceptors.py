@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind
 
 from core import telemetry as names
 from core.errors import InvalidInput, PenstockError, ProtocolViolation
+from services.common.logs import current_trace_id
 from services.common.statuses import Status, internal_status, status_from_error
 from services.common.telemetry import Telemetry, context_from
 
@@ -113,23 +115,32 @@ class _Call:
             status = status_from_error(error)
             level = logging.WARNING if isinstance(error, ProtocolViolation) else logging.INFO
             facts = {"method": self._method, "code": status.code.name, "why": str(error)}
-            _LOG.log(level, "rpc refused", extra={**facts, "peer": self._context.peer()})
+            facts |= {"peer": self._context.peer(), **self._callers_trace()}
+            _LOG.log(level, "rpc refused", extra=facts)
             return status
         error_id = secrets.token_hex(8)
-        facts = {"method": self._method, "error_id": error_id}
+        facts = {"method": self._method, "error_id": error_id, **self._callers_trace()}
         _LOG.error("rpc failed", extra=facts, exc_info=error)
         return internal_status(error_id)
 
     def _span(self) -> AbstractContextManager[Span | None]:
         if not self._traced or self._method.startswith(_UNTRACED):
             return nullcontext()
-        parent = next((value for key, value in self._metadata or () if key == "traceparent"), "")
         return self._interceptor._telemetry.tracer.start_as_current_span(
             self._method.removeprefix("/"),
-            context=context_from(str(parent)),
+            context=self._parent(),
             kind=SpanKind.SERVER,
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: self._method.removeprefix("/")},
         )
+
+    def _parent(self) -> Context:
+        parent = next((value for key, value in self._metadata or () if key == "traceparent"), "")
+        return context_from(str(parent))
+
+    def _callers_trace(self) -> dict[str, str]:
+        """The caller's trace id for the log; while this process traces, its span gives it."""
+        trace_id = "" if self._traced else current_trace_id(self._parent())
+        return {"trace_id": trace_id} if trace_id else {}
 
     def _record(self, duration_s: float, code: grpc.StatusCode) -> None:
         labels = {

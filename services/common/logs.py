@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 
 # What a stage logs before it compiles kernels, which takes up to a minute; the display of a
 # mesh that starts looks for it.
@@ -77,10 +78,11 @@ class PeopleFormatter(logging.Formatter):
         return line
 
 
-def current_trace_id() -> str:
-    """Returns the current span's trace id as 32 hexadecimal digits, or an empty string."""
-    context = trace.get_current_span().get_span_context()
-    return f"{context.trace_id:032x}" if context.is_valid else ""
+def current_trace_id(context: Context | None = None) -> str:
+    """Returns the trace id of the current span (of `context`, where given) as 32 hexadecimal
+    digits, or an empty string."""
+    span = trace.get_current_span(context).get_span_context()
+    return f"{span.trace_id:032x}" if span.is_valid else ""
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:

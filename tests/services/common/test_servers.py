@@ -125,6 +125,21 @@ async def test_an_unexpected_exception_shows_only_an_id_that_the_log_has(
     assert "secret" in str(record.exc_info[1])
 
 
+@pytest.mark.parametrize("error", [errors.NotFound("no model"), RuntimeError("our bug")])
+async def test_the_log_of_a_failure_has_the_callers_trace_id_though_nothing_is_traced(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    metadata = (("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),)
+    async with serving(error) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.ListModels(generation_pb2.ListModelsRequest(), metadata=metadata)
+    record = next(record for record in caplog.records if record.message.startswith("rpc "))
+    assert record.trace_id == trace_id  # type: ignore[attr-defined]
+
+
 async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_status() -> None:
     async with serving(errors.Unavailable("stage 1 is down", retry_after_s=2)) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
