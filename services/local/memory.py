@@ -5,25 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.errors import InvalidInput, PlanImpossible
+from core.pipeline.costs import ModelCosts
 
 # Of what is free once the weights are loaded; the rest stays with the machine's other work.
 KV_SHARE = 0.25
-# Interpreter, libraries, compiled kernels, workspaces and buffers of one process; measured
-# 90 (coordinator) to 330 MiB (last stage of the default model).
-PROCESS_BYTES = 250 * 2**20
+# Of a stage beside its weights, its cache and what packing them takes: interpreter and gRPC 50
+# MiB, numba with LLVM 65, compiled kernels, workspaces and buffers 80 to 130. So much was left at
+# the highest mark of six slices of the default model (bf16, fp32) and Qwen2.5-Coder-0.5B.
+STAGE_BYTES = 240 * 2**20
+# Of the coordinator (71 MiB measured) and the gateway (110 with a vocabulary of 49,152), each.
+SERVICE_BYTES = 100 * 2**20
+NUM_SERVICES = 2
 POSITIONS_PER_BLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryNeeds:
-    """What is known before anything is loaded. `kv_block_bytes` is one block over all stages."""
+    """What is known before anything is loaded. `kv_block_bytes` is one block over all stages,
+    `packing_bytes` what they all need beside their weights while they load."""
 
     available_bytes: int
     weights_bytes: int
+    packing_bytes: int
     kv_block_bytes: int
-    num_processes: int
+    num_stages: int
     # Blocks beyond which no request could use more.
     most_blocks: int
+
+    @property
+    def processes_bytes(self) -> int:
+        """Of all processes, whatever the model's weights and its cache take."""
+        return self.num_stages * STAGE_BYTES + NUM_SERVICES * SERVICE_BYTES + self.packing_bytes
+
+
+def packing_bytes(fp32: ModelCosts, *, num_stages: int) -> int:
+    """What stages need for a moment to pack their weights, from the costs in fp32: each one
+    float32 layer, and the first and the last the embedding or the head, their largest matrix.
+    """
+    num_ends = min(num_stages, 2)
+    return num_stages * max(fp32.layer_bytes) + num_ends * max(
+        fp32.embedding_bytes, fp32.head_bytes
+    )
 
 
 def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
@@ -32,7 +54,7 @@ def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
     Raises PlanImpossible, with the numbers, when the mesh does not fit; InvalidInput when the
     KV memory asked for holds no block.
     """
-    fixed_bytes = needs.weights_bytes + needs.num_processes * PROCESS_BYTES
+    fixed_bytes = needs.weights_bytes + needs.processes_bytes
     free_bytes = needs.available_bytes - fixed_bytes
     wanted = int(max(free_bytes, 0) * KV_SHARE) if kv_memory_bytes is None else kv_memory_bytes
     blocks = min(wanted // needs.kv_block_bytes, needs.most_blocks)
@@ -42,8 +64,9 @@ def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
     if blocks < 1 or blocks * needs.kv_block_bytes > free_bytes:
         kv_bytes = max(kv_memory_bytes or 0, needs.kv_block_bytes)
         raise PlanImpossible(
-            f"too little memory: weights {gib(needs.weights_bytes)}, {needs.num_processes} "
-            f"processes {gib(needs.num_processes * PROCESS_BYTES)} and KV cache {gib(kv_bytes)} "
+            f"too little memory: weights {gib(needs.weights_bytes)}, "
+            f"{needs.num_stages + NUM_SERVICES} processes {gib(needs.processes_bytes)} "
+            f"and KV cache {gib(kv_bytes)} "
             f"need {gib(fixed_bytes + kv_bytes)}, and {gib(needs.available_bytes)} are available"
         )
     return blocks

@@ -15,7 +15,12 @@ from core.weights.open import open_checkpoint
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.layout import MeshLayout, StageLayout
-from services.local.memory import POSITIONS_PER_BLOCK, MemoryNeeds, choose_kv_blocks
+from services.local.memory import (
+    POSITIONS_PER_BLOCK,
+    MemoryNeeds,
+    choose_kv_blocks,
+    packing_bytes,
+)
 from services.local.partition import model_costs, plan_stages
 from services.local.ports import HOST, free_ports, require_free
 from services.local.settings import MeshSettings
@@ -107,11 +112,13 @@ def _choose_kv_blocks(
     settings: MeshSettings, config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts
 ) -> int:
     blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
+    fp32 = model_costs(config, number_format="fp32")
     needs = MemoryNeeds(
         available_bytes=psutil.virtual_memory().available,
         weights_bytes=sum(stage.weights_bytes for stage in plan.stages),
         kv_block_bytes=sum(costs.kv_block_bytes),
-        num_processes=len(plan.stages) + 2,
+        packing_bytes=packing_bytes(fp32, num_stages=len(plan.stages)),
+        num_stages=len(plan.stages),
         most_blocks=settings.max_sequences * blocks_a_sequence,
     )
     return choose_kv_blocks(needs, kv_memory_bytes=settings.kv_memory_bytes)

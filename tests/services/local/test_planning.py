@@ -11,8 +11,14 @@ import pytest
 from core.errors import InvalidInput, PlanImpossible
 from core.models.llama.config import LlamaConfig
 from services.local.layout import MeshLayout
-from services.local.memory import PROCESS_BYTES, MemoryNeeds, choose_kv_blocks
-from services.local.partition import plan_stages
+from services.local.memory import (
+    SERVICE_BYTES,
+    STAGE_BYTES,
+    MemoryNeeds,
+    choose_kv_blocks,
+    packing_bytes,
+)
+from services.local.partition import model_costs, plan_stages
 from services.local.ports import free_ports
 from services.local.prepare import prepare
 from services.local.settings import MeshSettings, parse_bytes
@@ -41,7 +47,8 @@ def needs(**changes: int) -> MemoryNeeds:
         "available_bytes": 8 * GIB,
         "weights_bytes": GIB,
         "kv_block_bytes": 2**20,
-        "num_processes": 4,
+        "packing_bytes": 2**28,
+        "num_stages": 2,
         "most_blocks": 10**9,
     }
     return MemoryNeeds(**(fields | changes))
@@ -69,8 +76,19 @@ def test_what_is_no_size_is_refused_by_name(text: str) -> None:
 
 
 def test_the_cache_gets_a_quarter_of_what_is_free_after_the_weights() -> None:
-    free = 7 * GIB - 4 * PROCESS_BYTES
+    free = 7 * GIB - 2**28 - 2 * STAGE_BYTES - 2 * SERVICE_BYTES
     assert choose_kv_blocks(needs(), kv_memory_bytes=None) == free // 4 // 2**20
+
+
+@pytest.mark.parametrize(("num_stages", "num_matrices"), [(1, 1), (2, 2), (5, 2)])
+def test_packing_takes_a_layer_a_stage_and_the_vocabulary_at_both_ends(
+    num_stages: int, num_matrices: int
+) -> None:
+    costs = model_costs(SMOLLM2, number_format="fp32")
+    layer = 4 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
+    vocabulary = 4 * 49152 * 576
+    found = packing_bytes(costs, num_stages=num_stages)
+    assert found == num_stages * layer + num_matrices * vocabulary
 
 
 def test_the_cache_is_no_bigger_than_all_sequences_can_fill() -> None:
