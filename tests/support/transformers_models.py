@@ -18,7 +18,7 @@ from core.models.llama.weight_names import LayerWeights, read_embedding, read_he
 from core.weights.checkpoint import Checkpoint
 from tests.support.models import gguf_name, interleave
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attention_norm_H": "input_layernorm.weight",
     "q_PH": "self_attn.q_proj.weight",
     "k_KH": "self_attn.k_proj.weight",
@@ -156,7 +156,7 @@ def _state(checkpoint: Checkpoint, config: LlamaConfig) -> dict[str, Any]:
         weights = read_layer(checkpoint, config, layer)
         for field in LayerWeights.__dataclass_fields__:
             if (array := getattr(weights, field)) is not None:
-                arrays[f"model.layers.{layer}.{_LAYER_NAMES[field]}"] = array
+                arrays[f"model.layers.{layer}.{LAYER_NAMES[field]}"] = array
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

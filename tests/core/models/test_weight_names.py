@@ -30,33 +30,12 @@ from tests.support.models import (
     write_hugging_face,
     write_llama2c,
 )
-from tests.support.transformers_models import load_gguf_model, transformers_model
-
-HUGGING_FACE_NAMES = {
-    "attention_norm_H": "input_layernorm.weight",
-    "q_PH": "self_attn.q_proj.weight",
-    "k_KH": "self_attn.k_proj.weight",
-    "v_KH": "self_attn.v_proj.weight",
-    "o_HP": "self_attn.o_proj.weight",
-    "q_bias_P": "self_attn.q_proj.bias",
-    "k_bias_K": "self_attn.k_proj.bias",
-    "v_bias_K": "self_attn.v_proj.bias",
-    "o_bias_H": "self_attn.o_proj.bias",
-    "q_norm_D": "self_attn.q_norm.weight",
-    "k_norm_D": "self_attn.k_norm.weight",
-    "mlp_norm_H": "post_attention_layernorm.weight",
-    "gate_FH": "mlp.gate_proj.weight",
-    "up_FH": "mlp.up_proj.weight",
-    "down_HF": "mlp.down_proj.weight",
-    "gate_bias_F": "mlp.gate_proj.bias",
-    "up_bias_F": "mlp.up_proj.bias",
-    "down_bias_H": "mlp.down_proj.bias",
-}
+from tests.support.transformers_models import LAYER_NAMES, load_gguf_model, transformers_model
 
 
 def _assert_layer(found: LayerWeights, weights: Weights, layer: int) -> None:
-    assert HUGGING_FACE_NAMES.keys() == LayerWeights.__dataclass_fields__.keys()
-    for field, name in HUGGING_FACE_NAMES.items():
+    assert LAYER_NAMES.keys() == LayerWeights.__dataclass_fields__.keys()
+    for field, name in LAYER_NAMES.items():
         array, expected = getattr(found, field), weights.get(f"model.layers.{layer}.{name}")
         if expected is None:
             assert array is None, field
