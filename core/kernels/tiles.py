@@ -1,4 +1,4 @@
-"""Register tiles: the innermost loops of products and attention, as LLVM intrinsics for numba.
+"""Register tiles: the innermost loops of products, as LLVM intrinsics for numba.
 
 A tile keeps the sums of up to 13 rows in registers while it walks over the words of the
 inner dimension. Each sum adds its terms in one fixed order, whatever the number of rows
@@ -31,7 +31,6 @@ from core.kernels.vectors import (
     emit_splat,
     emit_store,
     index,
-    splat_constant,
     splat_word,
 )
 
@@ -55,7 +54,7 @@ class _BFloat16(ir.Type):
 _PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
 
 
-def _emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
+def emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
     """16 words of weights, ready to be multiplied: element by element, or as pairs."""
     words = emit_load(builder, where, WORDS)
     if arithmetic.dots_pairs:
@@ -67,7 +66,7 @@ def _emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]
     return [builder.bitcast(half, FLOATS) for half in (lower, upper)]
 
 
-def _emit_inputs(builder: Any, arithmetic: Arithmetic, row: Any, step: Any) -> list[Any]:
+def emit_inputs(builder: Any, arithmetic: Arithmetic, row: Any, step: Any) -> list[Any]:
     """The inputs that belong to word `step` of the weights, each in every lane."""
     if arithmetic.dots_pairs:
         pair = emit_load(builder, builder.add(row, builder.mul(step, index(WORD_BYTES))), I32)
@@ -80,7 +79,7 @@ def _emit_inputs(builder: Any, arithmetic: Arithmetic, row: Any, step: Any) -> l
     ]
 
 
-def _emit_dot(
+def emit_dot(
     builder: Any, arithmetic: Arithmetic, sums: Any, inputs: list[Any], weights: list[Any]
 ) -> Any:
     """sums + inputs . weights, lane by lane; a word's elements in order."""
@@ -92,7 +91,7 @@ def _emit_dot(
     return sums
 
 
-def _emit_loop(
+def emit_loop(
     builder: Any, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
     """Runs `body(i, values) -> values` for i in 0 .. count - 1, at least once."""
@@ -115,7 +114,7 @@ def _emit_loop(
     return results
 
 
-def _emit_for_rows(
+def emit_for_rows(
     builder: Any, num_rows: Any, emit: Callable[[int], None], *, most: int = MAX_TILE_ROWS
 ) -> None:
     """Branches to the code that `emit(rows)` makes for the number of rows, 1 to `most`."""
@@ -135,19 +134,19 @@ def _emit_for_rows(
     builder.position_at_end(done)
 
 
-def _emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> list[Any]:
+def emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> list[Any]:
     return [builder.add(start, builder.mul(stride, index(row))) for row in range(rows)]
 
 
 def _emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
     """Asks for cache lines, into the second-level cache; harmless at any address."""
-    for line in _vector_addresses(builder, where, num_lines):
+    for line in vector_addresses(builder, where, num_lines):
         hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, level 2, data
         pointer = builder.inttoptr(line, ir.PointerType())
         emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
 
 
-def _vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
+def vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
     return [builder.add(start, index(BYTES_OF_FLOATS * vector)) for vector in range(count)]
 
 
@@ -185,34 +184,32 @@ def product_tile(
         def emit(rows: int) -> None:
             vectors = kind.tile_vectors(rows)
             biases = [
-                emit_load(builder, at, FLOATS) for at in _vector_addresses(builder, bias, vectors)
+                emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)
             ]
-            input_rows = _emit_row_addresses(builder, inputs, input_stride, rows)
+            input_rows = emit_row_addresses(builder, inputs, input_stride, rows)
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
                 _emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
                 panel = [
-                    _emit_weights(builder, kind, at)
-                    for at in _vector_addresses(builder, row, vectors)
+                    emit_weights(builder, kind, at)
+                    for at in vector_addresses(builder, row, vectors)
                 ]
                 results = []
                 for number, input_row in enumerate(input_rows):
-                    values = _emit_inputs(builder, kind, input_row, step)
+                    values = emit_inputs(builder, kind, input_row, step)
                     results += [
-                        _emit_dot(builder, kind, sums[number * vectors + vector], values, weight)
+                        emit_dot(builder, kind, sums[number * vectors + vector], values, weight)
                         for vector, weight in enumerate(panel)
                     ]
                 return results
 
-            sums = _emit_loop(builder, num_words, biases * rows, body)
-            for number, row in enumerate(
-                _emit_row_addresses(builder, outputs, output_stride, rows)
-            ):
-                for vector, at in enumerate(_vector_addresses(builder, row, vectors)):
+            sums = emit_loop(builder, num_words, biases * rows, body)
+            for number, row in enumerate(emit_row_addresses(builder, outputs, output_stride, rows)):
+                for vector, at in enumerate(vector_addresses(builder, row, vectors)):
                     _emit_output(builder, sums[number * vectors + vector], at, accumulates)
 
-        _emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
+        emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
         return context.get_dummy_value()
 
     return types.void(arithmetic, *[types.intp] * 10), codegen
@@ -225,134 +222,3 @@ def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None
             emit_store(builder, builder.fadd(value, emit_load(builder, where, FLOATS)), where)
         with otherwise:
             emit_store(builder, value, where)
-
-
-@intrinsic
-def scores_tile(
-    typing_context,
-    arithmetic,
-    num_rows,
-    queries,
-    query_stride,
-    keys_0,
-    keys_1,
-    num_words,
-    scores,
-    score_stride,
-):
-    """Scores of 1 to 6 queries with the keys of two blocks, 32 float32 for each query.
-
-    A block's keys are `num_words` (even) rows of 16 words, one word for each position. Even and
-    odd words are summed apart, for shorter chains of dependent additions.
-    """
-    kind = arithmetic.arithmetic
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, num_rows, queries, query_stride, *blocks, num_words, scores, score_stride = args
-        zero = splat_constant(0.0)
-        num_pairs = builder.lshr(num_words, index(1))
-
-        def emit(rows: int) -> None:
-            query_rows = _emit_row_addresses(builder, queries, query_stride, rows)
-
-            def body(step: Any, sums: list[Any]) -> list[Any]:
-                results = list(sums)
-                for parity in range(2):
-                    word = builder.add(builder.mul(step, index(2)), index(parity))
-                    key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
-                    keys = [
-                        _emit_weights(builder, kind, builder.add(block, key_offset))
-                        for block in blocks
-                    ]
-                    for number, query_row in enumerate(query_rows):
-                        query = _emit_inputs(builder, kind, query_row, word)
-                        for block, key in enumerate(keys):
-                            at = (number * 2 + block) * 2 + parity
-                            results[at] = _emit_dot(builder, kind, sums[at], query, key)
-                return results
-
-            sums = _emit_loop(builder, num_pairs, [zero] * (rows * 4), body)
-            for number, row in enumerate(_emit_row_addresses(builder, scores, score_stride, rows)):
-                for block, at in enumerate(_vector_addresses(builder, row, 2)):
-                    first = (number * 2 + block) * 2
-                    emit_store(builder, builder.fadd(sums[first], sums[first + 1]), at)
-
-        _emit_for_rows(builder, num_rows, emit)
-        return context.get_dummy_value()
-
-    return types.void(arithmetic, *[types.intp] * 8), codegen
-
-
-@intrinsic(prefer_literal=True)
-def values_tile(
-    typing_context,
-    arithmetic,
-    num_rows,
-    vectors,
-    weights,
-    weight_stride,
-    block_table,
-    num_words,
-    values,
-    block_stride,
-    value_stride,
-    outputs,
-    output_stride,
-    continues,
-):
-    """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
-
-    `weights` has rows in the input format, an element for each position from the first of the
-    block that `block_table` points at; `num_words` words of values belong to them. A block's
-    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. Where `continues` is
-    not 0, sums go on from what `outputs` holds.
-    """
-    kind = arithmetic.arithmetic
-    count = vectors.literal_value
-    words_per_block = LANES // kind.elements_per_word
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, num_rows, _, weights, weight_stride, block_table, num_words, values, *strides = args
-        block_stride, value_stride, outputs, output_stride, continues = strides
-        is_new = builder.icmp_signed("==", continues, index(0))
-
-        def emit(rows: int) -> None:
-            weight_rows = _emit_row_addresses(builder, weights, weight_stride, rows)
-
-            def body(step: Any, sums: list[Any]) -> list[Any]:
-                entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
-                entry_address = builder.add(block_table, builder.mul(entry, index(4)))
-                block = builder.sext(emit_load(builder, entry_address, I32), I64)
-                row_in_block = builder.and_(step, index(words_per_block - 1))
-                row = builder.add(values, builder.mul(block, block_stride))
-                row = builder.add(row, builder.mul(row_in_block, value_stride))
-                elements = [
-                    _emit_weights(builder, kind, at)
-                    for at in _vector_addresses(builder, row, count)
-                ]
-                results = []
-                for number, weight_row in enumerate(weight_rows):
-                    weight = _emit_inputs(builder, kind, weight_row, step)
-                    results += [
-                        _emit_dot(builder, kind, sums[number * count + vector], weight, element)
-                        for vector, element in enumerate(elements)
-                    ]
-                return results
-
-            targets = [
-                at
-                for row in _emit_row_addresses(builder, outputs, output_stride, rows)
-                for at in _vector_addresses(builder, row, count)
-            ]
-            zero = splat_constant(0.0)
-            initial = [
-                builder.select(is_new, zero, emit_load(builder, at, FLOATS)) for at in targets
-            ]
-            sums = _emit_loop(builder, num_words, initial, body)
-            for total, at in zip(sums, targets, strict=True):
-                emit_store(builder, total, at)
-
-        _emit_for_rows(builder, num_rows, emit)
-        return context.get_dummy_value()
-
-    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 10), codegen

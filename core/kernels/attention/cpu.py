@@ -26,9 +26,9 @@ from core.kernels.arithmetic import (
     elements_per_word,
     input_bytes,
 )
+from core.kernels.attention.tiles import scores_tile, values_tile
 from core.kernels.compile import kernel
 from core.kernels.exponential import exponential
-from core.kernels.tiles import scores_tile, values_tile
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     add,

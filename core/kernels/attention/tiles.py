@@ -1,0 +1,162 @@
+"""Register tiles of attention: scores and weighted values, as LLVM intrinsics for numba."""
+
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+
+from core.kernels.arithmetic import LANES
+from core.kernels.compile import intrinsic
+from core.kernels.tiles import (
+    emit_dot,
+    emit_for_rows,
+    emit_inputs,
+    emit_loop,
+    emit_row_addresses,
+    emit_weights,
+    vector_addresses,
+)
+from core.kernels.vectors import (
+    BYTES_OF_FLOATS,
+    FLOATS,
+    I32,
+    I64,
+    emit_load,
+    emit_store,
+    index,
+    splat_constant,
+)
+
+
+@intrinsic
+def scores_tile(
+    typing_context,
+    arithmetic,
+    num_rows,
+    queries,
+    query_stride,
+    keys_0,
+    keys_1,
+    num_words,
+    scores,
+    score_stride,
+):
+    """Scores of 1 to 6 queries with the keys of two blocks, 32 float32 for each query.
+
+    A block's keys are `num_words` (even) rows of 16 words, one word for each position. Even and
+    odd words are summed apart, for shorter chains of dependent additions.
+    """
+    kind = arithmetic.arithmetic
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, num_rows, queries, query_stride, *blocks, num_words, scores, score_stride = args
+        zero = splat_constant(0.0)
+        num_pairs = builder.lshr(num_words, index(1))
+
+        def emit(rows: int) -> None:
+            query_rows = emit_row_addresses(builder, queries, query_stride, rows)
+
+            def body(step: Any, sums: list[Any]) -> list[Any]:
+                results = list(sums)
+                for parity in range(2):
+                    word = builder.add(builder.mul(step, index(2)), index(parity))
+                    key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
+                    keys = [
+                        emit_weights(builder, kind, builder.add(block, key_offset))
+                        for block in blocks
+                    ]
+                    for number, query_row in enumerate(query_rows):
+                        query = emit_inputs(builder, kind, query_row, word)
+                        for block, key in enumerate(keys):
+                            at = (number * 2 + block) * 2 + parity
+                            results[at] = emit_dot(builder, kind, sums[at], query, key)
+                return results
+
+            sums = emit_loop(builder, num_pairs, [zero] * (rows * 4), body)
+            for number, row in enumerate(emit_row_addresses(builder, scores, score_stride, rows)):
+                for block, at in enumerate(vector_addresses(builder, row, 2)):
+                    first = (number * 2 + block) * 2
+                    emit_store(builder, builder.fadd(sums[first], sums[first + 1]), at)
+
+        emit_for_rows(builder, num_rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, *[types.intp] * 8), codegen
+
+
+@intrinsic(prefer_literal=True)
+def values_tile(
+    typing_context,
+    arithmetic,
+    num_rows,
+    vectors,
+    weights,
+    weight_stride,
+    block_table,
+    num_words,
+    values,
+    block_stride,
+    value_stride,
+    outputs,
+    output_stride,
+    continues,
+):
+    """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
+
+    `weights` has rows in the input format, an element for each position from the first of the
+    block that `block_table` points at; `num_words` words of values belong to them. A block's
+    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. Where `continues` is
+    not 0, sums go on from what `outputs` holds.
+    """
+    kind = arithmetic.arithmetic
+    count = vectors.literal_value
+    words_per_block = LANES // kind.elements_per_word
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, num_rows, _, weights, weight_stride, block_table, num_words, values, *strides = args
+        block_stride, value_stride, outputs, output_stride, continues = strides
+        is_new = builder.icmp_signed("==", continues, index(0))
+
+        def emit(rows: int) -> None:
+            weight_rows = emit_row_addresses(builder, weights, weight_stride, rows)
+
+            def body(step: Any, sums: list[Any]) -> list[Any]:
+                entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
+                entry_address = builder.add(block_table, builder.mul(entry, index(4)))
+                block = builder.sext(emit_load(builder, entry_address, I32), I64)
+                row_in_block = builder.and_(step, index(words_per_block - 1))
+                row = builder.add(values, builder.mul(block, block_stride))
+                row = builder.add(row, builder.mul(row_in_block, value_stride))
+                elements = [
+                    emit_weights(builder, kind, at) for at in vector_addresses(builder, row, count)
+                ]
+                results = []
+                for number, weight_row in enumerate(weight_rows):
+                    weight = emit_inputs(builder, kind, weight_row, step)
+                    results += [
+                        emit_dot(builder, kind, sums[number * count + vector], weight, element)
+                        for vector, element in enumerate(elements)
+                    ]
+                return results
+
+            targets = [
+                at
+                for row in emit_row_addresses(builder, outputs, output_stride, rows)
+                for at in vector_addresses(builder, row, count)
+            ]
+            zero = splat_constant(0.0)
+            initial = [
+                builder.select(is_new, zero, emit_load(builder, at, FLOATS)) for at in targets
+            ]
+            sums = emit_loop(builder, num_words, initial, body)
+            for total, at in zip(sums, targets, strict=True):
+                emit_store(builder, total, at)
+
+        emit_for_rows(builder, num_rows, emit)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 10), codegen
