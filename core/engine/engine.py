@@ -11,27 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.engine.port import ActivationPort
+from core.engine.backend import MakeBackend, StageOutputs, StageRows
+from core.engine.cpu_backend import CpuBackend
 from core.engine.sequences import BLOCK_SIZE, SequenceTable
 from core.engine.settings import EngineSettings
-from core.engine.stage_memory import (
-    allocate_attention,
-    allocate_cache,
-    allocate_outputs,
-    allocate_workspace,
-    kv_bytes_per_block,
-    load_weights,
-)
+from core.engine.stage_memory import kv_bytes_per_block
 from core.errors import InvalidInput, ProtocolViolation
-from core.kernels.arithmetic import Arithmetic, host_arithmetic
-from core.kernels.attention.cpu import RowTable
-from core.kernels.fingerprint import kernel_cache_key
 from core.models.llama.config import LlamaConfig
-from core.models.llama.model import StageInputs, run_stage
-from core.models.llama.packing import StageLayout
 from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
 from core.pipeline.plan import StageSlice
-from core.sampling.sampler import Sampler
 from core.weights.checkpoint import Checkpoint
 
 __all__ = ["Engine", "EngineSettings", "StepResult", "kv_bytes_per_block"]
@@ -50,7 +38,7 @@ class Engine:
 
     A row's result depends on its sequence alone: not on the rows beside it, the size of
     prefill chunks, the blocks that hold its keys and values, or where the model is cut.
-    Construction reads and packs the weights and compiles (or loads) the kernels.
+    What computes them is the backend: this class keeps the sequences and asks for tokens.
     """
 
     def __init__(
@@ -60,40 +48,26 @@ class Engine:
         stage_slice: StageSlice,
         settings: EngineSettings,
         *,
-        arithmetic: Arithmetic | None = None,
+        make_backend: MakeBackend = CpuBackend,
     ) -> None:
-        """`arithmetic` overrides the host's best. Raises CorruptWeights, InvalidInput."""
+        """Raises CorruptWeights, InvalidInput, and what making the backend raises."""
         _check_slice(stage_slice, config)
         self.config = config
         self.stage_slice = stage_slice
         self.settings = settings
-        self.arithmetic = arithmetic or host_arithmetic(settings.number_format)
         context_length = min(
             settings.context_length or config.context_length, config.context_length
         )
         num_positions = min(context_length, settings.num_kv_blocks * BLOCK_SIZE)
-        projects = stage_slice.is_last
-        num_layers = stage_slice.end_layer - stage_slice.first_layer
-        layout = StageLayout(config, self.arithmetic)
         self._sequences = SequenceTable(
             num_slots=settings.num_slots,
             num_kv_blocks=settings.num_kv_blocks,
             context_length=num_positions,
         )
-        self._weights = load_weights(layout, checkpoint, stage_slice, num_positions=num_positions)
-        self._cache = allocate_cache(layout, num_layers, settings.num_kv_blocks)
-        self._work = allocate_workspace(layout, settings, projects=projects)
-        self._attention_work = allocate_attention(layout, num_positions=num_positions)
-        self._outputs = allocate_outputs(layout, settings, projects=projects)
-        self._port = ActivationPort(
-            settings.wire,
-            self.arithmetic,
-            hidden_TG=self._work.hidden_TG,
-            hidden_size=config.hidden_size,
+        self._backend = make_backend(
+            checkpoint, config, stage_slice, settings, num_positions=num_positions
         )
-        self._sizes = layout.stage_sizes(num_layers, rounds_residual=settings.wire == "bf16")
-        self._heads = layout.head_sizes()
-        self._sampler = Sampler(config.vocab_size, settings.num_slots) if projects else None
+        self._sampler = self._backend.make_sampler() if stage_slice.is_last else None
         self._can_sample_S = np.zeros(settings.num_slots, np.bool_)
         self._is_greedy_S = np.zeros(settings.num_slots, np.bool_)
         self._slots_T, self._positions_T, self._token_ids_T = (
@@ -101,12 +75,11 @@ class Engine:
         )
         self._all_rows = np.arange(settings.max_rows, dtype=np.int32)
         self._no_rows = np.zeros(0, np.int32)
-        self._run(0, greedy_rows=self._no_rows, logits_rows=self._no_rows)
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory."""
-        return sum(array.nbytes for array in self._weights)
+        return self._backend.weights_bytes
 
     @property
     def kv_block_bytes(self) -> int:
@@ -126,7 +99,7 @@ class Engine:
     @property
     def fingerprint(self) -> str:
         """Two engines with equal fingerprints and weights compute the same bits."""
-        return f"{self.arithmetic.name}-{self.codec}-{kernel_cache_key()}"
+        return self._backend.fingerprint
 
     def apply(self, updates: SequenceUpdates) -> None:
         """Ends and starts sequences and gives them blocks.
@@ -163,16 +136,18 @@ class Engine:
         if self._sampler is None:
             self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
             self._sequences.advance(batch)
-            return StepResult(hidden_TH=self._port.give(num_rows))
+            return StepResult(hidden_TH=self._backend.give(num_rows))
         samples_R = np.flatnonzero(batch.samples_R)
         slots_S = batch.slots_R[samples_R]
         if not self._can_sample_S[slots_S].all():
             raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
         rows_S = (np.cumsum(batch.num_rows_R)[samples_R] - 1).astype(np.int32)
         is_greedy_S = self._is_greedy_S[slots_S]
-        self._run(num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S])
+        outputs = self._run(
+            num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S]
+        )
         self._sequences.advance(batch)
-        return StepResult(sampled=self._sample(batch.id, slots_S, rows_S, is_greedy_S))
+        return StepResult(sampled=self._sample(batch.id, outputs, slots_S, rows_S, is_greedy_S))
 
     def logits(
         self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None
@@ -184,9 +159,11 @@ class Engine:
         if self._sampler is None:
             raise InvalidInput("stage", self.stage_slice.end_layer, "the last stage")
         num_rows = self._prepare(batch, hidden_TH)
-        self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows])
+        outputs = self._run(
+            num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows]
+        )
         self._sequences.advance(batch)
-        return np.ascontiguousarray(self._outputs.logits_SV[:num_rows, : self.config.vocab_size])
+        return self._backend.host_logits(outputs, num_rows)
 
     def _prepare(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> int:
         """Checks the batch and lays its rows out; returns their number."""
@@ -195,7 +172,7 @@ class Engine:
         if self.stage_slice.is_first:
             self._take_token_ids(batch, num_rows)
         else:
-            self._port.take(hidden_TH, num_rows=num_rows)
+            self._backend.take(hidden_TH, num_rows=num_rows)
         num_rows_R = batch.num_rows_R
         start_R = np.cumsum(num_rows_R) - num_rows_R
         self._slots_T[:num_rows] = np.repeat(batch.slots_R, num_rows_R)
@@ -217,34 +194,23 @@ class Engine:
         *,
         greedy_rows: npt.NDArray[np.int32],
         logits_rows: npt.NDArray[np.int32],
-    ) -> None:
-        """One call into compiled code, without the GIL."""
-        inputs = StageInputs(
-            embeds=self.stage_slice.is_first,
-            projects=self.stage_slice.is_last,
-            token_ids_T=self._token_ids_T,
-            greedy_rows_S=greedy_rows,
-            num_greedy=len(greedy_rows),
-            logits_rows_S=logits_rows,
-            num_logits=len(logits_rows),
-        )
-        rows = RowTable(num_rows, self._slots_T, self._positions_T, self._sequences.block_tables_SB)
-        run_stage(
-            self.arithmetic,
-            self._sizes,
-            self._heads,
-            self._weights,
-            self._cache,
-            inputs,
-            rows,
-            self._work,
-            self._attention_work,
-            self._outputs,
+    ) -> StageOutputs:
+        return self._backend.run(
+            StageRows(
+                num_rows=num_rows,
+                token_ids_T=self._token_ids_T,
+                slots_T=self._slots_T,
+                positions_T=self._positions_T,
+                block_tables_SB=self._sequences.block_tables_SB,
+                greedy_rows=greedy_rows,
+                logits_rows=logits_rows,
+            )
         )
 
     def _sample(
         self,
         micro_batch_id: int,
+        outputs: StageOutputs,
         slots_S: npt.NDArray[np.int32],
         rows_S: npt.NDArray[np.int32],
         is_greedy_S: npt.NDArray[np.bool_],
@@ -254,12 +220,11 @@ class Engine:
         tokens_S = np.empty(len(rows_S), np.int64)
         logprobs_S: list[PositionLogprobs | None] = [None] * len(rows_S)
         has_logprobs = False
-        tokens_S[is_greedy_S] = self._outputs.greedy_tokens_S[: int(is_greedy_S.sum())]
+        tokens_S[is_greedy_S] = outputs.greedy_tokens_S[: int(is_greedy_S.sum())]
         drawn = np.flatnonzero(~is_greedy_S)
         if len(drawn):
-            logits_SV = self._outputs.logits_SV[: len(drawn), : self.config.vocab_size]
             token_ids, logprobs = self._sampler.sample(
-                np.ascontiguousarray(logits_SV),
+                outputs.logits_SV,
                 slots_S[drawn].astype(np.int32),
                 self._positions_T[rows_S[drawn]] + 1,
             )

@@ -6,6 +6,7 @@ that what it computes depends on the engines alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from core.engine.backend import MakeBackend
+from core.engine.cpu_backend import CpuBackend
 from core.engine.engine import Engine, EngineSettings
 from core.kernels.arithmetic import Arithmetic
 from core.models.llama.config import LlamaConfig
@@ -57,7 +60,9 @@ class Chain:
         max_rows: int = 512,
         arithmetic: Arithmetic | None = None,
         wire: str = "f32",
+        make_backend: MakeBackend | None = None,
     ) -> None:
+        """`arithmetic` overrides the host's best, `make_backend` the CPU."""
         settings = EngineSettings(
             number_format=number_format,
             num_kv_blocks=num_kv_blocks,
@@ -65,8 +70,9 @@ class Chain:
             max_rows=max_rows,
             wire=wire,
         )
+        make_backend = make_backend or functools.partial(CpuBackend, arithmetic=arithmetic)
         self.engines = [
-            Engine(checkpoint, config, stage_slice, settings, arithmetic=arithmetic)
+            Engine(checkpoint, config, stage_slice, settings, make_backend=make_backend)
             for stage_slice in even_slices(config.num_layers, num_stages)
         ]
         self.max_rows = max_rows

@@ -1,0 +1,142 @@
+"""A stage on the CPU: one compiled call for each micro-batch, without the GIL.
+
+Letters: see `core.models.llama.model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from core.engine.backend import StageRows
+from core.engine.port import ActivationPort
+from core.engine.settings import EngineSettings
+from core.engine.stage_memory import (
+    allocate_attention,
+    allocate_cache,
+    allocate_outputs,
+    allocate_workspace,
+    load_weights,
+)
+from core.kernels.arithmetic import Arithmetic, host_arithmetic
+from core.kernels.attention.cpu import RowTable
+from core.kernels.fingerprint import kernel_cache_key
+from core.models.llama.config import LlamaConfig
+from core.models.llama.model import StageInputs, run_stage
+from core.models.llama.packing import StageLayout
+from core.pipeline.plan import StageSlice
+from core.sampling.sampler import Sampler
+from core.weights.checkpoint import Checkpoint
+
+_NO_ROWS = np.zeros(0, np.int32)
+
+
+class CpuOutputs(NamedTuple):
+    """Buffers that every call writes anew."""
+
+    greedy_tokens_S: npt.NDArray[np.int32]
+    logits_SV: npt.NDArray[np.float32]
+
+
+class CpuBackend:
+    """Packed weights, KV cache and workspaces. Used by one thread at a time.
+
+    Construction reads and packs the weights and compiles (or loads) the kernels.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        stage_slice: StageSlice,
+        settings: EngineSettings,
+        *,
+        num_positions: int,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """`arithmetic` overrides the host's best. Raises CorruptWeights."""
+        self._arithmetic = arithmetic or host_arithmetic(settings.number_format)
+        self._config = config
+        self._stage_slice = stage_slice
+        self._settings = settings
+        projects = stage_slice.is_last
+        num_layers = stage_slice.end_layer - stage_slice.first_layer
+        layout = StageLayout(config, self._arithmetic)
+        self._weights = load_weights(layout, checkpoint, stage_slice, num_positions=num_positions)
+        self._cache = allocate_cache(layout, num_layers, settings.num_kv_blocks)
+        self._work = allocate_workspace(layout, settings, projects=projects)
+        self._attention_work = allocate_attention(layout, num_positions=num_positions)
+        self._outputs = allocate_outputs(layout, settings, projects=projects)
+        self._port = ActivationPort(
+            settings.wire,
+            self._arithmetic,
+            hidden_TG=self._work.hidden_TG,
+            hidden_size=config.hidden_size,
+        )
+        self._sizes = layout.stage_sizes(num_layers, rounds_residual=settings.wire == "bf16")
+        self._heads = layout.head_sizes()
+        self._warm_up()
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(array.nbytes for array in self._weights)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._arithmetic.name}-{self._settings.wire}-{kernel_cache_key()}"
+
+    def make_sampler(self) -> Sampler:
+        return Sampler(self._config.vocab_size, self._settings.num_slots)
+
+    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
+        self._port.take(rows_TH, num_rows=num_rows)
+
+    def give(self, num_rows: int) -> npt.NDArray[Any]:
+        return self._port.give(num_rows)
+
+    def run(self, rows: StageRows) -> CpuOutputs:
+        """One call into compiled code."""
+        inputs = StageInputs(
+            embeds=self._stage_slice.is_first,
+            projects=self._stage_slice.is_last,
+            token_ids_T=rows.token_ids_T,
+            greedy_rows_S=rows.greedy_rows,
+            num_greedy=len(rows.greedy_rows),
+            logits_rows_S=rows.logits_rows,
+            num_logits=len(rows.logits_rows),
+        )
+        table = RowTable(rows.num_rows, rows.slots_T, rows.positions_T, rows.block_tables_SB)
+        run_stage(
+            self._arithmetic,
+            self._sizes,
+            self._heads,
+            self._weights,
+            self._cache,
+            inputs,
+            table,
+            self._work,
+            self._attention_work,
+            self._outputs,
+        )
+        logits_SV = self._outputs.logits_SV[: len(rows.logits_rows), : self._config.vocab_size]
+        return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV)
+
+    def host_logits(self, outputs: Any, num_rows: int) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(outputs.logits_SV[:num_rows])
+
+    def _warm_up(self) -> None:
+        """Runs no rows, so that no request waits for a compiler."""
+        nothing = np.zeros(self._settings.max_rows, np.int32)
+        self.run(
+            StageRows(
+                num_rows=0,
+                token_ids_T=nothing,
+                slots_T=nothing,
+                positions_T=nothing,
+                block_tables_SB=np.zeros((1, 1), np.int32),
+                greedy_rows=_NO_ROWS,
+                logits_rows=_NO_ROWS,
+            )
+        )
