@@ -10,14 +10,14 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # or a path contains.
 OPTIONS := MODEL STAGES DTYPE SPLIT KV_MEMORY GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
-	MEMORY NAME STREAMS SECONDS REQUESTS JSON
+	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status stop plan models pull test check format protos bench clean
+.PHONY: help mesh generate status stop plan models pull test check format protos bench quality clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -68,6 +68,9 @@ protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto file
 
 bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE=
 	@$(PYTHON) -m tests.benchmarks
+
+quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
+	@$(PYTHON) -m tests.benchmarks.quality
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

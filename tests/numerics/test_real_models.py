@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from core.sampling.parameters import SamplingParameters
 from core.tokens.tokenizer import ChatMessage
 from tests.numerics.conftest import WINDOW, RealModel, TransformersModel
+from tests.support.likelihood import log_likelihoods
 
 PROMPTS = Path(__file__).parents[1] / "data" / "mt_bench_question.jsonl"
 # Kernels hold no GIL: independent chains run beside each other.
@@ -28,27 +29,6 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 def agreement(left_TV: npt.NDArray[np.float32], right_TV: npt.NDArray[np.float32]) -> float:
     """Share of rows with the same likeliest token."""
     return float((left_TV.argmax(axis=1) == right_TV.argmax(axis=1)).mean())
-
-
-def negative_log_likelihood(
-    chunks: Iterable[npt.NDArray[np.float32]], token_ids_T: npt.NDArray[np.int32]
-) -> float:
-    """Sum over the window's tokens but the first, in nats, from its logits [chunk, V].
-
-    Each term is right to fp32's rounding (1e-6); they are summed in float64.
-    """
-    import torch
-
-    targets_T = torch.from_numpy(token_ids_T[1:].astype(np.int64))
-    total, first = 0.0, 0
-    for logits_CV in chunks:
-        targets_C = targets_T[first : first + len(logits_CV)]
-        first += len(logits_CV)
-        rows_CV = torch.from_numpy(logits_CV)[: len(targets_C)]
-        terms = torch.nn.functional.cross_entropy(rows_CV, targets_C, reduction="none")
-        total += float(terms.double().sum())
-    assert first == len(token_ids_T)
-    return total
 
 
 @contextmanager
@@ -108,11 +88,11 @@ def test_perplexity_of_bf16_is_within_half_a_percent_of_transformers_fp32(
 
     def ours(token_ids_T: npt.NDArray[np.int32]) -> float:
         chunks = chain.logits_in_chunks(token_ids_T.tolist(), chunk=CHUNK)
-        return negative_log_likelihood(chunks, token_ids_T)
+        return -float(log_likelihoods(chunks, token_ids_T).sum())
 
     def theirs(token_ids_T: npt.NDArray[np.int32]) -> float:
         chunks = smollm2_reference.logits_in_chunks(token_ids_T, chunk=CHUNK)
-        return negative_log_likelihood(chunks, token_ids_T)
+        return -float(log_likelihoods(chunks, token_ids_T).sum())
 
     # Each side on a core of its own.
     with one_torch_thread(), ThreadPoolExecutor(1) as other:
