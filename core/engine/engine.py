@@ -70,6 +70,7 @@ class Engine:
         self._sampler = self._backend.make_sampler() if stage_slice.is_last else None
         self._can_sample_S = np.zeros(settings.num_slots, np.bool_)
         self._is_greedy_S = np.zeros(settings.num_slots, np.bool_)
+        self._counts_tokens_S = np.zeros(settings.num_slots, np.bool_)
         self._slots_T, self._positions_T, self._token_ids_T = (
             np.zeros(settings.max_rows, np.int32) for _ in range(3)
         )
@@ -121,6 +122,7 @@ class Engine:
             self._is_greedy_S[start.slot] = (
                 sampling.is_greedy and not sampling.has_penalties and sampling.logprobs is None
             )
+            self._counts_tokens_S[start.slot] = sampling.has_penalties
             if not self._is_greedy_S[start.slot]:
                 self._sampler.start(
                     start.slot, sampling, start.known_token_ids, start.num_prompt_tokens
@@ -137,11 +139,12 @@ class Engine:
             self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
             self._sequences.advance(batch)
             return StepResult(hidden_TH=self._backend.give(num_rows))
-        samples_R = np.flatnonzero(batch.samples_R)
-        slots_S = batch.slots_R[samples_R]
+        slots_S = np.repeat(batch.slots_R, batch.num_samples_R)
         if not self._can_sample_S[slots_S].all():
             raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
-        rows_S = (np.cumsum(batch.num_rows_R)[samples_R] - 1).astype(np.int32)
+        rows_S = _sampled_rows(batch)
+        if self._counts_tokens_S[batch.slots_R[batch.num_samples_R > 1]].any():
+            raise ProtocolViolation("guesses are to be verified where penalties count tokens")
         is_greedy_S = self._is_greedy_S[slots_S]
         outputs = self._run(
             num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S]
@@ -237,6 +240,14 @@ class Engine:
             token_ids=tuple(tokens_S.tolist()),
             logprobs=tuple(logprobs_S) if has_logprobs else (),
         )
+
+
+def _sampled_rows(batch: MicroBatch) -> npt.NDArray[np.int32]:
+    """The last rows of each run, as many as it samples."""
+    num_samples_R = batch.num_samples_R
+    before_R = np.cumsum(batch.num_rows_R) - np.cumsum(num_samples_R)
+    rows_S = np.repeat(before_R, num_samples_R) + np.arange(num_samples_R.sum())
+    return rows_S.astype(np.int32)
 
 
 def _check_slice(stage_slice: StageSlice, config: LlamaConfig) -> None:

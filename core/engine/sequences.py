@@ -31,6 +31,8 @@ class SequenceTable:
         self.block_tables_SB = np.zeros((num_slots, max_blocks), np.int32)
         self._is_live_S = np.zeros(num_slots, np.bool_)
         self._lengths_S = np.zeros(num_slots, np.int64)
+        # Where the next run may begin at the earliest: later positions rest on guesses.
+        self._certain_S = np.zeros(num_slots, np.int64)
         self._num_blocks_S = np.zeros(num_slots, np.int64)
 
     def apply(self, updates: SequenceUpdates) -> None:
@@ -50,6 +52,7 @@ class SequenceTable:
         self._is_live_S = is_live_S
         self._num_blocks_S = num_blocks_S
         self._lengths_S[started] = 0
+        self._certain_S[started] = 0
         if len(positions):
             self.block_tables_SB[updates.block_slots, positions] = updates.block_ids
 
@@ -89,7 +92,7 @@ class SequenceTable:
 
     def check(self, batch: MicroBatch, *, max_rows: int) -> int:
         """Checks that every run continues its sequence and has blocks; returns the rows."""
-        runs = (batch.slots_R, batch.first_positions_R, batch.num_rows_R, batch.samples_R)
+        runs = (batch.slots_R, batch.first_positions_R, batch.num_rows_R, batch.num_samples_R)
         shapes = {np.shape(run) for run in runs}
         _require(len(shapes) == 1 and len(shapes.pop()) == 1, "runs differ in number", batch.id)
         _require(all(run.dtype.kind in "iub" for run in runs), "runs are not integers", batch.id)
@@ -100,12 +103,8 @@ class SequenceTable:
         num_rows = int(num_rows_R.sum())
         _require(num_rows <= max_rows, f"a micro-batch has at most {max_rows} rows", num_rows)
         _require(bool(self._is_live_S[slots_R].all()), "a run's slot is not live", slots_R)
-        expected_R = self._lengths_S[slots_R]
-        _require(
-            bool((first_R == expected_R).all()),
-            f"runs must go on at positions {expected_R[:16].tolist()}",
-            first_R,
-        )
+        self._check_samples(batch.num_samples_R, num_rows_R)
+        self._check_firsts(slots_R, first_R)
         end_R = first_R + num_rows_R
         in_context = bool((end_R <= self.context_length).all())
         _require(in_context, f"the context is {self.context_length} positions", end_R)
@@ -113,9 +112,27 @@ class SequenceTable:
         _require(covered, "a run's positions have no KV block", slots_R)
         return num_rows
 
+    def _check_samples(
+        self, num_samples_R: npt.NDArray[np.int32], num_rows_R: npt.NDArray[np.int64]
+    ) -> None:
+        fits = (num_samples_R >= 0) & (num_samples_R <= num_rows_R)
+        _require(bool(fits.all()), "a run samples as many rows as it has, or fewer", num_samples_R)
+
+    def _check_firsts(self, slots_R: npt.NDArray[np.int64], first_R: npt.NDArray[np.int64]) -> None:
+        """Runs go on where their sequences end, or go back behind a guess that was right."""
+        least_R, most_R = self._certain_S[slots_R], self._lengths_S[slots_R]
+        _require(
+            bool(((least_R <= first_R) & (first_R <= most_R)).all()),
+            f"runs must go on at positions {most_R[:16].tolist()}, or {least_R[:16].tolist()} "
+            "and later",
+            first_R,
+        )
+
     def advance(self, batch: MicroBatch) -> None:
         """Notes that the batch's positions have been computed."""
-        self._lengths_S[batch.slots_R] += batch.num_rows_R
+        end_R = batch.first_positions_R + batch.num_rows_R
+        self._lengths_S[batch.slots_R] = end_R
+        self._certain_S[batch.slots_R] = end_R - np.maximum(batch.num_samples_R - 1, 0)
 
 
 def _require(holds: bool, expectation: str, seen: Any) -> None:

@@ -46,7 +46,7 @@ class RunMicroBatch:
     slots_R: list[int]
     first_positions_R: list[int]
     num_rows_R: list[int]
-    samples_R: list[bool]
+    num_samples_R: list[int]
     token_ids_T: list[int]  # for the first stage
     updates_S: list[SequenceUpdates]
 
@@ -57,7 +57,7 @@ class RunMicroBatch:
             slots_R=np.array(self.slots_R, np.int32),
             first_positions_R=np.array(self.first_positions_R, np.int32),
             num_rows_R=np.array(self.num_rows_R, np.int32),
-            samples_R=np.array(self.samples_R, np.bool_),
+            num_samples_R=np.array(self.num_samples_R, np.int32),
             token_ids_T=np.array(self.token_ids_T if stage_index == 0 else [], np.int32),
             updates=self.updates_S[stage_index],
         )

@@ -43,15 +43,15 @@ class SequenceUpdates:
 class MicroBatch:
     """Runs of consecutive rows of several sequences.
 
-    `samples_R[r]` asks for a token after the last row of run r. `token_ids_T` is empty
-    except on the first stage.
+    `num_samples_R[r]` asks for a token after each of the last rows of run r; more than one
+    verify guessed tokens. `token_ids_T` is empty except on the first stage.
     """
 
     id: int
     slots_R: npt.NDArray[np.int32]
     first_positions_R: npt.NDArray[np.int32]
     num_rows_R: npt.NDArray[np.int32]
-    samples_R: npt.NDArray[np.bool_]
+    num_samples_R: npt.NDArray[np.int32]
     token_ids_T: npt.NDArray[np.int32]
     updates: SequenceUpdates = field(default_factory=SequenceUpdates)
 
@@ -62,7 +62,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTokens:
-    """Tokens of a micro-batch: one per run with `samples`, in order."""
+    """Tokens of a micro-batch: one per sampled row, in order."""
 
     micro_batch_id: int
     token_ids: tuple[int, ...]

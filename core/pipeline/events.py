@@ -62,7 +62,7 @@ class RequestCancelled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokensSampled:
-    """A micro-batch has left the last stage: one token for each run that samples, in order."""
+    """A micro-batch has left the last stage: one token for each sampled row, in order."""
 
     micro_batch_id: int
     token_ids: Sequence[int]

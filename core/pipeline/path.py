@@ -272,7 +272,7 @@ class Path:
             slots_R=[sequence.slot for sequence in decodes],
             first_positions_R=firsts,
             num_rows_R=[1] * len(decodes),
-            samples_R=[True] * len(decodes),
+            num_samples_R=[1] * len(decodes),
             token_ids_T=[sequence.token_ids[-1] for sequence in decodes],
             updates_S=self.mirror.take_updates(),
         )
@@ -280,7 +280,7 @@ class Path:
         for sequence, rows in chunks:
             pairs += rows * sequence.num_scheduled + rows * rows // 2
             _add_chunk(action, sequence, rows)
-            if action.samples_R[-1]:
+            if action.num_samples_R[-1]:
                 samplers.append(sequence)
         self._take_off(
             Flight(
@@ -311,5 +311,5 @@ def _add_chunk(action: RunMicroBatch, sequence: Sequence, rows: int) -> None:
     action.slots_R.append(sequence.slot)
     action.first_positions_R.append(first)
     action.num_rows_R.append(rows)
-    action.samples_R.append(sequence.num_unscheduled == 0)
+    action.num_samples_R.append(int(sequence.num_unscheduled == 0))
     action.token_ids_T += sequence.token_ids[first : first + rows]

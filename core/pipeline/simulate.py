@@ -167,7 +167,7 @@ class _Simulation:
             self._busy_S[stage] += self._counted(begin_s, time_s)
             self._note(stage, rows, seconds, time_s)
             time_s += settings.hop_s
-        num_samples = sum(action.samples_R)
+        num_samples = sum(action.num_samples_R)
         self._push(
             time_s,
             TokensSampled(micro_batch_id=action.micro_batch_id, token_ids=[1] * num_samples),

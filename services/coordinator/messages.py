@@ -40,7 +40,7 @@ def micro_batch_requests(action: RunMicroBatch) -> list[stage_pb2.ControlRequest
         slots=action.slots_R,
         first_positions=action.first_positions_R,
         num_rows=action.num_rows_R,
-        samples=action.samples_R,
+        num_samples=action.num_samples_R,
     )
     requests = []
     for stage, updates in enumerate(action.updates_S):

@@ -34,7 +34,7 @@ class OrderLimits:
 
 def decode_micro_batch(message: stage_pb2.MicroBatch, limits: OrderLimits) -> MicroBatch:
     """Returns the micro-batch that `message` orders."""
-    runs = (message.slots, message.first_positions, message.num_rows, message.samples)
+    runs = (message.slots, message.first_positions, message.num_rows, message.num_samples)
     if len({len(values) for values in runs}) != 1 or not message.slots:
         raise MalformedMessage(
             f"micro-batch {message.id} has no runs, or runs of unequal descriptions"
@@ -44,7 +44,7 @@ def decode_micro_batch(message: stage_pb2.MicroBatch, limits: OrderLimits) -> Mi
         slots_R=_array(message.slots),
         first_positions_R=_array(message.first_positions),
         num_rows_R=_array(message.num_rows),
-        samples_R=np.array(message.samples, np.bool_),
+        num_samples_R=_array(message.num_samples),
         token_ids_T=_array(message.token_ids),
         updates=decode_updates(message.updates, limits),
     )
@@ -133,6 +133,8 @@ def _check_rows(batch: MicroBatch, limits: OrderLimits) -> None:
             f"micro-batch {batch.id} has an empty run or {num_rows} rows in all; "
             f"at most {limits.max_rows} are allowed"
         )
+    if (batch.num_samples_R < 0).any() or (batch.num_samples_R > batch.num_rows_R).any():
+        raise MalformedMessage(f"micro-batch {batch.id} has a run that samples more than its rows")
 
 
 def _check_tokens(batch: MicroBatch, limits: OrderLimits) -> None:

@@ -33,7 +33,8 @@ class Run:
 
     slot: int
     token_ids: Sequence[int]
-    samples: bool = True
+    num_samples: int = 1
+    first: int | None = None  # position of the first row; None: where the sequence ends
 
 
 def even_slices(num_layers: int, num_stages: int) -> list[StageSlice]:
@@ -128,7 +129,7 @@ class Chain:
         """Like `logits`, but a chunk at a time, each valid until the next."""
         self.start(slot, SamplingParameters(max_tokens=1, temperature=0.0))
         for first in range(0, len(token_ids), chunk):
-            batch = self._micro_batch([Run(slot, token_ids[first : first + chunk], samples=False)])
+            batch = self._micro_batch([Run(slot, token_ids[first : first + chunk], num_samples=0)])
             hidden = None
             for engine in self.engines[:-1]:
                 hidden = engine.step(batch, hidden).hidden_TH
@@ -159,14 +160,14 @@ class Chain:
                         continue
                     prefilling = True
                     piece, pending[slot] = pending[slot][:chunk], pending[slot][chunk:]
-                    runs.append(Run(slot, piece, samples=not pending[slot]))
+                    runs.append(Run(slot, piece, num_samples=int(not pending[slot])))
                 elif len(output) < sampling[slot].max_tokens:
                     runs.append(Run(slot, [output[-1]]))
             if not runs:
                 break
             tokens = iter(self.step(runs))
             for run in runs:
-                if run.samples:
+                if run.num_samples:
                     outputs[run.slot].append(next(tokens))
         for slot in range(len(prompts)):
             self.end(slot)
@@ -175,7 +176,7 @@ class Chain:
     def _micro_batch(self, runs: Sequence[Run]) -> MicroBatch:
         firsts, block_slots, block_ids = [], [], []
         for run in runs:
-            first = self._lengths[run.slot]
+            first = self._lengths[run.slot] if run.first is None else run.first
             firsts.append(first)
             self._lengths[run.slot] = first + len(run.token_ids)
             blocks = self._blocks[run.slot]
@@ -196,7 +197,7 @@ class Chain:
             slots_R=np.array([run.slot for run in runs], np.int32),
             first_positions_R=np.array(firsts, np.int32),
             num_rows_R=np.array([len(run.token_ids) for run in runs], np.int32),
-            samples_R=np.array([run.samples for run in runs], np.bool_),
+            num_samples_R=np.array([run.num_samples for run in runs], np.int32),
             token_ids_T=np.array([t for run in runs for t in run.token_ids], np.int32),
             updates=updates,
         )

@@ -75,9 +75,13 @@ class CountingEngine:
         return rows_TH
 
     def _sampled(self, batch: MicroBatch, rows_TH: np.ndarray) -> CountingResult:
-        last_rows_R = np.cumsum(batch.num_rows_R) - 1
-        tokens_R = rows_TH[last_rows_R, :3].sum(axis=1).astype(int)
-        token_ids = tuple(int(token) for token in tokens_R[batch.samples_R])
+        tokens_T = rows_TH[:, :3].sum(axis=1).astype(int)
+        ends = np.cumsum(batch.num_rows_R).tolist()
+        token_ids = tuple(
+            int(token)
+            for end, count in zip(ends, batch.num_samples_R.tolist(), strict=True)
+            for token in tokens_T[end - count : end]
+        )
         logprobs = tuple(
             PositionLogprobs(token_id=id, logprob=-1.0, top_token_ids=(1,), top_logprobs=(-0.5,))
             if id % 2

@@ -7,7 +7,7 @@ answer. It refuses every order that a real engine would refuse, by AssertionErro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -31,11 +31,21 @@ def completion(prompt: Sequence[int], num_tokens: int) -> list[int]:
 class FakeEngine:
     """Mirrors sequences and KV blocks of one stage."""
 
-    def __init__(self, *, num_kv_blocks: int, is_last: bool, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        num_kv_blocks: int,
+        is_last: bool,
+        block_size: int = 16,
+        next_token: Callable[[Sequence[int]], int] = next_token,
+    ) -> None:
         self.num_kv_blocks = num_kv_blocks
         self.is_last = is_last
         self.block_size = block_size
+        self.next_token = next_token
         self.tables: dict[int, list[int]] = {}
+        # Where each slot's next run may begin: at the earliest, and at the latest.
+        self._spans: dict[int, tuple[int, int]] = {}
         self._kv: dict[tuple[int, int], int] = {}
 
     def apply(self, updates: Any) -> None:
@@ -46,6 +56,7 @@ class FakeEngine:
         for start in updates.starts:
             assert start.slot not in self.tables, f"slot {start.slot} started twice"
             self.tables[start.slot] = []
+            self._spans[start.slot] = (0, 0)
         held = {block for table in self.tables.values() for block in table}
         for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
             assert block not in held, f"block {block} is held twice"
@@ -58,14 +69,14 @@ class FakeEngine:
         slots: Sequence[int],
         first_positions: Sequence[int],
         num_rows: Sequence[int],
-        samples: Sequence[bool],
+        num_samples: Sequence[int],
         token_ids: Sequence[int],
     ) -> list[int]:
-        """Computes the runs of a micro-batch; returns the tokens of those that sample."""
+        """Computes the runs of a micro-batch; returns a token for each sampled row."""
         assert len(set(slots)) == len(slots), "two runs of one sequence"
         sampled, row = [], 0
-        for slot, first, count, samples_here in zip(
-            slots, first_positions, num_rows, samples, strict=True
+        for slot, first, count, num_sampled in zip(
+            slots, first_positions, num_rows, num_samples, strict=True
         ):
             table = self.tables[slot]
             assert count >= 1, "a run without rows"
@@ -73,9 +84,13 @@ class FakeEngine:
             for position in range(first, first + count):
                 self._kv[self._place(table, position)] = token_ids[row]
                 row += 1
-            if samples_here:
-                prefix = [self._kv[self._place(table, p)] for p in range(first + count)]
-                sampled.append(next_token(prefix))
+            assert 0 <= num_sampled <= count, "more samples than rows"
+            least, most = self._spans[slot]
+            assert least <= first <= most, "a run neither goes on nor goes back behind a guess"
+            end = first + count
+            self._spans[slot] = (end - max(num_sampled - 1, 0), end)
+            prefix = [self._kv[self._place(table, p)] for p in range(end)]
+            sampled += [self.next_token(prefix[:e]) for e in range(end - num_sampled + 1, end + 1)]
         assert row == len(token_ids), "rows and token ids differ in number"
         return sampled
 

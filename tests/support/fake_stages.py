@@ -149,7 +149,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         if self.seconds_a_batch:
             await asyncio.sleep(self.seconds_a_batch)
         sampled = self.engine.run(
-            batch.slots, batch.first_positions, batch.num_rows, batch.samples, token_ids
+            batch.slots, batch.first_positions, batch.num_rows, batch.num_samples, token_ids
         )
         self.num_batches += 1
         if self.downstream is not None:

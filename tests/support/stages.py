@@ -218,7 +218,7 @@ def micro_batch(
     starts: Sequence[stage_pb2.SequenceStart] = (),
     ended: Sequence[int] = (),
 ) -> stage_pb2.MicroBatch:
-    """A micro-batch with token ids by slot; every run samples and starts at `first_position`."""
+    """A micro-batch with token ids by slot; runs sample once and begin at `first_position`."""
     return stage_pb2.MicroBatch(
         id=id,
         updates=stage_pb2.SequenceUpdates(
@@ -230,6 +230,6 @@ def micro_batch(
         slots=list(rows),
         first_positions=[first_position] * len(rows),
         num_rows=[len(tokens) for tokens in rows.values()],
-        samples=[True] * len(rows),
+        num_samples=[1] * len(rows),
         token_ids=[token for tokens in rows.values() for token in tokens],
     )

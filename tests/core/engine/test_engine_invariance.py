@@ -60,8 +60,8 @@ def compute(
         for slot, (goes_first, num_rows) in zip(companions, others, strict=False):
             chain.start(slot, GREEDY)
             ids = [int(token) for token in random.integers(0, 263, num_rows)]
-            (before if goes_first else after).append(Run(slot, ids, samples=False))
-        mine = Run(5, SEQUENCE[first : first + size], samples=False)
+            (before if goes_first else after).append(Run(slot, ids, num_samples=0))
+        mine = Run(5, SEQUENCE[first : first + size], num_samples=0)
         parts.append(run_logits(chain, [*before, mine, *after], slot=5))
         for run in before + after:
             chain.end(run.slot)
@@ -98,10 +98,10 @@ def test_a_preempted_sequence_computes_the_same_again(
     chain = open_model("mistral").chain(num_stages=2, number_format=number_format)
     expected = compute(chain, [(len(SEQUENCE), [])], seed=0)
     chain.start(5, GREEDY)
-    run_logits(chain, [Run(5, SEQUENCE[:41], samples=False)], slot=5)
+    run_logits(chain, [Run(5, SEQUENCE[:41], num_samples=0)], slot=5)
     chain.end(5)  # its blocks go to others meanwhile
     chain.start(7, GREEDY)
-    run_logits(chain, [Run(7, SEQUENCE[::-1], samples=False)], slot=7)
+    run_logits(chain, [Run(7, SEQUENCE[::-1], num_samples=0)], slot=7)
     actual = compute(chain, [(50, []), (len(SEQUENCE) - 50, [])], seed=0)
     chain.end(7)
     np.testing.assert_array_equal(actual, expected)

@@ -38,7 +38,7 @@ def make_batch(
         slots_R=np.array(slots, np.int32),
         first_positions_R=np.array(firsts, np.int32),
         num_rows_R=np.array(counts, np.int32),
-        samples_R=np.ones(len(slots), np.bool_),
+        num_samples_R=np.ones(len(slots), np.int32),
         token_ids_T=np.array([1] * sum(counts) if token_ids is None else token_ids, np.int32),
         updates=updates or SequenceUpdates(),
     )
@@ -80,8 +80,10 @@ def engine(open_model: OpenOne) -> Engine:
         (make_batch([0], [20], [1], token_ids=[272]), "token id"),
         (make_batch([0], [20], [1], token_ids=[-1]), "token id"),
         (make_batch([0], [20], [1], token_ids=[1, 2]), "token ids"),
-        (replace(make_batch([0], [20], [1]), samples_R=np.ones(2, np.bool_)), "number"),
+        (replace(make_batch([0], [20], [1]), num_samples_R=np.ones(2, np.int32)), "number"),
         (replace(make_batch([0], [20], [1]), num_rows_R=np.ones(1)), "not integers"),
+        (replace(make_batch([0], [20], [1]), num_samples_R=np.full(1, 2)), "or fewer"),
+        (replace(make_batch([0], [20], [1]), num_samples_R=np.full(1, -1)), "or fewer"),
         (replace(make_batch([0], [20], [1]), slots_R=np.zeros((1, 1), np.int32)), "number"),
     ],
 )
@@ -119,6 +121,29 @@ def test_updates_that_do_not_fit_are_refused_and_change_nothing(
     with pytest.raises(ProtocolViolation, match=message):
         engine.apply(updates)
     assert engine.step(make_batch([0, 1], [20, 0], [1, 3]), None).sampled is not None
+
+
+def test_a_run_goes_back_behind_a_guess_and_no_further(engine: Engine) -> None:
+    rows = make_batch([0], [20], [4], token_ids=[1, 2, 3, 4])
+    engine.step(replace(rows, num_samples_R=np.full(1, 3)), None)  # 22 and 23 are guesses
+    for first in (21, 25):
+        with pytest.raises(ProtocolViolation, match="go on at"):
+            engine.step(make_batch([0], [first], [1]), None)
+    engine.step(make_batch([0], [22], [1]), None)
+    for first in (22, 24):
+        with pytest.raises(ProtocolViolation, match="go on at"):
+            engine.step(make_batch([0], [first], [1]), None)
+    assert engine.step(make_batch([0], [23], [1]), None).sampled is not None
+
+
+def test_guesses_are_refused_where_penalties_count_tokens(engine: Engine) -> None:
+    penalised = replace(GREEDY, presence_penalty=1.0)
+    begin = SequenceStart(slot=2, request_id=2, sampling=penalised, known_token_ids=(1, 2))
+    engine.apply(SequenceUpdates(starts=(begin,), block_slots=(2,), block_ids=(1,)))
+    guessing = replace(make_batch([2], [0], [2]), num_samples_R=np.full(1, 2))
+    with pytest.raises(ProtocolViolation, match="penalties"):
+        engine.step(guessing, None)
+    assert engine.step(make_batch([2], [0], [2]), None).sampled is not None
 
 
 def test_a_slot_can_end_and_start_again_in_one_update(engine: Engine) -> None:

@@ -254,7 +254,7 @@ class PipelineMachine(RuleBasedStateMachine):
             batch.slots_R.tolist(),
             batch.first_positions_R.tolist(),
             batch.num_rows_R.tolist(),
-            batch.samples_R.tolist(),
+            batch.num_samples_R.tolist(),
             _tokens(order),
         )
         if stage + 1 < NUM_STAGES:

@@ -230,6 +230,7 @@ def started(**fields: Any) -> dict[str, Message]:
         (changed(slots=[3]), PRECONDITION),
         (changed(num_rows=[0]), INVALID),
         (changed(num_rows=[3]), INVALID),
+        (changed(num_samples=[3]), INVALID),
         (changed(num_rows=[2**31 - 1]), INVALID),
         (changed(token_ids=[7]), INVALID),
         (changed(token_ids=[7, 1000]), INVALID),

@@ -70,22 +70,22 @@ class SequenceStart(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
-    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "samples", "token_ids")
+    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids")
     ID_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     FIRST_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
-    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     id: int
     updates: SequenceUpdates
     slots: _containers.RepeatedScalarFieldContainer[int]
     first_positions: _containers.RepeatedScalarFieldContainer[int]
     num_rows: _containers.RepeatedScalarFieldContainer[int]
-    samples: _containers.RepeatedScalarFieldContainer[bool]
+    num_samples: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., samples: _Optional[_Iterable[bool]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., num_samples: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ControlResponse(_message.Message):
     __slots__ = ("ready", "sampled", "report")
