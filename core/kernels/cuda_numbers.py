@@ -15,10 +15,16 @@ from numba import cuda
 
 
 class NumberFormat(NamedTuple):
-    """Device functions between an array's element and a float32."""
+    """Device functions between an array's element and a float32.
+
+    `unpack(word, i)` is the float32 of the i-th of `per_word` elements in an int64: reading
+    words takes fewer and wider loads.
+    """
 
     load: Any
     store: Any
+    unpack: Any
+    per_word: int
 
 
 @cuda.jit(device=True)
@@ -46,15 +52,33 @@ def _store_bf16(value):
     return np.uint16((bits + np.uint64(0x7FFF) + odd) >> np.uint64(16))
 
 
+@cuda.jit(device=True)
+def _unpack_fp32(word, i):
+    return np.uint32((np.uint64(word) >> np.uint64(32 * i)) & np.uint64(0xFFFFFFFF)).view(
+        np.float32
+    )
+
+
+@cuda.jit(device=True)
+def _unpack_bf16(word, i):
+    return _load_bf16((np.uint64(word) >> np.uint64(16 * i)) & np.uint64(0xFFFF))
+
+
 _FORMATS = {
-    "fp32": NumberFormat(_load_fp32, _store_fp32),
-    "bf16": NumberFormat(_load_bf16, _store_bf16),
+    "fp32": NumberFormat(_load_fp32, _store_fp32, _unpack_fp32, 2),
+    "bf16": NumberFormat(_load_bf16, _store_bf16, _unpack_bf16, 4),
 }
 
 
 def number_format_of(name: str) -> NumberFormat:
     """The format called "fp32" or "bf16"."""
     return _FORMATS[name]
+
+
+@cuda.jit(device=True)
+def rounded_to_bf16(value):
+    """The float32 that bfloat16 holds in its place."""
+    return _load_bf16(_store_bf16(value))
 
 
 @cuda.jit(device=True)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pytest
 from numba import config, cuda
 
+from core.kernels.cuda_launch import Launch
+
 SIMULATED = bool(config.ENABLE_CUDASIM)
 # tests/allowed_skips.txt has this reason.
 NO_DEVICE = "no CUDA device"
@@ -23,8 +25,7 @@ NO_DEVICE = "no CUDA device"
 needs_cuda = pytest.mark.skipif(not (SIMULATED or cuda.is_available()), reason=NO_DEVICE)
 
 # The simulator starts a Python thread for every CUDA thread.
-THREADS = 8 if SIMULATED else 64
-THREADS_XY = (4, 2) if SIMULATED else (32, 4)
+LAUNCH = Launch(most_threads=8) if SIMULATED else Launch()
 # Largest difference from the reference, whose sums are float64, on values of about 1.
 TOLERANCES = {"fp32": 2e-6, "bf16": 2e-2}
 

@@ -1,11 +1,14 @@
 """Paged attention on CUDA: one block per (row, KV head, split of the positions).
 
-Softmax is computed online (Milakov and Gimelshein 2018) over tiles of TILE positions; splits
+Softmax is computed online (Milakov and Gimelshein 2018) over tiles of positions; splits
 of SPLIT positions run side by side and are merged in order (the "flash-decoding" of Dao et
 al. 2023). Tiles and splits are cut by position, never by load, so a row's result depends on
-nothing else in the batch. A tile of keys is read once for all query heads of the group.
+nothing else in the batch. A tile of keys and values is read once for all query heads of the
+group, in words of eight bytes, neighbours by neighbouring threads.
 
-Letters as in `reference`, and X splits, G = N / K query heads a KV head.
+Letters as in `reference`, and S slots, M blocks of the longest sequence, X splits, W words of a
+head, J positions in a tile, G = N / K query heads a KV head, A parts of a score. Queries are
+float32; keys and values come as int64 words of the number format, outputs are in it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined"
@@ -19,12 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
+from core.kernels.cuda_launch import Launch
 from core.kernels.cuda_numbers import number_format_of
 
-# Along elements of a head, and along heads or positions.
+# Along words of a head, and along heads.
 THREADS = (32, 4)
-TILE = 16
-SPLIT = 512
+MERGE_THREADS = 64
+SPLIT = 128
+# A score is summed in so many parts, by as many threads: whatever their number really is.
+PARTS = 4
+LONGEST_TILE = 32
+# What every device gives a block without being asked.
+SHARED_BYTES = 48 * 1024
 
 
 class Partials(NamedTuple):
@@ -40,58 +49,67 @@ def num_splits(longest: int, *, split: int = SPLIT) -> int:
     return _ceil_div(longest, split)
 
 
-def make_partials(num_rows: int, splits: int, num_heads: int, head_dim: int) -> Partials:
-    """Room for `paged_attention` to work in; use it again for as many rows or fewer."""
-    shape = (num_rows, splits, num_heads)
-    return Partials(
-        cuda.device_array((*shape, head_dim), np.float32),
-        cuda.device_array(shape, np.float32),
-        cuda.device_array(shape, np.float32),
-    )
-
-
 def paged_attention(
     q_TND: Any,
-    keys_BPKD: Any,
-    values_BPKD: Any,
+    keys_BPKW: Any,
+    values_BPKW: Any,
     *,
-    block_tables_RC: Any,
-    runs_T: Any,
+    block_tables_SM: Any,
+    slots_T: Any,
     positions_T: Any,
     window: int | None,
     partials: Partials,
     out_TND: Any,
     number_format: str,
-    threads: tuple[int, int] = THREADS,
+    launch: Launch,
     split: int = SPLIT,
 ) -> None:
-    """Attends from every row; row t belongs to run `runs_T[t]`, at `positions_T[t]`.
+    """Attends from every row; row t is at `positions_T[t]` of the sequence in `slots_T[t]`.
 
-    `partials` has as many splits as the longest sequence needs, or more.
+    `partials` has as many splits as the longest sequence needs, or more. Rows at negative
+    positions are padding, and become zero.
     """
     num_rows, num_heads, head_dim = q_TND.shape
-    _, block_size, num_kv_heads, _ = keys_BPKD.shape
+    _, block_size, num_kv_heads, num_words = keys_BPKW.shape
+    threads = launch.threads_xy(THREADS)
     attend = attend_kernel(
         number_format,
         head_dim=head_dim,
+        num_words=num_words,
         group_size=num_heads // num_kv_heads,
         block_size=block_size,
         threads=threads,
         split=split,
     )
     grid = (num_rows, num_kv_heads, partials.maxima_TXN.shape[1])
-    attend[grid, threads](
+    attend[grid, threads, launch.stream](
         q_TND,
-        keys_BPKD,
-        values_BPKD,
-        block_tables_RC,
-        runs_T,
+        keys_BPKW,
+        values_BPKW,
+        block_tables_SM,
+        slots_T,
         positions_T,
         np.int32(window or 0),
         *partials,
     )
-    merge = merge_kernel(number_format)
-    merge[(num_rows, num_heads), threads[0]](*partials, out_TND)
+    merge = merge_kernel(number_format, split)
+    merge[(num_rows, num_heads), launch.threads(MERGE_THREADS), launch.stream](
+        positions_T, *partials, out_TND
+    )
+
+
+def tile_size_of(num_words: int, group_size: int, per_word: int) -> int:
+    """The longest tile, of a power of two, whose keys, values and scores fit beside the queries."""
+    size = LONGEST_TILE
+    while size > 1 and _shared_bytes(size, num_words, group_size, per_word) > SHARED_BYTES:
+        size //= 2
+    return size
+
+
+def _shared_bytes(tile_size: int, num_words: int, group_size: int, per_word: int) -> int:
+    words = tile_size * (2 * num_words + 1)
+    floats = group_size * (tile_size * (PARTS + 2) + num_words * per_word + 3)
+    return 8 * words + 4 * floats
 
 
 @functools.cache
@@ -99,56 +117,88 @@ def attend_kernel(
     number_format: str,
     *,
     head_dim: int,
+    num_words: int,
     group_size: int,
     block_size: int,
     threads: tuple[int, int],
     split: int,
 ) -> Any:
-    load, _ = number_format_of(number_format)
+    unpack, per_word = number_format_of(number_format)[2:]
     num_x, num_y = threads
-    # One column more than needed: the threads of a score step then read different banks.
-    key_shape, weight_shape = (TILE, head_dim + 1), (group_size, TILE)
-    query_shape = (group_size, head_dim)
+    num_threads = num_x * num_y
+    tile_size = tile_size_of(num_words, group_size, per_word)
+    width, part_words = num_words * per_word, _ceil_div(num_words, PARTS)
+    # One word more than needed: the threads of a score step then read different banks.
+    key_shape, value_shape = (tile_size, num_words + 1), (tile_size, num_words)
+    part_shape, weight_shape = (PARTS, group_size, tile_size), (group_size, tile_size)
+    query_shape = (group_size, width)
     # Loops over these have a fixed number of turns, so that the sums stay in registers.
-    num_i, num_k = _ceil_div(group_size, num_y), _ceil_div(head_dim, num_x)
+    num_i, num_k = _ceil_div(group_size, num_y), _ceil_div(num_words, num_x)
+    sum_shape = (num_i, num_k * per_word)
     scale = np.float32(head_dim**-0.5)
+    least = -np.float32(np.inf)
 
     @cuda.jit(device=True)
-    def score_tile(queries_GD, tile_keys, tile, start, end, weights_GJ):
-        """Scores of a tile's positions, -inf outside of start and end."""
-        for g in range(cuda.threadIdx.y, group_size, num_y):
-            for j in range(cuda.threadIdx.x, TILE, num_x):
-                score = -np.float32(np.inf)
-                if start <= tile + j < end:
-                    score = np.float32(0.0)
-                    for d in range(head_dim):
-                        score += queries_GD[g, d] * tile_keys[j, d]
-                weights_GJ[g, j] = score
+    def load_tile(cache_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_JW, thread):
+        """Reads a tile; positions outside of start and end become zero."""
+        for item in range(thread, tile_size * num_words, num_threads):
+            j, w = item // num_words, item % num_words
+            word = np.int64(0)
+            if start <= tile + j < end:
+                block = block_tables_SM[slot, (tile + j) // block_size]
+                word = cache_BPKW[block, (tile + j) % block_size, kv_head, w]
+            tile_JW[j, w] = word
 
     @cuda.jit(device=True)
-    def soften_tile(weights_GJ, maxima_G, totals_G, decays_G):
-        """Turns scores into weights below the new maxima; says how much older sums decay."""
-        first = cuda.threadIdx.y * num_x + cuda.threadIdx.x
-        for g in range(first, group_size, num_x * num_y):
+    def score_tile(queries_GD, tile_keys, scores_AGJ, thread):
+        """Products of a quarter of every key with the queries of the group."""
+        sums_G = cuda.local.array(group_size, np.float32)
+        for item in range(thread, tile_size * PARTS, num_threads):
+            j, part = item % tile_size, item // tile_size
+            for g in range(group_size):
+                sums_G[g] = np.float32(0.0)
+            for at in range(part_words):
+                w = part * part_words + at
+                if w < num_words:
+                    word = tile_keys[j, w]
+                    for i in range(per_word):
+                        key = unpack(word, i)
+                        for g in range(group_size):
+                            sums_G[g] += queries_GD[g, w * per_word + i] * key
+            for g in range(group_size):
+                scores_AGJ[part, g, j] = sums_G[g]
+
+    @cuda.jit(device=True)
+    def sum_scores(scores_AGJ, weights_GJ, tile, start, end, thread):
+        """Whole scores; -inf outside of start and end."""
+        for item in range(thread, group_size * tile_size, num_threads):
+            g, j = item // tile_size, item % tile_size
+            score = scores_AGJ[0, g, j]
+            for part in range(1, PARTS):
+                score += scores_AGJ[part, g, j]
+            weights_GJ[g, j] = score if start <= tile + j < end else least
+
+    @cuda.jit(device=True)
+    def soften(weights_GJ, softened_GJ, maxima_G, new_maxima_G, decays_G, thread):
+        """Weights below the new maxima, and how much older sums decay."""
+        for item in range(thread, group_size * tile_size, num_threads):
+            g, j = item // tile_size, item % tile_size
             largest = maxima_G[g]
-            for j in range(TILE):
-                largest = max(largest, weights_GJ[g, j])
-            # At the first tile this is exp(-inf) = 0: there is nothing yet to decay.
-            decay = np.float32(math.exp(maxima_G[g] - largest))
-            total = totals_G[g] * decay
-            for j in range(TILE):
-                weight = np.float32(math.exp(weights_GJ[g, j] - largest))
-                weights_GJ[g, j] = weight
-                total += weight
-            maxima_G[g], totals_G[g], decays_G[g] = largest, total, decay
+            for other in range(tile_size):
+                largest = max(largest, weights_GJ[g, other])
+            softened_GJ[g, j] = np.float32(math.exp(weights_GJ[g, j] - largest))
+            if j == 0:
+                # At the first tile this is exp(-inf) = 0: there is nothing yet to decay.
+                decays_G[g] = np.float32(math.exp(maxima_G[g] - largest))
+                new_maxima_G[g] = largest
 
     @cuda.jit
     def kernel(
         q_TND,
-        keys_BPKD,
-        values_BPKD,
-        block_tables_RC,
-        runs_T,
+        keys_BPKW,
+        values_BPKW,
+        block_tables_SM,
+        slots_T,
         positions_T,
         window,
         sums_TXND,
@@ -156,86 +206,109 @@ def attend_kernel(
         totals_TXN,
     ):
         queries_GD = cuda.shared.array(query_shape, np.float32)
-        tile_keys = cuda.shared.array(key_shape, np.float32)
+        tile_keys = cuda.shared.array(key_shape, np.int64)
+        tile_values = cuda.shared.array(value_shape, np.int64)
+        scores_AGJ = cuda.shared.array(part_shape, np.float32)
         weights_GJ = cuda.shared.array(weight_shape, np.float32)
+        softened_GJ = cuda.shared.array(weight_shape, np.float32)
         maxima_G = cuda.shared.array(group_size, np.float32)
-        totals_G = cuda.shared.array(group_size, np.float32)
+        new_maxima_G = cuda.shared.array(group_size, np.float32)
         decays_G = cuda.shared.array(group_size, np.float32)
-        sums = cuda.local.array((num_i, num_k), np.float32)
+        sums = cuda.local.array(sum_shape, np.float32)
+        totals = cuda.local.array(num_i, np.float32)
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        thread = y * num_x + x
         row, kv_head, part = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-        first_head, run, position = kv_head * group_size, runs_T[row], positions_T[row]
+        position = positions_T[row]
+        if part * split > position:
+            return  # `merge_kernel` does not look at such a split
+        first_head, slot = kv_head * group_size, slots_T[row]
         start, end = part * split, min((part + 1) * split, position + 1)
         if window > 0:
             start = max(start, position + 1 - window)
 
         for g in range(y, group_size, num_y):
-            for d in range(x, head_dim, num_x):
-                queries_GD[g, d] = load(q_TND[row, first_head + g, d]) * scale
+            for d in range(x, width, num_x):
+                query = np.float32(0.0)
+                if d < head_dim:
+                    query = q_TND[row, first_head + g, d] * scale
+                queries_GD[g, d] = query
             if x == 0:
-                maxima_G[g], totals_G[g] = -np.float32(np.inf), np.float32(0.0)
+                maxima_G[g] = least
         for i in range(num_i):
-            for k in range(num_k):
+            totals[i] = np.float32(0.0)
+            for k in range(num_k * per_word):
                 sums[i, k] = np.float32(0.0)
 
-        for tile in range(start // TILE * TILE, end, TILE):
+        for tile in range(start // tile_size * tile_size, end, tile_size):
             cuda.syncthreads()
-            for j in range(y, TILE, num_y):
-                if start <= tile + j < end:
-                    block = block_tables_RC[run, (tile + j) // block_size]
-                    for d in range(x, head_dim, num_x):
-                        key = keys_BPKD[block, (tile + j) % block_size, kv_head, d]
-                        tile_keys[j, d] = load(key)
+            load_tile(
+                keys_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_keys, thread
+            )
+            load_tile(
+                values_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_values, thread
+            )
             cuda.syncthreads()
-            score_tile(queries_GD, tile_keys, tile, start, end, weights_GJ)
+            score_tile(queries_GD, tile_keys, scores_AGJ, thread)
             cuda.syncthreads()
-            soften_tile(weights_GJ, maxima_G, totals_G, decays_G)
+            sum_scores(scores_AGJ, weights_GJ, tile, start, end, thread)
+            cuda.syncthreads()
+            soften(weights_GJ, softened_GJ, maxima_G, new_maxima_G, decays_G, thread)
             cuda.syncthreads()
             for i in range(num_i):
-                decay = decays_G[min(y + i * num_y, group_size - 1)]
-                for k in range(num_k):
-                    sums[i, k] *= decay
-            for j in range(max(start - tile, 0), min(end - tile, TILE)):
-                block = block_tables_RC[run, (tile + j) // block_size]
-                for k in range(num_k):
-                    d = min(x + k * num_x, head_dim - 1)
-                    value = load(values_BPKD[block, (tile + j) % block_size, kv_head, d])
-                    for i in range(num_i):
-                        sums[i, k] += weights_GJ[min(y + i * num_y, group_size - 1), j] * value
+                g = min(y + i * num_y, group_size - 1)
+                totals[i] *= decays_G[g]
+                for k in range(num_k * per_word):
+                    sums[i, k] *= decays_G[g]
+                if x == 0:
+                    maxima_G[g] = new_maxima_G[g]
+            for j in range(tile_size):
+                for i in range(num_i):
+                    weight = softened_GJ[min(y + i * num_y, group_size - 1), j]
+                    totals[i] += weight
+                    for k in range(num_k):
+                        word = tile_values[j, min(x + k * num_x, num_words - 1)]
+                        for e in range(per_word):
+                            sums[i, k * per_word + e] += weight * unpack(word, e)
 
-        cuda.syncthreads()
         for i in range(num_i):
-            for k in range(num_k):
-                g, d = y + i * num_y, x + k * num_x
-                # Threads past the last head or element have computed a copy of the last one.
-                if g < group_size and d < head_dim:
-                    sums_TXND[row, part, first_head + g, d] = sums[i, k]
-        for g in range(y, group_size, num_y):
-            if x == 0:
-                maxima_TXN[row, part, first_head + g] = maxima_G[g]
-                totals_TXN[row, part, first_head + g] = totals_G[g]
+            g = y + i * num_y
+            # Threads past the last head or word have computed a copy of the last one.
+            if g < group_size:
+                for k in range(num_k):
+                    for e in range(per_word):
+                        d = (x + k * num_x) * per_word + e
+                        if d < head_dim:
+                            sums_TXND[row, part, first_head + g, d] = sums[i, k * per_word + e]
+                if x == 0:
+                    maxima_TXN[row, part, first_head + g] = maxima_G[g]
+                    totals_TXN[row, part, first_head + g] = totals[i]
 
     return kernel
 
 
 @functools.cache
-def merge_kernel(number_format: str) -> Any:
-    _, store = number_format_of(number_format)
+def merge_kernel(number_format: str, split: int) -> Any:
+    store = number_format_of(number_format).store
 
     @cuda.jit
-    def kernel(sums_TXND, maxima_TXN, totals_TXN, out_TND):
+    def kernel(positions_T, sums_TXND, maxima_TXN, totals_TXN, out_TND):
         row, n = cuda.blockIdx.x, cuda.blockIdx.y
+        num_parts = (positions_T[row] + split) // split  # none at position -1
         largest = -np.float32(np.inf)
-        for x in range(maxima_TXN.shape[1]):
+        for x in range(num_parts):
             largest = max(largest, maxima_TXN[row, x, n])
-        for d in range(cuda.threadIdx.x, sums_TXND.shape[3], cuda.blockDim.x):
+        for d in range(cuda.threadIdx.x, out_TND.shape[2], cuda.blockDim.x):
             value_sum, total = np.float32(0.0), np.float32(0.0)
-            for x in range(maxima_TXN.shape[1]):
-                # A split without positions has a maximum of -inf and weighs nothing.
+            for x in range(num_parts):
+                # A split before the window has a maximum of -inf and weighs nothing.
                 share = np.float32(math.exp(maxima_TXN[row, x, n] - largest))
                 value_sum += share * sums_TXND[row, x, n, d]
                 total += share * totals_TXN[row, x, n]
-            out_TND[row, n, d] = store(value_sum / total)
+            value = np.float32(0.0)
+            if num_parts > 0:
+                value = value_sum / total
+            out_TND[row, n, d] = store(value)
 
     return kernel
 

@@ -1,7 +1,7 @@
-"""Root-mean-square norm on CUDA: one block a row.
+"""Root-mean-square norm on CUDA, with the sum before it: one block a row.
 
-Letters: T rows, H elements in a row. Norm weights are float32, everything else is in the
-number format.
+Letters: T rows, H elements in a row. The residual stream, what is added to it and norm
+weights are float32; normed rows are in the number format, ready for a product.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined"
@@ -15,72 +15,123 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from core.kernels.cuda_numbers import block_sum, number_format_of
+from core.kernels.cuda_launch import Launch
+from core.kernels.cuda_numbers import block_sum, number_format_of, rounded_to_bf16
 
 THREADS = 256  # a power of two: block_sum halves it
 
 
 def rms_norm(
-    x_TH: Any, weight_H: Any, out_TH: Any, *, eps: float, number_format: str, threads: int = THREADS
-) -> None:
-    """Norms every row into `out_TH`."""
-    kernel = rms_norm_kernel(number_format, threads)
-    kernel[x_TH.shape[0], threads](x_TH, weight_H, np.float32(eps), out_TH)
-
-
-def add_rms_norm(
-    x_TH: Any,
     residual_TH: Any,
     weight_H: Any,
     out_TH: Any,
     *,
     eps: float,
     number_format: str,
-    threads: int = THREADS,
+    launch: Launch,
 ) -> None:
-    """Adds x to the residual stream in place and norms the sum, as rounded to the format."""
-    kernel = add_rms_norm_kernel(number_format, threads)
-    kernel[x_TH.shape[0], threads](x_TH, residual_TH, weight_H, np.float32(eps), out_TH)
+    """Norms every row into `out_TH`."""
+    threads = launch.threads(THREADS)
+    kernel = rms_norm_kernel(number_format, threads)
+    kernel[residual_TH.shape[0], threads, launch.stream](
+        residual_TH, weight_H, np.float32(eps), out_TH
+    )
+
+
+def add_rms_norm(
+    residual_TH: Any,
+    added_TH: Any,
+    bias_H: Any,
+    weight_H: Any,
+    out_TH: Any,
+    *,
+    eps: float,
+    number_format: str,
+    rounds: bool,
+    launch: Launch,
+) -> None:
+    """Adds rows and a bias to the residual stream in place, and norms the sum.
+
+    With `rounds` the sum is rounded to what bfloat16 holds.
+    """
+    threads = launch.threads(THREADS)
+    kernel = add_rms_norm_kernel(number_format, threads, rounds)
+    kernel[residual_TH.shape[0], threads, launch.stream](
+        residual_TH, added_TH, bias_H, weight_H, np.float32(eps), out_TH
+    )
+
+
+def add(residual_TH: Any, added_TH: Any, bias_H: Any, *, rounds: bool, launch: Launch) -> None:
+    """Adds rows and a bias to the residual stream in place."""
+    threads = launch.threads(THREADS)
+    add_kernel(rounds)[residual_TH.shape[0], threads, launch.stream](residual_TH, added_TH, bias_H)
 
 
 @functools.cache
 def rms_norm_kernel(number_format: str, threads: int) -> Any:
-    load, store = number_format_of(number_format)
+    store = number_format_of(number_format).store
 
     @cuda.jit
-    def kernel(x_TH, weight_H, eps, out_TH):
+    def kernel(residual_TH, weight_H, eps, out_TH):
         partials = cuda.shared.array(threads, np.float32)
-        row, width = cuda.blockIdx.x, x_TH.shape[1]
+        row, width = cuda.blockIdx.x, residual_TH.shape[1]
         total = np.float32(0.0)
         for h in range(cuda.threadIdx.x, width, threads):
-            value = load(x_TH[row, h])
+            value = residual_TH[row, h]
             total += value * value
         mean = block_sum(total, partials) / np.float32(width)
         scale = np.float32(1.0) / math.sqrt(mean + eps)
         for h in range(cuda.threadIdx.x, width, threads):
-            out_TH[row, h] = store(load(x_TH[row, h]) * scale * weight_H[h])
+            out_TH[row, h] = store(residual_TH[row, h] * scale * weight_H[h])
 
     return kernel
 
 
 @functools.cache
-def add_rms_norm_kernel(number_format: str, threads: int) -> Any:
-    load, store = number_format_of(number_format)
+def add_rms_norm_kernel(number_format: str, threads: int, rounds: bool) -> Any:
+    store = number_format_of(number_format).store
+    sum_of = _sum_of(rounds)
 
     @cuda.jit
-    def kernel(x_TH, residual_TH, weight_H, eps, out_TH):
+    def kernel(residual_TH, added_TH, bias_H, weight_H, eps, out_TH):
         partials = cuda.shared.array(threads, np.float32)
-        row, width = cuda.blockIdx.x, x_TH.shape[1]
+        row, width = cuda.blockIdx.x, residual_TH.shape[1]
         total = np.float32(0.0)
         for h in range(cuda.threadIdx.x, width, threads):
-            residual = store(load(x_TH[row, h]) + load(residual_TH[row, h]))
-            residual_TH[row, h] = residual
-            value = load(residual)
+            value = sum_of(residual_TH[row, h], added_TH[row, h], bias_H[h])
+            residual_TH[row, h] = value
             total += value * value
         mean = block_sum(total, partials) / np.float32(width)
         scale = np.float32(1.0) / math.sqrt(mean + eps)
         # Every thread reads back only what it wrote itself.
         for h in range(cuda.threadIdx.x, width, threads):
-            out_TH[row, h] = store(load(residual_TH[row, h]) * scale * weight_H[h])
+            out_TH[row, h] = store(residual_TH[row, h] * scale * weight_H[h])
 
     return kernel
+
+
+@functools.cache
+def add_kernel(rounds: bool) -> Any:
+    sum_of = _sum_of(rounds)
+
+    @cuda.jit
+    def kernel(residual_TH, added_TH, bias_H):
+        row = cuda.blockIdx.x
+        for h in range(cuda.threadIdx.x, residual_TH.shape[1], cuda.blockDim.x):
+            residual_TH[row, h] = sum_of(residual_TH[row, h], added_TH[row, h], bias_H[h])
+
+    return kernel
+
+
+@cuda.jit(device=True)
+def _plain_sum(residual, added, bias):
+    return residual + (added + bias)
+
+
+@cuda.jit(device=True)
+def _rounded_sum(residual, added, bias):
+    return rounded_to_bf16(residual + (added + bias))
+
+
+def _sum_of(rounds: bool) -> Any:
+    return _rounded_sum if rounds else _plain_sum

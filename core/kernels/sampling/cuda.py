@@ -1,9 +1,11 @@
-"""Sampling on CUDA: the same tokens as `reference`, to the bit; one block a row.
+"""Sampling on CUDA: the same tokens as `reference`, to the bit.
 
-All decisions are made by one primitive, `_descend`: it finds, digit by digit (a radix
-select), where the sum of integer values, taken from the greatest code down, reaches a
-bound. The codes are ranks with counts for top-k and with weights for top-p, and ids with
-weights for the draw. Integer sums are exact, so the order of atomic additions is of no matter.
+The likeliest token of a row is found by several blocks, which is all that greedy sampling
+needs; a token is drawn by one block a row. All decisions of a draw are made by one primitive,
+`_descend`: it finds, digit by digit (a radix select), where the sum of integer values, taken
+from the greatest code down, reaches a bound. The codes are ranks with counts for top-k and
+with weights for top-p, and ids with weights for the draw. Integer sums are exact, so the order
+of atomic additions is of no matter.
 
 Log probabilities are not made here. Letters: S rows, V vocabulary (below 2^24), M known tokens.
 """
@@ -16,8 +18,10 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import cuda
 
+from core.kernels.cuda_launch import Launch
 from core.kernels.sampling.constants import (
     EXP2_COEFFICIENTS,
     LARGEST_FLOAT,
@@ -32,6 +36,8 @@ from core.kernels.sampling.constants import (
 )
 
 THREADS = 512
+LIKELIEST_THREADS = 256
+ELEMENTS_PER_BLOCK = 4096
 DIGIT_BITS = 8
 NUM_DIGITS = 1 << DIGIT_BITS
 ID_BITS = 24
@@ -50,13 +56,16 @@ CODE_OF_MINUS_INFINITY = 0x007FFFFF
 
 
 class RowParameters(NamedTuple):
-    """Parameters of every row, ready for the kernel; host arrays until moved to the device."""
+    """Parameters of every row, ready for the kernel; host arrays until moved to the device.
 
-    scales_S: Any  # float32; 0 where greedy
+    All of eight bytes, so that they can travel as one array.
+    """
+
+    scales_S: Any  # float64 that float32 holds exactly; 0 where greedy
     top_ks_S: Any  # int64; 0 keeps all
     top_ps_S: Any  # float64
     least_weights_S: Any  # int64
-    seeds_S: Any  # uint64
+    seeds_S: Any  # the bits of a uint64 as int64
     positions_S: Any  # int64
 
 
@@ -72,11 +81,11 @@ def row_parameters(
     """Turns sampling parameters into what the kernel computes with."""
     scales = [0.0 if value == 0.0 else exponent_scale(value) for value in temperatures_S]
     return RowParameters(
-        np.array(scales, np.float32),
+        np.array(scales, np.float32).astype(np.float64),
         np.array(top_ks_S, np.int64),
         np.array(top_ps_S, np.float64),
         np.array([max(1, int(min_p * ONE)) for min_p in min_ps_S], np.int64),
-        np.array(seeds_S, np.uint64),
+        np.array(seeds_S, np.uint64).view(np.int64),
         np.array(positions_S, np.int64),
     )
 
@@ -88,23 +97,38 @@ def penalise(
     counts_SM: Any,
     lengths_S: Any,
     penalties_S3: Any,
-    threads: int = THREADS,
+    launch: Launch,
 ) -> None:
     """Penalises the known tokens of every row in place.
 
     The first `lengths_S[s]` of a row's ids are known and distinct; counts say how often each
     was generated; penalties are repetition, presence, frequency, in float32.
     """
-    penalise_kernel[logits_SV.shape[0], threads](
+    penalise_kernel[logits_SV.shape[0], launch.threads(THREADS), launch.stream](
         logits_SV, ids_SM, counts_SM, lengths_S, penalties_S3
     )
 
 
+def rank_likeliest(logits_SV: Any, ranks_S: Any, *, launch: Launch) -> None:
+    """Writes the rank of every row's likeliest token over `ranks_S`, int64, zero before."""
+    num_rows, vocab_size = logits_SV.shape
+    grid = (-(-vocab_size // ELEMENTS_PER_BLOCK), num_rows)
+    threads = launch.threads(LIKELIEST_THREADS)
+    likeliest_kernel[grid, threads, launch.stream](logits_SV, ranks_S)
+
+
 def sample_rows(
-    logits_SV: Any, parameters: RowParameters, token_ids_S: Any, *, threads: int = THREADS
+    logits_SV: Any, ranks_S: Any, parameters: RowParameters, token_ids_S: Any, *, launch: Launch
 ) -> None:
-    """Chooses a token for every row of float32 logits."""
-    sample_kernel[logits_SV.shape[0], threads](logits_SV, *parameters, token_ids_S)
+    """Chooses a token for every row of float32 logits, whose likeliest have been ranked."""
+    sample_kernel[logits_SV.shape[0], launch.threads(THREADS), launch.stream](
+        logits_SV, ranks_S, *parameters, token_ids_S
+    )
+
+
+def token_ids_of(ranks_S: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The tokens that have these ranks."""
+    return LAST_ID - (ranks_S & LAST_ID)
 
 
 @cuda.jit
@@ -121,8 +145,27 @@ def penalise_kernel(logits_SV, ids_SM, counts_SM, lengths_S, penalties_S3):
 
 
 @cuda.jit
+def likeliest_kernel(logits_SV, ranks_S):
+    largest = cuda.shared.array(1, np.int64)
+    row, thread = cuda.blockIdx.y, cuda.threadIdx.x
+    first = cuda.blockIdx.x * ELEMENTS_PER_BLOCK
+    end = min(first + ELEMENTS_PER_BLOCK, logits_SV.shape[1])
+    rank = np.int64(0)
+    for token_id in range(first + thread, end, cuda.blockDim.x):
+        rank = max(rank, _rank(logits_SV[row, token_id], token_id))
+    if thread == 0:
+        largest[0] = 0
+    cuda.syncthreads()
+    cuda.atomic.max(largest, 0, rank)
+    cuda.syncthreads()
+    if thread == 0:
+        cuda.atomic.max(ranks_S, row, largest[0])
+
+
+@cuda.jit
 def sample_kernel(
     logits_SV,
+    ranks_S,
     scales_S,
     top_ks_S,
     top_ps_S,
@@ -134,8 +177,8 @@ def sample_kernel(
     sums = cuda.shared.array(NUM_DIGITS, np.int64)
     state = cuda.shared.array(2, np.int64)
     row = cuda.blockIdx.x
-    logits_V, scale = logits_SV[row], scales_S[row]
-    likeliest = _likeliest(logits_V, state)
+    logits_V, scale = logits_SV[row], np.float32(scales_S[row])
+    likeliest = ranks_S[row]
     token_id = LAST_ID - (likeliest & LAST_ID)
     if scale > 0 and (likeliest >> ID_BITS) > CODE_OF_MINUS_INFINITY:
         largest = _finite(logits_V[token_id])
@@ -149,25 +192,14 @@ def sample_kernel(
             cut = _descend(logits_V, MASS, cut, one, needed, largest, scale, sums, state)
         least = least_weights_S[row]
         total = _total(logits_V, cut, least, largest, scale, state)
-        needed = _threshold(np.uint64(total), _random_bits(seeds_S[row], positions_S[row])) + one
+        needed = (
+            _threshold(np.uint64(total), _random_bits(np.uint64(seeds_S[row]), positions_S[row]))
+            + one
+        )
         drawn = _descend(logits_V, DRAW, cut, least, needed, largest, scale, sums, state)
         token_id = LAST_ID - drawn
     if cuda.threadIdx.x == 0:
         token_ids_S[row] = token_id
-
-
-@cuda.jit(device=True)
-def _likeliest(logits_V, state):
-    """The rank of the likeliest token."""
-    rank = np.int64(0)
-    for token_id in range(cuda.threadIdx.x, logits_V.shape[0], cuda.blockDim.x):
-        rank = max(rank, _rank(logits_V[token_id], token_id))
-    if cuda.threadIdx.x == 0:
-        state[0] = 0
-    cuda.syncthreads()
-    cuda.atomic.max(state, 0, rank)
-    cuda.syncthreads()
-    return state[0]
 
 
 @cuda.jit(device=True)

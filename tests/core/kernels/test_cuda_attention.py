@@ -12,7 +12,7 @@ import pytest
 from core.kernels.attention import cuda as kernels
 from core.kernels.attention import reference
 from tests.support.cuda import (
-    THREADS_XY,
+    LAUNCH,
     TOLERANCES,
     nans_on_device,
     needs_cuda,
@@ -25,6 +25,13 @@ pytestmark = [pytest.mark.cuda, needs_cuda]
 
 BLOCK_SIZE = 4
 SPLIT = 32
+
+
+def to_words(cache_BPKD: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Elements as the kernel reads them, heads padded to whole words with zeros."""
+    padding = -cache_BPKD.shape[3] % (8 // cache_BPKD.itemsize)
+    padded = np.pad(cache_BPKD, [(0, 0)] * 3 + [(0, padding)])
+    return np.ascontiguousarray(padded).view(np.int64)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Case:
     number_format: str
 
     def on_cuda(self, window: int | None) -> npt.NDArray[np.float32]:
-        runs_T = np.repeat(np.arange(len(self.num_rows_R), dtype=np.int32), self.num_rows_R)
+        slots_T = np.repeat(np.arange(len(self.num_rows_R), dtype=np.int32), self.num_rows_R)
         positions = [
             np.arange(first, first + count, dtype=np.int32)
             for first, count in zip(self.first_positions_R, self.num_rows_R, strict=True)
@@ -48,26 +55,32 @@ class Case:
         longest = int((self.first_positions_R + self.num_rows_R).max())
         num_rows, num_heads, head_dim = self.q_TND.shape
         splits = kernels.num_splits(longest, split=SPLIT)
+        partial_shape = (num_rows, splits, num_heads)
+        partials = kernels.Partials(
+            nans_on_device((*partial_shape, head_dim)),
+            nans_on_device(partial_shape),
+            nans_on_device(partial_shape),
+        )
         out_TND = nans_on_device(self.q_TND.shape, self.number_format)
         kernels.paged_attention(
             on_device(self.q_TND),
-            on_device(self.keys_BPKD),
-            on_device(self.values_BPKD),
-            block_tables_RC=on_device(self.block_tables_RC),
-            runs_T=on_device(runs_T),
+            on_device(to_words(self.keys_BPKD)),
+            on_device(to_words(self.values_BPKD)),
+            block_tables_SM=on_device(self.block_tables_RC),
+            slots_T=on_device(slots_T),
             positions_T=on_device(np.concatenate(positions)),
             window=window,
-            partials=kernels.make_partials(num_rows, splits, num_heads, head_dim),
+            partials=partials,
             out_TND=out_TND,
             number_format=self.number_format,
-            threads=THREADS_XY,
+            launch=LAUNCH,
             split=SPLIT,
         )
         return to_floats(out_TND.copy_to_host())
 
     def on_reference(self, window: int | None) -> npt.NDArray[np.float32]:
         return reference.paged_attention(
-            to_floats(self.q_TND),
+            self.q_TND,
             to_floats(self.keys_BPKD),
             to_floats(self.values_BPKD),
             block_tables_RC=self.block_tables_RC,
@@ -103,7 +116,7 @@ def make_case(
     return Case(
         np.array([first for first, _ in runs], np.int32),
         np.array([count for _, count in runs], np.int32),
-        random_in_format(random, (num_rows, num_heads, head_dim), number_format),
+        random.standard_normal((num_rows, num_heads, head_dim)).astype(np.float32),
         keys_BPKD,
         values_BPKD,
         block_tables_RC,
@@ -143,3 +156,24 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others() -> None:
         "fp32",
     )
     np.testing.assert_array_equal(alone.on_cuda(None)[0], together.on_cuda(None)[0])
+
+
+def test_rows_that_are_padding_become_zero() -> None:
+    case = make_case([(0, 1), (2, 1)], "fp32")
+    alone = make_case([(0, 1), (2, 1)], "fp32").on_cuda(None)
+    case.first_positions_R = np.array([0, -1], np.int32)
+    np.testing.assert_array_equal(case.on_cuda(None), alone * [[[1]], [[0]]])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "number_format"),
+    [(128, 4, "bf16"), (256, 16, "fp32"), (64, 1, "fp32")],
+)
+def test_a_tile_fits_into_the_memory_of_a_block(
+    head_dim: int, group_size: int, number_format: str
+) -> None:
+    per_word = {"fp32": 2, "bf16": 4}[number_format]
+    size = kernels.tile_size_of(head_dim // per_word, group_size, per_word)
+    assert size >= 8
+    tile_bytes = 2 * size * head_dim * (8 // per_word)
+    assert tile_bytes < kernels.SHARED_BYTES

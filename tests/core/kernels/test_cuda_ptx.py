@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,44 +26,60 @@ def array(element: Any, num_axes: int) -> Any:
 
 
 def norm_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
-    rows, weight = array(element, 2), array(FLOAT, 1)
+    rows, vector, out = array(FLOAT, 2), array(FLOAT, 1), array(element, 2)
+    added = (rows, rows, vector, vector, FLOAT, out)
     return [
-        (norm.rms_norm_kernel(name, norm.THREADS), (rows, weight, FLOAT, rows)),
-        (norm.add_rms_norm_kernel(name, norm.THREADS), (rows, rows, weight, FLOAT, rows)),
+        (norm.rms_norm_kernel(name, norm.THREADS), (rows, vector, FLOAT, out)),
+        (norm.add_rms_norm_kernel(name, norm.THREADS, False), added),
+        (norm.add_rms_norm_kernel(name, norm.THREADS, True), added),
+        (norm.add_kernel(True), (rows, rows, vector)),
     ]
 
 
 def activation_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
-    return [(activation.silu_multiply_kernel(name), (array(element, 2),) * 3)]
+    signature = (array(FLOAT, 2), array(FLOAT, 1), array(element, 2))
+    return [(activation.silu_multiply_kernel(name), signature)]
 
 
 def rotary_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
-    heads, cache = array(element, 3), array(element, 4)
-    index, table = array(INT, 1), array(FLOAT, 2)
-    signature = (heads, heads, heads, index, index, table, table, cache, cache, heads)
-    return [(rotary.rotate_and_write_kernel(name), signature)]
+    rows, vector, index, cache = array(FLOAT, 2), array(FLOAT, 1), array(INT, 1), array(element, 4)
+    places = (index, index, array(INT, 2), rows, rows, cache, cache, array(FLOAT, 3))
+    signature = (rows, vector, vector, vector, FLOAT, *places)
+    return [
+        (rotary.rotate_and_write_kernel(name, rotary.THREADS, norms_heads), signature)
+        for norms_heads in (False, True)
+    ]
 
 
-def attention_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
-    heads, cache, index = array(element, 3), array(element, 4), array(INT, 1)
+def attention_kernels(
+    name: str, element: Any, *, head_dim: int = 64, group_size: int = 3
+) -> list[tuple[Any, Any]]:
+    words, index = array(LONG, 4), array(INT, 1)
     partials = (array(FLOAT, 4), array(FLOAT, 3), array(FLOAT, 3))
     attend = attention.attend_kernel(
         name,
-        head_dim=64,
-        group_size=3,
+        head_dim=head_dim,
+        num_words=head_dim // (8 // (element.bitwidth // 8)),
+        group_size=group_size,
         block_size=16,
         threads=attention.THREADS,
         split=attention.SPLIT,
     )
+    places = (words, words, array(INT, 2), index, index, INT)
     return [
-        (attend, (heads, cache, cache, array(INT, 2), index, index, INT, *partials)),
-        (attention.merge_kernel(name), (*partials, heads)),
+        (attend, (array(FLOAT, 3), *places, *partials)),
+        (attention.merge_kernel(name, attention.SPLIT), (index, *partials, array(element, 3))),
     ]
 
 
 def packing_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
     signature = (array(element, 2), array(INT, 1), array(element, 2))
-    return [(packing.gather_rows_kernel, signature), (packing.scatter_rows_kernel, signature)]
+    widened = (array(element, 2), array(INT, 1), array(FLOAT, 2))
+    return [
+        (packing.gather_rows_kernel, signature),
+        (packing.scatter_rows_kernel, signature),
+        (packing.gather_widened_rows_kernel(name), widened),
+    ]
 
 
 @pytest.mark.parametrize("compute_capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
@@ -88,8 +105,9 @@ def test_sampling_compiles_to_ptx_without_contracted_products(
     compute_capability: tuple[int, int],
 ) -> None:
     """A fused multiply-add rounds once where numpy and the CPU round twice."""
-    logits, floats, longs = array(FLOAT, 2), array(FLOAT, 1), array(LONG, 1)
-    sample = (logits, floats, longs, array(DOUBLE, 1), longs, array(types.uint64, 1), longs)
+    logits, longs = array(FLOAT, 2), array(LONG, 1)
+    doubles = array(DOUBLE, 1)
+    sample = (logits, longs, doubles, longs, doubles, longs, longs, longs)
     penalise = (logits, array(INT, 2), array(INT, 2), array(INT, 1), array(FLOAT, 2))
     for kernel, signature in [
         (sampling.sample_kernel, (*sample, array(INT, 1))),
@@ -102,7 +120,32 @@ def test_sampling_compiles_to_ptx_without_contracted_products(
         assert "fma.rn.f32" not in ptx
 
 
-def test_the_sums_of_attention_stay_in_registers() -> None:
-    (attend, signature), _ = attention_kernels("bf16", ELEMENTS["bf16"])
+def test_ranking_compiles_to_ptx() -> None:
+    signature = types.void(array(FLOAT, 2), array(LONG, 1))
+    assert "atom" in compile_to_ptx(sampling.likeliest_kernel, signature, (9, 0))
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(64, 3), (128, 4), (128, 6)])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_sums_of_attention_stay_in_registers(name: str, head_dim: int, group_size: int) -> None:
+    (attend, signature), _ = attention_kernels(
+        name, ELEMENTS[name], head_dim=head_dim, group_size=group_size
+    )
     ptx = compile_to_ptx(attend, types.void(*signature), (9, 0))
     assert "ld.local" not in ptx
+    # Keys and values are read in words of eight bytes.
+    assert re.search(r"ld\.global(\.nc)?\.[bu]64", ptx)
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 4), (128, 6), (256, 16)])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_attention_takes_no_more_shared_memory_than_a_block_has(
+    name: str, head_dim: int, group_size: int
+) -> None:
+    (attend, signature), _ = attention_kernels(
+        name, ELEMENTS[name], head_dim=head_dim, group_size=group_size
+    )
+    ptx = compile_to_ptx(attend, types.void(*signature), (8, 0))
+    sizes = [int(size) for size in re.findall(r"\.shared .*\[(\d+)\];", ptx)]
+    assert len(sizes) >= 8
+    assert sum(sizes) <= attention.SHARED_BYTES

@@ -9,7 +9,7 @@ import pytest
 
 from core.kernels.sampling import cuda as kernels
 from core.kernels.sampling import reference
-from tests.support.cuda import THREADS, needs_cuda, on_device
+from tests.support.cuda import LAUNCH, needs_cuda, on_device
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 
@@ -28,7 +28,9 @@ def sample_on_cuda(logits_SV: np.ndarray, rows: list[dict[str, Any]]) -> list[in
     )
     token_ids_S = on_device(np.full(len(rows), -1, np.int32))
     on_cuda = kernels.RowParameters(*(on_device(array) for array in parameters))
-    kernels.sample_rows(on_device(logits_SV), on_cuda, token_ids_S, threads=THREADS)
+    logits, ranks_S = on_device(logits_SV), on_device(np.zeros(len(rows), np.int64))
+    kernels.rank_likeliest(logits, ranks_S, launch=LAUNCH)
+    kernels.sample_rows(logits, ranks_S, on_cuda, token_ids_S, launch=LAUNCH)
     return token_ids_S.copy_to_host().tolist()
 
 
@@ -88,6 +90,16 @@ def test_penalties_equal_those_of_the_reference() -> None:
         counts_SM=on_device(np.array([[1, 0, 3, 0]], np.int32)),
         lengths_S=on_device(np.array([3], np.int32)),
         penalties_S3=on_device(np.array([list(penalties.values())], np.float32)),
-        threads=THREADS,
+        launch=LAUNCH,
     )
     np.testing.assert_array_equal(logits_SV.copy_to_host()[0], expected_V)
+
+
+def test_ranks_tell_the_likeliest_token_of_several_blocks() -> None:
+    vocab_size = kernels.ELEMENTS_PER_BLOCK + 7
+    logits_SV = np.random.default_rng(10).standard_normal((2, vocab_size)).astype(np.float32)
+    logits_SV[0, [3, vocab_size - 1]] = 9.0
+    logits_SV[1, vocab_size - 1] = 9.0
+    ranks_S = on_device(np.zeros(2, np.int64))
+    kernels.rank_likeliest(on_device(logits_SV), ranks_S, launch=LAUNCH)
+    assert kernels.token_ids_of(ranks_S.copy_to_host()).tolist() == [3, vocab_size - 1]
