@@ -49,10 +49,11 @@ class SequenceTable:
         num_blocks_S = self._num_blocks_S.copy()
         num_blocks_S[ended] = 0
         positions = self._place_blocks(updates, is_live_S, num_blocks_S)
+        cached = self._cached_positions(updates, num_blocks_S[started])
         self._is_live_S = is_live_S
         self._num_blocks_S = num_blocks_S
-        self._lengths_S[started] = 0
-        self._certain_S[started] = 0
+        self._lengths_S[started] = cached
+        self._certain_S[started] = cached
         if len(positions):
             self.block_tables_SB[updates.block_slots, positions] = updates.block_ids
 
@@ -63,6 +64,17 @@ class SequenceTable:
         _require(bool(in_range.all()), f"{name}: slots must be below {self.num_slots}", array)
         _require(len(np.unique(array)) == len(array), f"{name}: a slot occurs twice", array)
         return array
+
+    def _cached_positions(
+        self, updates: SequenceUpdates, num_blocks: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """How many positions of each starting sequence its blocks hold already."""
+        cached = np.array([start.num_cached_positions for start in updates.starts], np.int64)
+        are_whole = (cached >= 0) & (cached % BLOCK_SIZE == 0)
+        _require(bool(are_whole.all()), "cached positions are not whole blocks", cached)
+        are_covered = cached <= num_blocks * BLOCK_SIZE
+        _require(bool(are_covered.all()), "cached positions have no KV block", cached)
+        return cached
 
     def _place_blocks(
         self,

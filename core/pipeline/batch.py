@@ -19,10 +19,15 @@ from core.sampling.parameters import SamplingParameters
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceStart:
-    """A sequence begins in `slot`. `sampling` and `known_token_ids` reach the last stage only."""
+    """A sequence begins in `slot`. `sampling` and `known_token_ids` reach the last stage only.
+
+    Its first `num_cached_positions` positions, whole blocks, were computed for others: the
+    first of its blocks hold them, and its first run goes on after them.
+    """
 
     slot: int
     request_id: int
+    num_cached_positions: int = 0
     sampling: SamplingParameters | None = None
     known_token_ids: tuple[int, ...] = ()
     num_prompt_tokens: int = 0

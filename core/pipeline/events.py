@@ -26,6 +26,8 @@ class PipelineFacts:
     context_length: int  # most positions of a sequence
     kv_block_size: int = 16  # positions in a KV block
     eos_token_ids: tuple[int, ...] = ()
+    # Names weights and arithmetic: what was computed with others is of no use.
+    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,8 @@ class RequestArrived:
     sampling: SamplingParameters
     deadline_s: float | None = None  # on the clock of `now_s`
     traceparent: str = ""
+    # Only requests of equal salt share what was computed for their prompts: a tenant's secret.
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

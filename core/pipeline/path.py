@@ -42,12 +42,13 @@ class Path:
         waiting: WaitingQueue,
         ids: Iterator[int],
         settings: PolicySettings,
+        shares_prefixes: bool,
         now_s: float,
     ) -> None:
         """`ids` numbers the micro-batches of all paths, upwards."""
         num_stages = len(facts.stages)
         self.facts = facts
-        self.mirror = PathMirror(facts)
+        self.mirror = PathMirror(facts, shares_prefixes=shares_prefixes)
         self.running: set[Sequence] = set()
         self.num_preemptions = 0
         self._waiting = waiting
@@ -229,6 +230,7 @@ class Path:
                 rows = sequence.num_unscheduled
             rows = min(rows, space)
             chunks.append(Chunk(sequence, rows))
+            self.mirror.publish(sequence, num_positions=sequence.num_scheduled + rows)
             pairs = rows * (sequence.num_scheduled + 0.5 * rows)
             budget_s -= policy.seconds(rows, pairs) - policy.seconds(0, 0)
             space -= rows
@@ -245,19 +247,18 @@ class Path:
         the newcomer would be preempted at once.
         """
         sequence = self._waiting.head
-        if sequence is None or not self.mirror.has_free_slot:
+        if sequence is None:
             return None
         if sequence.last_micro_batch_id > self._returned_id:
             return None  # was preempted, and its last token has yet to return
-        wanted = self.mirror.blocks_for(len(sequence.token_ids)) + len(self.running) // 2
-        if wanted > self.mirror.num_free_blocks:
+        if not self.mirror.start(sequence, spare=len(self.running) // 2):
             return None
         self._waiting.pop_head()
-        self.mirror.start(sequence)
         sequence.state = State.RUNNING
         self.running.add(sequence)
         if sequence.scheduled_s is None:
             sequence.scheduled_s = now_s
+            sequence.num_cached = sequence.num_found
         return sequence
 
     def _launch(self, decodes: list[Sequence], chunks: list[Chunk], now_s: float) -> RunMicroBatch:

@@ -52,6 +52,7 @@ class SchedulerSettings:
     # A pipeline in which nothing returns for so long has hung.
     micro_batch_timeout_s: float = 30.0
     lost_retry_s: float = 2.0  # retry delay of those refused because the pipeline is down
+    shares_prefixes: bool = True  # requests that begin alike share what was computed for it
     policy: PolicySettings = field(default_factory=PolicySettings)
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class Scheduler:
         self._num_past_preemptions = 0
         self.num_tokens = 0  # generated
         self.num_prompt_tokens = 0  # of requests that got their first token
+        self.num_cached_tokens = 0  # of these, those that had been computed before
 
     # --- what there is to see
 
@@ -149,6 +151,7 @@ class Scheduler:
             waiting=self._waiting,
             ids=self._micro_batch_ids,
             settings=self._settings.policy,
+            shares_prefixes=self._settings.shares_prefixes,
             now_s=self._now_s,
         )
 
@@ -188,6 +191,7 @@ class Scheduler:
             sampling=event.sampling,
             arrived_s=self._now_s,
             traceparent=event.traceparent,
+            cache_salt=event.cache_salt,
         )
         self._sequences[event.request_id] = sequence
         self._waiting.add(sequence)
@@ -279,6 +283,7 @@ class Scheduler:
         if sequence.first_token_s is None:
             sequence.first_token_s = self._now_s
             self.num_prompt_tokens += sequence.num_prompt_tokens
+            self.num_cached_tokens += sequence.num_cached
         if sequence.state is State.RUNNING:
             path.make_ready(sequence)
         else:

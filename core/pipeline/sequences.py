@@ -32,10 +32,15 @@ class Sequence:
     sampling: SamplingParameters
     arrived_s: float
     traceparent: str = ""
+    cache_salt: str = ""
     state: State = State.WAITING
     slot: int = -1
     tables_S: list[list[int]] = field(default_factory=list)  # block ids, stage by stage
     capacity: int = 0  # positions that its blocks can hold
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
+    num_published: int = 0  # of its blocks, since its latest start
+    num_found: int = 0  # positions whose keys and values it found at its latest start
+    num_cached: int = 0  # of those at its first start, all the prompt's
     num_scheduled: int = 0
     last_micro_batch_id: int = -1  # the latest one that carries it
     scheduled_s: float | None = None  # when its first chunk was scheduled
@@ -58,7 +63,7 @@ class Sequence:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_generated,
-            cached_tokens=0,
+            cached_tokens=self.num_cached,
             queue_s=scheduled_s - self.arrived_s,
             prefill_s=first_token_s - scheduled_s,
             decode_s=last_token_s - first_token_s,

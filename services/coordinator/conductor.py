@@ -193,6 +193,7 @@ class Conductor:
                 sampling=sampling,
                 deadline_s=deadline_s,
                 traceparent=submission.traceparent,
+                cache_salt=submission.cache_salt,
             )
         )
 

@@ -64,6 +64,7 @@ def pipeline_facts(stages: Sequence[stage_pb2.StageReady], *, num_slots: int) ->
         context_length=stages[0].context_length,
         kv_block_size=stages[0].kv_block_size,
         eos_token_ids=tuple(stages[0].eos_token_ids),
+        weights=f"{stages[0].model_digest} {stages[0].numerics_fingerprint}",
     )
 
 

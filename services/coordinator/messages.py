@@ -71,6 +71,7 @@ def _start_message(start: SequenceStart) -> stage_pb2.SequenceStart:
     message = stage_pb2.SequenceStart(
         slot=start.slot,
         request_id=start.request_id,
+        num_cached_positions=start.num_cached_positions,
         known_token_ids=start.known_token_ids,
         num_prompt_tokens=start.num_prompt_tokens,
         traceparent=start.traceparent,

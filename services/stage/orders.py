@@ -90,6 +90,7 @@ def _decode_start(message: stage_pb2.SequenceStart, limits: OrderLimits) -> Sequ
     return SequenceStart(
         slot=message.slot,
         request_id=message.request_id,
+        num_cached_positions=message.num_cached_positions,
         sampling=_decode_sampling(message, limits),
         known_token_ids=known,
         num_prompt_tokens=message.num_prompt_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
@@ -88,16 +89,24 @@ class KvBlockCount:
     """Counts the KV blocks that live sequences hold, as orders are performed."""
 
     def __init__(self) -> None:
-        self.num_used = 0
-        self._by_slot: dict[int, int] = {}
+        self._by_slot: defaultdict[int, list[int]] = defaultdict(list)
+        self._num_holders: defaultdict[int, int] = defaultdict(int)
+
+    @property
+    def num_used(self) -> int:
+        """A block that several sequences share counts once."""
+        return len(self._num_holders)
 
     def note(self, updates: SequenceUpdates) -> None:
         """Adds updates that have been applied."""
         for slot in updates.ended_slots:
-            self.num_used -= self._by_slot.pop(slot, 0)
-        for slot in updates.block_slots:
-            self._by_slot[slot] = self._by_slot.get(slot, 0) + 1
-        self.num_used += len(updates.block_slots)
+            for block in self._by_slot.pop(slot, ()):
+                self._num_holders[block] -= 1
+                if not self._num_holders[block]:
+                    del self._num_holders[block]
+        for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
+            self._by_slot[slot].append(block)
+            self._num_holders[block] += 1
 
 
 def _copy(totals: Totals) -> Totals:

@@ -64,7 +64,7 @@ class Bench:
         limit = self.model.context_length
         traced, share = clip(read_trace(limit=TRACE_REQUESTS), context_length=limit)
         say(f"trace: {share:.1%} of requests clipped to {limit} tokens")
-        endless = (self._request(one, seed) for seed, one in enumerate(itertools.cycle(traced)))
+        endless = (self._request(one, f"{n}") for n, one in enumerate(itertools.cycle(traced)))
         seconds = self.plan.open_loop_seconds
         saturated = await self._run(
             [endless] * SATURATING_CLIENTS, load="trace, saturated", seconds=seconds
@@ -75,7 +75,7 @@ class Bench:
             return [saturated]
         arrivals = scale(traced, requests_per_s=rate)
         due = [one for one in arrivals if one.at_s < seconds]
-        requests = [self._request(one, seed) for seed, one in enumerate(due)]
+        requests = [self._request(one, f"due {n}") for n, one in enumerate(due)]
         load = f"trace, {rate:.2f} requests/s"
         generator = LoadGenerator(self.channel)
         return [saturated, await self._measured(generator, generator.open_loop(requests), load)]
@@ -103,7 +103,7 @@ class Bench:
             load, generator.tally, from_s=from_s, to_s=to_s, before=before, after=after
         )
 
-    def _request(self, lengths: TracedRequest, seed: int) -> Request:
+    def _request(self, lengths: TracedRequest, seed: str) -> Request:
         return make_request(
             random.Random(seed),
             vocab_size=self.model.vocab_size,
@@ -114,7 +114,8 @@ class Bench:
 
     def _short_requests(self, client: int, num_streams: int) -> Iterator[Request]:
         """One client's requests: endless, or its part of `plan.requests`."""
-        rng = random.Random(SEED + client)
+        # No two loads send the same prompts: the prefix cache would know them.
+        rng = random.Random(f"{SEED} {num_streams} {client}")
         total = self.plan.requests
         turns = itertools.count() if total is None else range(client, total, num_streams)
         for turn, _ in enumerate(turns):

@@ -82,7 +82,7 @@ def test_generate_streams_what_the_public_api_says_greedily_by_default(
 
 def test_generate_prints_usage_to_stderr(mesh: LocalMesh) -> None:
     done = mesh.run("generate", "--usage", "--max-tokens", "3", "--ignore-eos", "Hello")
-    assert re.match(r"LENGTH: \d+ prompt tokens \(0 cached\), 3 completion tokens", done.stderr)
+    assert re.match(r"LENGTH: \d+ prompt tokens \(\d+ cached\), 3 completion tokens", done.stderr)
 
 
 def test_generate_shows_a_refusal_in_one_line(mesh: LocalMesh) -> None:

@@ -82,16 +82,31 @@ class Chain:
         self._lengths: dict[int, int] = {}
         self._started: list[SequenceStart] = []
         self._ended: list[int] = []
+        self._added: list[tuple[int, int]] = []  # slots and blocks that the engines lack
         self._next_id = 0
 
-    def start(self, slot: int, sampling: SamplingParameters, prompt: Sequence[int] = ()) -> None:
-        """Begins a sequence; `prompt` is what penalties count."""
-        self._blocks[slot] = []
-        self._lengths[slot] = 0
+    def start(
+        self,
+        slot: int,
+        sampling: SamplingParameters,
+        prompt: Sequence[int] = (),
+        *,
+        like_slot: int | None = None,
+        num_cached: int = 0,
+    ) -> None:
+        """Begins a sequence; `prompt` is what penalties count.
+
+        With `like_slot` its first `num_cached` positions are those of that live sequence.
+        """
+        shared = [] if like_slot is None else self._blocks[like_slot][: num_cached // BLOCK_SIZE]
+        self._blocks[slot] = list(shared)
+        self._added += [(slot, block) for block in shared]
+        self._lengths[slot] = num_cached
         self._started.append(
             SequenceStart(
                 slot=slot,
                 request_id=slot,
+                num_cached_positions=num_cached,
                 sampling=sampling,
                 known_token_ids=tuple(prompt),
                 num_prompt_tokens=len(prompt),
@@ -100,7 +115,9 @@ class Chain:
 
     def end(self, slot: int) -> None:
         """Ends a sequence; its blocks may be handed out again at once."""
-        self._free_blocks = self._blocks.pop(slot) + self._free_blocks
+        blocks = self._blocks.pop(slot)
+        held = {block for others in self._blocks.values() for block in others}
+        self._free_blocks = [block for block in blocks if block not in held] + self._free_blocks
         del self._lengths[slot]
         self._ended.append(slot)
 
@@ -174,7 +191,7 @@ class Chain:
         return outputs
 
     def _micro_batch(self, runs: Sequence[Run]) -> MicroBatch:
-        firsts, block_slots, block_ids = [], [], []
+        firsts = []
         for run in runs:
             first = self._lengths[run.slot] if run.first is None else run.first
             firsts.append(first)
@@ -182,15 +199,14 @@ class Chain:
             blocks = self._blocks[run.slot]
             while len(blocks) * BLOCK_SIZE < self._lengths[run.slot]:
                 blocks.append(self._free_blocks.pop(0))
-                block_slots.append(run.slot)
-                block_ids.append(blocks[-1])
+                self._added.append((run.slot, blocks[-1]))
         updates = SequenceUpdates(
             ended_slots=tuple(self._ended),
             starts=tuple(self._started),
-            block_slots=tuple(block_slots),
-            block_ids=tuple(block_ids),
+            block_slots=tuple(slot for slot, _ in self._added),
+            block_ids=tuple(block for _, block in self._added),
         )
-        self._ended, self._started = [], []
+        self._ended, self._started, self._added = [], [], []
         self._next_id += 1
         return MicroBatch(
             id=self._next_id,

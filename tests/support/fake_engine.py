@@ -55,14 +55,21 @@ class FakeEngine:
             del self.tables[slot]
         for start in updates.starts:
             assert start.slot not in self.tables, f"slot {start.slot} started twice"
+            assert start.num_cached_positions % self.block_size == 0, "a part of a block is cached"
             self.tables[start.slot] = []
-            self._spans[start.slot] = (0, 0)
+            self._spans[start.slot] = (start.num_cached_positions, start.num_cached_positions)
         held = {block for table in self.tables.values() for block in table}
         for slot, block in zip(updates.block_slots, updates.block_ids, strict=True):
-            assert block not in held, f"block {block} is held twice"
+            table = self.tables[slot]
+            is_cached = len(table) * self.block_size < self._spans[slot][0]
+            assert is_cached or block not in held, f"block {block} is held twice"
+            assert block not in table, f"block {block} is twice in a sequence"
             assert 0 <= block < self.num_kv_blocks, f"block {block} does not exist"
             held.add(block)
-            self.tables[slot].append(block)
+            table.append(block)
+        for start in updates.starts:
+            covered = len(self.tables[start.slot]) * self.block_size
+            assert start.num_cached_positions <= covered, "cached positions without a block"
 
     def run(
         self,

@@ -21,8 +21,10 @@ GREEDY = SamplingParameters(max_tokens=4, temperature=0.0)
 SETTINGS = EngineSettings("fp32", num_kv_blocks=8, num_slots=4, max_rows=40, context_length=100)
 
 
-def start(slot: int) -> SequenceStart:
-    return SequenceStart(slot=slot, request_id=slot, sampling=GREEDY)
+def start(slot: int, *, num_cached: int = 0) -> SequenceStart:
+    return SequenceStart(
+        slot=slot, request_id=slot, sampling=GREEDY, num_cached_positions=num_cached
+    )
 
 
 def make_batch(
@@ -113,6 +115,22 @@ def test_a_batch_that_does_not_fit_is_refused_and_changes_nothing(
         (SequenceUpdates(block_slots=(0,), block_ids=()), "length"),
         (SequenceUpdates(block_slots=(0,) * 6, block_ids=(1,) * 6), "more than 7 blocks"),
         (SequenceUpdates(ended_slots=(1,), block_slots=(1,), block_ids=(1,)), "not live"),
+        (SequenceUpdates(starts=(start(2, num_cached=16),)), "no KV block"),
+        (
+            SequenceUpdates(starts=(start(2, num_cached=32),), block_slots=(2,), block_ids=(5,)),
+            "no KV block",
+        ),
+        (
+            SequenceUpdates(starts=(start(2, num_cached=15),), block_slots=(2,), block_ids=(5,)),
+            "whole blocks",
+        ),
+        (SequenceUpdates(starts=(start(2, num_cached=-16),)), "whole blocks"),
+        (
+            SequenceUpdates(
+                starts=(start(2, num_cached=16), start(3)), block_slots=(3,), block_ids=(5,)
+            ),
+            "no KV block",
+        ),
     ],
 )
 def test_updates_that_do_not_fit_are_refused_and_change_nothing(
@@ -154,6 +172,15 @@ def test_a_slot_can_end_and_start_again_in_one_update(engine: Engine) -> None:
     assert result.sampled is not None
     with pytest.raises(ProtocolViolation, match="no KV block"):
         engine.step(make_batch([0], [16], [1]), None)
+
+
+def test_a_sequence_goes_on_after_the_positions_that_another_one_computed(engine: Engine) -> None:
+    updates = SequenceUpdates(
+        starts=(start(2, num_cached=16),), block_slots=(2, 2), block_ids=(5, 3)
+    )
+    with pytest.raises(ProtocolViolation, match="go on at"):
+        engine.step(make_batch([2], [0], [1], updates=updates), None)
+    assert engine.step(make_batch([2], [16], [4]), None).sampled is not None
 
 
 @pytest.mark.parametrize(

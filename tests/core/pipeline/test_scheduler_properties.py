@@ -6,7 +6,7 @@ only order they keep is first in, first out.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -80,13 +80,44 @@ class PipelineMachine(RuleBasedStateMachine):
     # --- the world
 
     @rule(
-        num_prompt=st.integers(1, 40),
+        num_shared=st.integers(0, 30),
+        num_own=st.integers(1, 10),
+        topic=st.integers(0, 1),
         max_tokens=st.integers(1, 12),
         timeout_s=st.one_of(st.none(), st.floats(0.0, 5.0)),
+        salt=st.sampled_from(["", "", "", "tenant"]),
     )
-    def arrive(self, num_prompt: int, max_tokens: int, timeout_s: float | None) -> None:
+    def arrive(
+        self,
+        num_shared: int,
+        num_own: int,
+        topic: int,
+        max_tokens: int,
+        timeout_s: float | None,
+        salt: str,
+    ) -> None:
+        shared = [(7 * topic + index) % 100 for index in range(num_shared)]
+        own = [(7 * len(self.prompts) + index) % 100 for index in range(num_own)]
+        self._arrive(shared + own, max_tokens=max_tokens, timeout_s=timeout_s, salt=salt)
+
+    @precondition(lambda self: any(self.outputs.values()))
+    @rule(data=st.data(), num_own=st.integers(1, 6))
+    def follow_up(self, data: st.DataObject, num_own: int) -> None:
+        """A conversation goes on: prompt and output so far begin the next prompt."""
+        talked = [request_id for request_id, output in self.outputs.items() if output]
+        request_id = data.draw(st.sampled_from(talked))
+        said = self.prompts[request_id] + self.outputs[request_id]
+        self._arrive(said[:30] + [3] * num_own, max_tokens=3)
+
+    def _arrive(
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        timeout_s: float | None = None,
+        salt: str = "",
+    ) -> None:
         request_id = len(self.prompts)
-        prompt = [(7 * request_id + index) % 100 for index in range(num_prompt)]
         self.prompts[request_id], self.max_tokens[request_id] = prompt, max_tokens
         self.outputs[request_id], self.ends[request_id] = [], []
         self._handle(
@@ -95,6 +126,7 @@ class PipelineMachine(RuleBasedStateMachine):
                 token_ids=prompt,
                 sampling=SamplingParameters(max_tokens=max_tokens),
                 deadline_s=None if timeout_s is None else self.now_s + timeout_s,
+                cache_salt=salt,
             )
         )
 
@@ -145,8 +177,9 @@ class PipelineMachine(RuleBasedStateMachine):
         path = self.scheduler._path
         assert path is not None
         for stage, allocator in enumerate(path.mirror.allocators):
-            held = [block for s in path.running for block in s.tables_S[stage]]
-            assert len(set(held)) == len(held) == allocator.num_used
+            held = Counter(block for s in path.running for block in s.tables_S[stage])
+            assert len(held) == allocator.num_used
+            assert [held[block] for block in range(allocator.num_blocks)] == allocator._num_holders
         slots = [sequence.slot for sequence in path.running]
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < NUM_SLOTS for slot in slots)
@@ -232,6 +265,9 @@ class PipelineMachine(RuleBasedStateMachine):
         if action.finish_reason is not None:
             assert action.usage is not None
             assert action.usage.completion_tokens == len(output)
+            cached = action.usage.cached_tokens
+            assert 0 <= cached < len(self.prompts[request_id])
+            assert cached % BLOCK_SIZE == 0
             self.ends[request_id].append(action.finish_reason)
 
     def _compute_one(self, stage: int) -> None:

@@ -54,20 +54,22 @@ class SequenceUpdates(_message.Message):
     def __init__(self, ended_slots: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[_Union[SequenceStart, _Mapping]]] = ..., block_slots: _Optional[_Iterable[int]] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SequenceStart(_message.Message):
-    __slots__ = ("slot", "request_id", "sampling", "known_token_ids", "num_prompt_tokens", "traceparent")
+    __slots__ = ("slot", "request_id", "sampling", "known_token_ids", "num_prompt_tokens", "traceparent", "num_cached_positions")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     KNOWN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     request_id: int
     sampling: _generation_pb2.SamplingParameters
     known_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
     traceparent: str
-    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    num_cached_positions: int
+    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., num_cached_positions: _Optional[int] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
     __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids")
