@@ -10,19 +10,20 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # or a path contains.
 OPTIONS := MODEL STAGES DTYPE SPLIT KV_MEMORY GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
-	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS
+	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
+	ROUNDS PEERS
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status stop plan models pull test check format protos bench quality clean
+.PHONY: help mesh generate status stop plan models pull test check format protos bench bench-peers quality clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{ printf "%-16s %s\n", $$1, $$2 }'
 	@echo
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
@@ -68,6 +69,9 @@ protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto file
 
 bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE=
 	@$(PYTHON) -m tests.benchmarks
+
+bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm" FORMATS="int8 bf16" JSON=path
+	@$(PYTHON) -m tests.benchmarks.peers
 
 quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
 	@$(PYTHON) -m tests.benchmarks.quality

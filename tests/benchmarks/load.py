@@ -126,13 +126,19 @@ def make_request(
     at_s: float = 0.0,
 ) -> Request:
     """A greedy request of exactly these lengths, with random tokens for a prompt."""
+    prompt = [rng.randrange(vocab_size) for _ in range(num_prompt_tokens)]
+    return encode_request(prompt, num_new_tokens=num_new_tokens, at_s=at_s)
+
+
+def encode_request(prompt: Sequence[int], *, num_new_tokens: int, at_s: float = 0.0) -> Request:
+    """A greedy request of exactly this length."""
     message = pb.GenerateRequest(
-        token_ids=[rng.randrange(vocab_size) for _ in range(num_prompt_tokens)],
+        token_ids=prompt,
         sampling=pb.SamplingParameters(max_tokens=num_new_tokens, temperature=0, ignore_eos=True),
     )
     return Request(
         message=message.SerializeToString(),
-        num_prompt_tokens=num_prompt_tokens,
+        num_prompt_tokens=len(prompt),
         num_new_tokens=num_new_tokens,
         at_s=at_s,
     )

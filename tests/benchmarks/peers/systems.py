@@ -1,0 +1,145 @@
+"""Who takes part: our number formats, and each peer in the configurations that suit it best."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.local.fetch import cache_folder
+from tests.benchmarks.peers.export import export
+from tests.benchmarks.peers.turns import Child, PeerFailed, Turn, child_turn, mesh_turn
+from tests.benchmarks.peers.work import Work
+
+ROOT = Path(__file__).parents[3]
+CHILDREN = Path(__file__).parent / "children"
+INSTALL = ROOT / "infra" / "peers" / "install.sh"
+INSTALL_TIMEOUT_S = 3600.0
+
+KV_GIB = 2
+MAX_STREAMS = 256
+CONTEXT = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A system in one configuration. `rate` guesses tokens/s, for the estimate of the time only;
+    `takes` says which work it is given."""
+
+    name: str
+    family: str
+    open: Callable[[], AbstractContextManager[Turn]]
+    start_s: float
+    rate: Callable[[Work], float]
+    takes: Callable[[Work], bool] = lambda _: True
+
+
+def ours(number_format: str, model: str | None, stages: str | None) -> Contestant:
+    """A mesh of two stages in one number format."""
+    options = ["--dtype", number_format, "--kv-memory", f"{KV_GIB}GiB"]
+    for flag, value in (("--model", model), ("--stages", stages)):
+        options += [flag, value] if value else []
+    return Contestant(
+        name=f"penstock {number_format}",
+        family="penstock",
+        open=lambda: mesh_turn(options),
+        start_s=8.0,
+        rate=lambda work: _guess(work, {1: 120, 8: 500, 32: 1000, 64: 1300}, prefill=2000),
+    )
+
+
+def vllm(model: Path, logs: Path) -> list[Contestant]:
+    """vLLM's offline API: bf16, int8, and bf16 pipelined over two processes."""
+    python = install("vllm")
+    folders = export(model, peers_folder() / "exports" / model.stem)
+    single, pipelined = "0-1", "0|1"
+    one, two = {}, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+    def contestant(
+        name: str, number_format: str, threads: str, more: Mapping[str, object], slower: float
+    ) -> Contestant:
+        child = Child(
+            python=python,
+            script=CHILDREN / "run_vllm.py",
+            options={
+                "model": str(folders[number_format]),
+                "dtype": "bfloat16",
+                "max_model_len": CONTEXT,
+                "max_num_seqs": MAX_STREAMS,
+            }
+            | more,
+            environment=vllm_environment(python, threads=threads),
+        )
+        return Contestant(
+            name=name,
+            family="vllm",
+            open=lambda: child_turn(child, log=logs / f"{name.replace(' ', '-')}.log"),
+            start_s=28.0,
+            rate=lambda work: (
+                _guess(work, {1: 80, 8: 400, 32: 1000, 64: 1300}, prefill=2500) / slower
+            ),
+            # The pipelined configuration is in one goal only, and slower everywhere.
+            takes=lambda work: not more or work.name in ("decode 64", "prefill"),
+        )
+
+    return [
+        contestant("vllm bf16", "bf16", single, one, 1.0),
+        contestant("vllm w8a8", "w8a8", single, one, 1.0),
+        contestant("vllm bf16 pipelined", "bf16", pipelined, two, 2.0),
+    ]
+
+
+def vllm_environment(python: Path, *, threads: str) -> dict[str, str]:
+    """Both cores, and what vLLM itself asks for when it starts."""
+    cache = peers_folder() / "vllm-cache"
+    return {
+        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        "VLLM_CPU_OMP_THREADS_BIND": threads,
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LD_PRELOAD": str(python.parents[1] / "lib" / "libiomp5.so"),
+        # Version 0.32 cannot read back what it has compiled ahead of time, and would compile for
+        # 40 s at each start; torch's own cache of the same kernels works.
+        "VLLM_USE_AOT_COMPILE": "0",
+        "VLLM_CACHE_ROOT": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }
+
+
+def install(name: str) -> Path:
+    """Makes the environment of a peer unless it is there; returns its interpreter."""
+    folder = peers_folder() / name
+    try:
+        done = subprocess.run(
+            [INSTALL, name, folder],
+            env=os.environ | {"PYTHON3": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PeerFailed(f"did not install in {INSTALL_TIMEOUT_S:.0f} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise PeerFailed(f"did not install: {lines[-1]}")
+    return folder / "bin" / "python"
+
+
+def peers_folder() -> Path:
+    """Environments, exported weights and compiled kernels of the peers, apart from ours."""
+    return cache_folder() / "peers"
+
+
+PEERS: Mapping[str, Callable[[Path, Path], Sequence[Contestant]]] = {"vllm": vllm}
+
+
+def _guess(work: Work, rates: Mapping[int, float], *, prefill: float) -> float:
+    if work.num_new_tokens == 1:
+        return prefill
+    return next((rate for streams, rate in rates.items() if work.streams <= streams), rates[64])
