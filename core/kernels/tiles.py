@@ -25,6 +25,7 @@ from core.kernels.vectors import (
     I32,
     I64,
     WORDS,
+    BFloat16,
     emit_call,
     emit_fma,
     emit_load,
@@ -38,20 +39,7 @@ WORD_BYTES = 4
 PANEL_ROW_BYTES = PANEL_COLUMNS * WORD_BYTES
 
 
-class _BFloat16(ir.Type):
-    """LLVM's `bfloat`, which llvmlite lacks; needed in the signature of one instruction only."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+_PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
 
 
 def emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
@@ -138,7 +126,7 @@ def emit_row_addresses(builder: Any, start: Any, stride: Any, rows: int) -> list
     return [builder.add(start, builder.mul(stride, index(row))) for row in range(rows)]
 
 
-def _emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
+def emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
     """Asks for cache lines, into the second-level cache; harmless at any address."""
     for line in vector_addresses(builder, where, num_lines):
         hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, level 2, data
@@ -190,7 +178,7 @@ def product_tile(
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
-                _emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
+                emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
                 panel = [
                     emit_weights(builder, kind, at)
                     for at in vector_addresses(builder, row, vectors)

@@ -29,6 +29,19 @@ HALVES = ir.VectorType(I16, LANES)
 BYTES_OF_FLOATS = 4 * LANES
 
 
+class BFloat16(ir.Type):
+    """LLVM's `bfloat`, which llvmlite lacks; needed in the signatures of some instructions."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(BFloat16)
+
+
 class Float32x16Type(types.Type):
     """16 float32 values in one vector."""
 
@@ -92,23 +105,33 @@ def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> ir.Value:
     return emit_call(builder, "llvm.fma.v16f32", FLOATS, [a, b, c])
 
 
-def emit_bfloat16_bits(builder: Any, floats: Any) -> ir.Value:
-    """Rounds to bfloat16, nearest even; the bits, in the low halves of 32-bit lanes.
+def emit_bfloat16_halves(builder: Any, arithmetic: Any, floats: Any) -> ir.Value:
+    """Rounds to bfloat16, nearest even; the bits. A NaN stays a (quiet) NaN.
 
-    A NaN stays a (quiet) NaN; the rounding step alone would turn some into zero.
+    The instruction turns subnormal numbers into zeros, as the one that multiplies pairs does.
     """
+    if arithmetic.dots_pairs:
+        name, kind = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat16(), LANES)
+        return builder.bitcast(emit_call(builder, name, kind, [floats]), HALVES)
     bits = builder.bitcast(floats, WORDS)
     high = builder.lshr(bits, splat_word(16))
     odd = builder.and_(high, splat_word(1))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, splat_word(0x7FFF))), splat_word(16))
+    # The rounding step alone would turn some NaNs into zero.
     is_nan = builder.fcmp_unordered("uno", floats, floats)
-    return builder.select(is_nan, builder.or_(high, splat_word(0x40)), rounded)
+    bits = builder.select(is_nan, builder.or_(high, splat_word(0x40)), rounded)
+    return builder.trunc(bits, HALVES)
+
+
+def emit_bfloat16_bits(builder: Any, arithmetic: Any, floats: Any) -> ir.Value:
+    """Rounds to bfloat16; the bits, in the low halves of 32-bit lanes."""
+    return builder.zext(emit_bfloat16_halves(builder, arithmetic, floats), WORDS)
 
 
 def emit_store_elements(builder: Any, arithmetic: Any, address: Any, floats: Any) -> None:
     """Stores 16 neighbouring elements in the number format."""
     if arithmetic.number_format == "bf16":
-        floats = builder.trunc(emit_bfloat16_bits(builder, floats), HALVES)
+        floats = emit_bfloat16_halves(builder, arithmetic, floats)
     emit_store(builder, floats, address, align=arithmetic.element_bytes)
 
 
@@ -204,7 +227,7 @@ def merge_elements(typing_context, arithmetic, where, floats, half):
         if arithmetic.arithmetic.number_format == "fp32":
             emit_store(builder, floats, where)
             return context.get_dummy_value()
-        bits = emit_bfloat16_bits(builder, floats)
+        bits = emit_bfloat16_bits(builder, arithmetic.arithmetic, floats)
         lower = builder.and_(emit_load(builder, where, WORDS), splat_word(0xFFFF))
         both = builder.or_(lower, builder.shl(bits, splat_word(16)))
         is_upper = emit_splat(builder, builder.icmp_unsigned("!=", half, index(0)))
@@ -221,7 +244,7 @@ def round_elements(typing_context, arithmetic, floats):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         if arithmetic.arithmetic.number_format == "fp32":
             return args[1]
-        bits = emit_bfloat16_bits(builder, args[1])
+        bits = emit_bfloat16_bits(builder, arithmetic.arithmetic, args[1])
         return builder.bitcast(builder.shl(bits, splat_word(16)), FLOATS)
 
     return float32x16(arithmetic, float32x16), codegen
@@ -280,19 +303,6 @@ def store_float(typing_context, where, value):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.float32), codegen
-
-
-@intrinsic
-def prefetch(typing_context, where):
-    """Asks for the cache line of an address, into the second-level cache."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        pointer = builder.inttoptr(args[0], ir.PointerType())
-        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, level 2, data
-        emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
 
 
 @intrinsic

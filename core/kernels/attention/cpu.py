@@ -14,6 +14,7 @@ Letters: T rows, C columns of the q/k/v product, S slots, B blocks of a sequence
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -28,27 +29,26 @@ from core.kernels.arithmetic import (
 )
 from core.kernels.attention.tiles import scores_tile, values_tile
 from core.kernels.compile import kernel
-from core.kernels.exponential import exponential
+from core.kernels.exponential import power_of_two
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     add,
     address,
+    fused_multiply_add,
     largest_lane,
     load_float,
     load_floats,
     load_word,
     maximum,
     multiply,
-    prefetch,
     splat,
     store_float,
     store_inputs,
-    subtract,
     sum_of_lanes,
 )
 
 TILE_QUERIES = 12  # rows x heads of a group that share a pass over keys and values
-FETCHED_BLOCKS = 2  # whose values are asked for at a time: few enough to compute meanwhile
+LOG2_E = np.float32(math.log2(math.e))
 
 
 class HeadSizes(NamedTuple):
@@ -130,10 +130,12 @@ def softmax_weights(arithmetic, scores, num_blocks, weights):
         odd = maximum(odd, load_floats(scores + (block + 1) * BYTES_OF_FLOATS))
     if num_blocks % 2 == 1:
         largest = load_floats(scores + (num_blocks - 1) * BYTES_OF_FLOATS)
-    largest = splat(largest_lane(maximum(largest, maximum(even, odd))))
+    scale = splat(LOG2_E)
+    largest = splat(-LOG2_E * largest_lane(maximum(largest, maximum(even, odd))))
     total = splat(np.float32(0.0))
     for block in range(num_blocks):
-        floats = exponential(subtract(load_floats(scores + block * BYTES_OF_FLOATS), largest))
+        floats = load_floats(scores + block * BYTES_OF_FLOATS)
+        floats = power_of_two(fused_multiply_add(floats, scale, largest))
         total = add(total, floats)
         store_inputs(arithmetic, weights + block * LANES * input_bytes(arithmetic), floats)
     return np.float32(1.0) / sum_of_lanes(total)
@@ -157,22 +159,12 @@ def load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers):
 
 
 @kernel
-def fetch_blocks(ahead, first, count, offset, num_bytes):
-    """Asks for `num_bytes` of each of `count` blocks from the `first` on, as far as there are."""
-    for block in range(first, min(first + count, ahead.num_blocks)):
-        start = keys_of_block(ahead, block) + offset
-        for line in range(0, num_bytes, 64):
-            prefetch(start + line)
-
-
-@kernel
-def score_blocks(arithmetic, num_queries, blocks, ahead, num_words, buffers):
+def score_blocks(arithmetic, num_queries, blocks, fetch_offset, num_words, buffers):
     """Scores of a tile's queries with blocks of keys, two at a time.
 
-    Meanwhile the keys of the blocks `ahead` are fetched.
+    Meanwhile what lies `fetch_offset` bytes behind the keys is fetched.
     """
     for block in range(0, blocks.num_blocks, 2):
-        fetch_blocks(ahead, block, 2, 0, num_words * BYTES_OF_FLOATS)
         keys_0 = keys_of_block(blocks, block)
         keys_1 = keys_0
         if block + 1 < blocks.num_blocks:
@@ -188,52 +180,39 @@ def score_blocks(arithmetic, num_queries, blocks, ahead, num_words, buffers):
                 num_words,
                 buffers.scores + first * buffers.score_stride + block * BYTES_OF_FLOATS,
                 buffers.score_stride,
+                keys_0 + fetch_offset,
+                keys_1 + fetch_offset,
             )
 
 
 @kernel
 def sum_values(arithmetic, num_queries, blocks, ahead, num_positions, width, buffers):
-    """Sums of values weighted by the tile's weights.
+    """Sums of values weighted by the tile's weights, 64 elements at a time, then 16.
 
-    Meanwhile the values of the blocks `ahead` are fetched.
+    Meanwhile the keys of the blocks `ahead` are fetched.
     """
-    half_bytes = LANES * width * element_bytes(arithmetic)
-    step = FETCHED_BLOCKS if ahead.num_blocks > 0 else blocks.num_blocks
+    values = blocks.keys + LANES * width * element_bytes(arithmetic)
     per_word = elements_per_word(arithmetic)
     num_words = (num_positions + per_word - 1) // per_word
-    words_per_block = LANES // per_word
-    for block in range(0, blocks.num_blocks, step):
-        fetch_blocks(ahead, block, step, half_bytes, half_bytes)
-        words = min(step * words_per_block, num_words - block * words_per_block)
-        add_values(arithmetic, num_queries, blocks, block, words, width, buffers)
-
-
-@kernel
-def add_values(arithmetic, num_queries, blocks, block, num_words, width, buffers):
-    """Adds `num_words` weighted words of values from a block on, 64 elements at a time, then 16."""
-    table = blocks.table + block * 4
-    values = blocks.keys + LANES * width * element_bytes(arithmetic)
     for first in range(0, num_queries, MAX_TILE_ROWS):
         count = min(MAX_TILE_ROWS, num_queries - first)
-        rows = (
-            buffers.weights
-            + first * buffers.weight_stride
-            + block * LANES * input_bytes(arithmetic)
-        )
+        rows = buffers.weights + first * buffers.weight_stride
         element = 0
         while element < width:
-            source = values + element * 4
-            target = buffers.outputs + first * buffers.output_stride + element * 4
+            offset = element * 4
+            target = buffers.outputs + first * buffers.output_stride + offset
             if width - element >= 4 * LANES:
                 values_tile(
-                    arithmetic, count, 4, rows, buffers.weight_stride, table, num_words,
-                    source, blocks.block_stride, width * 4, target, buffers.output_stride, block,
+                    arithmetic, count, 4, rows, buffers.weight_stride, blocks.table, num_words,
+                    values + offset, blocks.block_stride, width * 4, target,
+                    buffers.output_stride, ahead.table, ahead.keys + offset, ahead.num_blocks - 1,
                 )  # fmt: skip
                 element += 4 * LANES
             else:
                 values_tile(
-                    arithmetic, count, 1, rows, buffers.weight_stride, table, num_words,
-                    source, blocks.block_stride, width * 4, target, buffers.output_stride, block,
+                    arithmetic, count, 1, rows, buffers.weight_stride, blocks.table, num_words,
+                    values + offset, blocks.block_stride, width * 4, target,
+                    buffers.output_stride, ahead.table, ahead.keys + offset, ahead.num_blocks - 1,
                 )  # fmt: skip
                 element += LANES
 
@@ -284,9 +263,8 @@ def visible_blocks(table, position, num_rows, window, keys, block_stride):
 
 @kernel
 def first_blocks_of_run(rows, row, window, cache, block_stride):
-    """The blocks that the first row of a run sees with its first head; none behind the last run."""
-    if row == rows.num_rows:
-        return Blocks(0, 0, 0, cache, block_stride)
+    """The blocks that the row sees with its first head; those of the last row behind it."""
+    row = min(row, rows.num_rows - 1)
     table = address(rows.block_tables_SB[rows.slots_T[row]])
     position = np.int64(rows.positions_T[row])
     return visible_blocks(table, position, 1, window, cache, block_stride)
@@ -314,8 +292,9 @@ def attend_tile(
     group = heads.num_heads // heads.num_kv_heads
     num_words = heads.width // elements_per_word(arithmetic)
     num_positions = position + num_rows - blocks.first_block * LANES
+    half_bytes = LANES * heads.width * element_bytes(arithmetic)
     load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers)
-    score_blocks(arithmetic, num_rows * group, blocks, ahead, num_words, buffers)
+    score_blocks(arithmetic, num_rows * group, blocks, half_bytes, num_words, buffers)
     weigh_positions(
         arithmetic, group, num_rows, position, blocks.first_block, blocks.num_blocks, window,
         buffers,
@@ -332,7 +311,8 @@ def attend_run(
     """Attention of neighbouring rows of one sequence, the first at `position`.
 
     Head by head, so that a head's keys and values stay in the second-level cache for all tiles.
-    The last tile of each head fetches what the next head, or the sequence `following`, begins with.
+    Scores fetch the values that are needed next, and values the keys: of the same tile, or
+    at the last one those of the next head or the sequence `following`.
     """
     group = heads.num_heads // heads.num_kv_heads
     most_rows = max(1, TILE_QUERIES // group)
@@ -343,7 +323,8 @@ def attend_run(
         first_head = kv_head * group * heads.width
         for row in range(0, num_rows, most_rows):
             count = min(most_rows, num_rows - row)
-            ahead = Blocks(0, 0, 0, keys, block_stride)
+            blocks = visible_blocks(table, position + row, count, window, keys, block_stride)
+            ahead = blocks
             if row + count == num_rows:
                 ahead = following
                 if kv_head + 1 < heads.num_kv_heads:
@@ -351,9 +332,8 @@ def attend_run(
                         table, position, 1, window, keys + head_bytes, block_stride
                     )
             attend_tile(
-                arithmetic, heads, position + row, count,
-                visible_blocks(table, position + row, count, window, keys, block_stride), ahead,
-                window, queries + row * query_stride + first_head * 4, query_stride, buffers,
+                arithmetic, heads, position + row, count, blocks, ahead, window,
+                queries + row * query_stride + first_head * 4, query_stride, buffers,
                 out + row * out_stride + first_head * input_bytes(arithmetic), out_stride,
             )  # fmt: skip
 

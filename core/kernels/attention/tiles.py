@@ -1,4 +1,8 @@
-"""Register tiles of attention: scores and weighted values, as LLVM intrinsics for numba."""
+"""Register tiles of attention: scores and weighted values, as LLVM intrinsics for numba.
+
+A tile multiplies some queries with keys or values, and meanwhile asks for as much memory as it
+reads: asked for all at once, lines would wait for each other and the products for them.
+"""
 
 # numba infers the types of kernels and intrinsics.
 # mypy: disable-error-code="no-untyped-def"
@@ -16,13 +20,13 @@ from core.kernels.tiles import (
     emit_for_rows,
     emit_inputs,
     emit_loop,
+    emit_prefetch,
     emit_row_addresses,
     emit_weights,
     vector_addresses,
 )
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
-    FLOATS,
     I32,
     I64,
     emit_load,
@@ -44,16 +48,20 @@ def scores_tile(
     num_words,
     scores,
     score_stride,
+    fetched_0,
+    fetched_1,
 ):
     """Scores of 1 to 6 queries with the keys of two blocks, 32 float32 for each query.
 
     A block's keys are `num_words` (even) rows of 16 words, one word for each position. Even and
-    odd words are summed apart, for shorter chains of dependent additions.
+    odd words are summed apart, for shorter chains of dependent additions. As many bytes from
+    `fetched_0` and `fetched_1` on are fetched.
     """
     kind = arithmetic.arithmetic
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, num_rows, queries, query_stride, *blocks, num_words, scores, score_stride = args
+        _, num_rows, queries, query_stride, keys_0, keys_1, num_words, *rest = args
+        scores, score_stride, *fetched = rest
         zero = splat_constant(0.0)
         num_pairs = builder.lshr(num_words, index(1))
 
@@ -65,9 +73,11 @@ def scores_tile(
                 for parity in range(2):
                     word = builder.add(builder.mul(step, index(2)), index(parity))
                     key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
+                    for block in fetched:
+                        emit_prefetch(builder, builder.add(block, key_offset), 1)
                     keys = [
                         emit_weights(builder, kind, builder.add(block, key_offset))
-                        for block in blocks
+                        for block in (keys_0, keys_1)
                     ]
                     for number, query_row in enumerate(query_rows):
                         query = emit_inputs(builder, kind, query_row, word)
@@ -85,7 +95,7 @@ def scores_tile(
         emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, *[types.intp] * 8), codegen
+    return types.void(arithmetic, *[types.intp] * 10), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -103,34 +113,43 @@ def values_tile(
     value_stride,
     outputs,
     output_stride,
-    continues,
+    fetched_table,
+    fetched_values,
+    last_fetched,
 ):
     """Weighted sums of values for 1 to 6 rows of weights and 16 x `vectors` (a literal) elements.
 
     `weights` has rows in the input format, an element for each position from the first of the
     block that `block_table` points at; `num_words` words of values belong to them. A block's
-    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. Where `continues` is
-    not 0, sums go on from what `outputs` holds.
+    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. From each block
+    of another table, as far as number `last_fetched`, as many bytes are fetched.
     """
     kind = arithmetic.arithmetic
     count = vectors.literal_value
     words_per_block = LANES // kind.elements_per_word
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, num_rows, _, weights, weight_stride, block_table, num_words, values, *strides = args
-        block_stride, value_stride, outputs, output_stride, continues = strides
-        is_new = builder.icmp_signed("==", continues, index(0))
+        _, num_rows, _, weights, weight_stride, block_table, num_words, values, *rest = args
+        block_stride, value_stride, outputs, output_stride, *fetched = rest
+        fetched_table, fetched_values, last_fetched = fetched
+
+        def block_address(table: Any, entry: Any, start: Any) -> Any:
+            where = builder.add(table, builder.mul(entry, index(4)))
+            block = builder.sext(emit_load(builder, where, I32), I64)
+            return builder.add(start, builder.mul(block, block_stride))
 
         def emit(rows: int) -> None:
             weight_rows = emit_row_addresses(builder, weights, weight_stride, rows)
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
-                entry_address = builder.add(block_table, builder.mul(entry, index(4)))
-                block = builder.sext(emit_load(builder, entry_address, I32), I64)
-                row_in_block = builder.and_(step, index(words_per_block - 1))
-                row = builder.add(values, builder.mul(block, block_stride))
-                row = builder.add(row, builder.mul(row_in_block, value_stride))
+                in_block = builder.and_(step, index(words_per_block - 1))
+                offset = builder.mul(in_block, value_stride)
+                is_last = builder.icmp_signed(">", entry, last_fetched)
+                entry_fetched = builder.select(is_last, last_fetched, entry)
+                ahead = block_address(fetched_table, entry_fetched, fetched_values)
+                emit_prefetch(builder, builder.add(ahead, offset), count)
+                row = builder.add(block_address(block_table, entry, values), offset)
                 elements = [
                     emit_weights(builder, kind, at) for at in vector_addresses(builder, row, count)
                 ]
@@ -143,20 +162,13 @@ def values_tile(
                     ]
                 return results
 
-            targets = [
-                at
-                for row in emit_row_addresses(builder, outputs, output_stride, rows)
-                for at in vector_addresses(builder, row, count)
-            ]
             zero = splat_constant(0.0)
-            initial = [
-                builder.select(is_new, zero, emit_load(builder, at, FLOATS)) for at in targets
-            ]
-            sums = emit_loop(builder, num_words, initial, body)
-            for total, at in zip(sums, targets, strict=True):
-                emit_store(builder, total, at)
+            sums = emit_loop(builder, num_words, [zero] * (rows * count), body)
+            for number, row in enumerate(emit_row_addresses(builder, outputs, output_stride, rows)):
+                for vector, at in enumerate(vector_addresses(builder, row, count)):
+                    emit_store(builder, sums[number * count + vector], at)
 
         emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 10), codegen
+    return types.void(arithmetic, types.intp, vectors, *[types.intp] * 12), codegen

@@ -10,7 +10,7 @@ from core.kernels.activation.cpu import silu_multiply_panel
 from core.kernels.activation.reference import silu_multiply
 from core.kernels.arithmetic import Arithmetic
 from core.kernels.compile import kernel
-from core.kernels.exponential import exponential
+from core.kernels.exponential import exponential, power_of_two
 from core.kernels.memory import aligned_zeros
 from core.kernels.norm.cpu import norm_rows
 from core.kernels.norm.reference import rms_norm
@@ -38,6 +38,18 @@ def exponentials(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return result
 
 
+@kernel
+def _powers_of_two(source, count, target):  # type: ignore[no-untyped-def]
+    for vector in range(count):
+        store_floats(target + vector * 64, power_of_two(load_floats(source + vector * 64)))
+
+
+def powers_of_two(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    result = np.full_like(values, np.nan)
+    _powers_of_two(values.ctypes.data, len(values) // 16, result.ctypes.data)
+    return result
+
+
 def element_type(arithmetic: Arithmetic) -> type[np.generic]:
     return np.uint16 if arithmetic.number_format == "bf16" else np.float32
 
@@ -56,6 +68,20 @@ def test_the_exponential_knows_its_limits() -> None:
     assert np.isnan(result[4])
     assert result[5] == result[6] > 1e38
     assert result[7] == 1
+
+
+def test_powers_of_two_are_accurate_to_two_units_in_the_last_place() -> None:
+    values = np.linspace(-126.0, 1.0, 1_600_000, dtype=np.float32)
+    expected = np.exp2(values.astype(np.float64))
+    error = np.abs(powers_of_two(values) - expected) / expected
+    assert error.max() < 2 * np.finfo(np.float32).eps
+
+
+def test_powers_of_two_know_their_limits() -> None:
+    values = np.array([-np.inf, -200, -126.6, 0, np.nan, 1, -0.0, -1] * 2, np.float32)
+    result = powers_of_two(values)
+    np.testing.assert_array_equal(result[[0, 1, 2, 3, 5, 6, 7]], [0, 0, 0, 1, 2, 1, 0.5])
+    assert np.isnan(result[4])
 
 
 @each_arithmetic
