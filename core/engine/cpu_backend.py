@@ -71,7 +71,7 @@ class CpuBackend:
         self._outputs = allocate_outputs(layout, settings, projects=projects)
         self._port = ActivationPort(
             settings.wire,
-            self._arithmetic,
+            self._arithmetic.unquantised,
             hidden_TG=self._work.hidden_TG,
             hidden_size=config.hidden_size,
         )

@@ -14,12 +14,12 @@ WIRE_FORMATS = ("f32", "bf16")
 class EngineSettings:
     """Sizes of an engine. Raises InvalidInput where one makes no sense."""
 
-    number_format: str  # of weights and KV cache: "fp32" or "bf16"
+    number_format: str  # of weights and KV cache: "fp32", "bf16", or "int8" with a bf16 cache
     num_kv_blocks: int  # of 16 positions each
     num_slots: int = 256  # most sequences at a time
     max_rows: int = 512  # most rows of a micro-batch
     context_length: int | None = None  # most positions of a sequence; None: the model's own
-    # Number format of activations between stages. "bf16" (with bf16 weights only) halves
+    # Number format of activations between stages. "bf16" (not with fp32 weights) halves
     # their bytes, and rounds the residual stream after every layer, so that a cut still changes
     # nothing; see docs/decisions.md for what that costs.
     wire: str = "f32"
@@ -27,7 +27,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:
             raise InvalidInput("number_format", self.number_format, " or ".join(NUMBER_FORMATS))
-        allowed = WIRE_FORMATS if self.number_format == "bf16" else WIRE_FORMATS[:1]
+        allowed = WIRE_FORMATS[:1] if self.number_format == "fp32" else WIRE_FORMATS
         if self.wire not in allowed:
             raise InvalidInput("wire", self.wire, " or ".join(allowed))
         for name in ("num_kv_blocks", "num_slots", "max_rows"):

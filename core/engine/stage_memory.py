@@ -88,8 +88,12 @@ def allocate_workspace(
     rows, sampled = settings.max_rows, settings.max_rows if projects else 0
     return StageWorkspace(
         hidden_TG=aligned_zeros((rows, layout.hidden), np.float32),
-        normed_T=aligned_zeros((rows * layout.input_words(layout.hidden),), np.uint32),
-        attended_T=aligned_zeros((rows * layout.input_words(layout.attention),), np.uint32),
+        normed_T=aligned_zeros(
+            (rows * layout.input_words(max(layout.hidden, layout.attention)),), np.uint32
+        ),
+        attended_T=aligned_zeros(
+            (rows * layout.attention_input_words(layout.attention),), np.uint32
+        ),
         qkv_TC=aligned_zeros((rows, layout.qkv), np.float32),
         gate_up_T=aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
         intermediate_T=aligned_zeros((rows * layout.input_words(layout.intermediate),), np.uint32),
@@ -106,9 +110,11 @@ def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionW
     queries = max(TILE_QUERIES, group)
     positions = -(-num_positions // LANES) * LANES + 2 * LANES
     return AttentionWorkspace(
-        queries_QW=aligned_zeros((queries, layout.input_words(layout.head_width)), np.uint32),
+        queries_QW=aligned_zeros(
+            (queries, layout.attention_input_words(layout.head_width)), np.uint32
+        ),
         scores_QP=aligned_zeros((queries, positions), np.float32),
-        weights_QP=aligned_zeros((queries, layout.input_words(positions)), np.uint32),
+        weights_QP=aligned_zeros((queries, layout.attention_input_words(positions)), np.uint32),
         outputs_QD=aligned_zeros((queries, layout.head_width), np.float32),
         scales_Q=aligned_zeros((queries,), np.float32),
     )

@@ -6,6 +6,10 @@ a word and adds to float32 sums; so kernels of both formats differ only in what 
 does. The other operand, the *inputs* (activations, queries, attention weights), is float32,
 but pairs of bfloat16 for the instruction that multiplies such pairs.
 
+int8 is a format for the products with a model's weights only, the rest is bf16 there. Both
+operands are cut into groups of 64 inputs, each with a scale, and a word holds four of them;
+see `core.kernels.linear.integer_tiles`.
+
 `Arithmetic` is a value that numba types by its content: kernels take it as their first
 argument and are compiled once for each. (Kernels made by a factory would do as well,
 but numba's disk cache misses closures at every start.)
@@ -35,10 +39,13 @@ from core.kernels.compile import intrinsic
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
+GROUP = 64  # inputs of a product that share a scale, where they have one; all sizes are multiples
 MAX_TILE_ROWS = 6  # 6 rows x 4 vectors of sums, 4 of weights and 1 of inputs fill 32 registers
+LOW_INTEGER_TILE_ROWS = 2  # sums of integers and of floats take twice as many registers
 TALL_TILE_ROWS = 13  # 13 rows x 2 vectors of sums, 2 x 2 of widened weights and 1 of inputs, too
 
-NUMBER_FORMATS = ("fp32", "bf16")
+NUMBER_FORMATS = ("fp32", "bf16", "int8")
+_ELEMENTS_PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,34 @@ class Arithmetic:
     "avx512bf16" multiplies pairs of bfloat16; "avx512" and "portable" (whatever LLVM makes
     of vectors on the host) widen weights to float32 and differ only in the size of tiles.
     Sums of the first and the others differ, so `name` belongs to the numerics fingerprint.
+    "avx512vnni" is for int8: it multiplies four pairs of bytes and adds them to an int32.
     """
 
     number_format: str
     instructions: str
+    # Of what is bf16 beside int8 weights; empty: the same.
+    bf16_instructions: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.number_format}-{self.instructions}"
+        beside = f"-{self.bf16_instructions}" if self.bf16_instructions else ""
+        return f"{self.number_format}-{self.instructions}{beside}"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether products with weights are sums of integers."""
+        return self.number_format == "int8"
+
+    @property
+    def unquantised(self) -> Arithmetic:
+        """The arithmetic of all but the products with weights: attention, cache, embedding."""
+        if not self.is_integer:
+            return self
+        return Arithmetic("bf16", self.bf16_instructions or self.instructions)
 
     @property
     def elements_per_word(self) -> int:
-        return 2 if self.number_format == "bf16" else 1
+        return _ELEMENTS_PER_WORD[self.number_format]
 
     @property
     def element_bytes(self) -> int:
@@ -76,8 +99,21 @@ class Arithmetic:
         return 2 if self.dots_pairs else 4
 
     @property
+    def input_group_bytes(self) -> int:
+        """Bytes of a group of a product's inputs; of int8 with its scale and its correction."""
+        return GROUP + 8 if self.is_integer else GROUP * self.input_bytes
+
+    @property
+    def weight_group_bytes(self) -> int:
+        """Bytes of a group of inputs in a panel of weights; of int8 with their scales."""
+        scale_bytes = 4 if self.is_integer else 0
+        return PANEL_COLUMNS * (GROUP * self.element_bytes + scale_bytes)
+
+    @property
     def most_tile_rows(self) -> int:
         """Rows of the highest register tile of a product."""
+        if self.is_integer:
+            return MAX_TILE_ROWS
         return TALL_TILE_ROWS if self.instructions == "avx512" else MAX_TILE_ROWS
 
     def tile_vectors(self, num_rows: int) -> int:
@@ -88,11 +124,13 @@ class Arithmetic:
         """
         if self.instructions == "portable":
             return 1
+        if self.is_integer:
+            return 4 if num_rows <= LOW_INTEGER_TILE_ROWS else 2
         return 4 if num_rows <= MAX_TILE_ROWS else 2
 
 
 def host_arithmetic(number_format: str) -> Arithmetic:
-    """The fastest arithmetic of this host for "fp32" or "bf16"; raises InvalidInput for others.
+    """The fastest arithmetic of this host for a number format; raises InvalidInput for others.
 
     Equal CPUs get equal arithmetic: nothing is timed. Intel's cores need two cycles for a
     product of bfloat16 pairs and half a one for a float32 product (measured on Emerald Rapids:
@@ -101,12 +139,21 @@ def host_arithmetic(number_format: str) -> Arithmetic:
     if number_format not in NUMBER_FORMATS:
         raise InvalidInput("number_format", number_format, " or ".join(NUMBER_FORMATS))
     features = llvm.get_host_cpu_features()
+    if number_format == "int8":
+        beside = host_arithmetic("bf16").instructions
+        return Arithmetic("int8", "avx512vnni" if has_vnni() else "portable", beside)
     if not features.get("avx512f"):
         return Arithmetic(number_format, "portable")
     pairs_pay = llvm.get_host_cpu_name().startswith("znver")
     if number_format == "bf16" and features.get("avx512bf16") and pairs_pay:
         return Arithmetic(number_format, "avx512bf16")
     return Arithmetic(number_format, "avx512")
+
+
+def has_vnni() -> bool:
+    """Whether this host multiplies four pairs of bytes in each lane of 16."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512f") and features.get("avx512vnni"))
 
 
 class ArithmeticType(types.Opaque):
@@ -137,6 +184,22 @@ def _constant(value: int) -> Any:
     return codegen
 
 
+def _flag(value: bool) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(1), int(value))
+
+    return codegen
+
+
+def _other_arithmetic(given: Any, other: Arithmetic) -> Any:
+    """Signature and code of an intrinsic that turns one arithmetic into another."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return context.get_dummy_value()
+
+    return ArithmeticType(other)(given), codegen
+
+
 @intrinsic
 def elements_per_word(typing_context, arithmetic):
     """1 for fp32, 2 for bf16: a constant of the compiled kernel."""
@@ -156,26 +219,42 @@ def input_bytes(typing_context, arithmetic):
 
 
 @intrinsic
+def input_group_bytes(typing_context, arithmetic):
+    """Bytes of 64 inputs of a product: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.input_group_bytes)
+
+
+@intrinsic
+def weight_group_bytes(typing_context, arithmetic):
+    """Bytes of 64 inputs of a panel of weights: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.weight_group_bytes)
+
+
+@intrinsic
+def is_integer(typing_context, arithmetic):
+    """Whether products with weights are sums of integers: a constant of the kernel."""
+    return types.boolean(arithmetic), _flag(arithmetic.arithmetic.is_integer)
+
+
+@intrinsic
+def unquantised(typing_context, arithmetic):
+    """The arithmetic of all but the products with weights."""
+    return _other_arithmetic(arithmetic, arithmetic.arithmetic.unquantised)
+
+
+@intrinsic
 def widens(typing_context, arithmetic):
     """Whether weights become float32 before they are multiplied: a constant of the kernel."""
     kind = arithmetic.arithmetic
-    widens = kind.number_format == "bf16" and not kind.dots_pairs
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        return ir.Constant(ir.IntType(1), int(widens))
-
-    return types.boolean(arithmetic), codegen
+    return types.boolean(arithmetic), _flag(kind.number_format == "bf16" and not kind.dots_pairs)
 
 
 @intrinsic
 def widened(typing_context, arithmetic):
     """The arithmetic of weights that have been widened to float32."""
-    kind = ArithmeticType(Arithmetic("fp32", arithmetic.arithmetic.instructions))
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        return context.get_dummy_value()
-
-    return kind(arithmetic), codegen
+    return _other_arithmetic(
+        arithmetic, Arithmetic("fp32", arithmetic.arithmetic.unquantised.instructions)
+    )
 
 
 @intrinsic
@@ -191,7 +270,8 @@ def tile_columns(typing_context, arithmetic, num_rows):
     low, high = (kind.tile_vectors(rows) * LANES for rows in (1, kind.most_tile_rows))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        is_low = builder.icmp_signed("<=", args[1], ir.Constant(args[1].type, MAX_TILE_ROWS))
+        most_low = LOW_INTEGER_TILE_ROWS if kind.is_integer else MAX_TILE_ROWS
+        is_low = builder.icmp_signed("<=", args[1], ir.Constant(args[1].type, most_low))
         return builder.select(is_low, *(ir.Constant(ir.IntType(64), n) for n in (low, high)))
 
     return types.intp(arithmetic, types.intp), codegen

@@ -1,4 +1,4 @@
-"""Register tiles: the innermost loops of products, as LLVM intrinsics for numba.
+"""What register tiles, the innermost loops of products and of attention, are made of.
 
 A tile keeps the sums of up to 13 rows in registers while it walks over the words of the
 inner dimension. Each sum adds its terms in one fixed order, whatever the number of rows
@@ -14,10 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
 from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, PANEL_COLUMNS, Arithmetic
-from core.kernels.compile import intrinsic
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
@@ -30,7 +28,6 @@ from core.kernels.vectors import (
     emit_fma,
     emit_load,
     emit_splat,
-    emit_store,
     index,
     splat_word,
 )
@@ -92,11 +89,12 @@ def emit_loop(
     values = [builder.phi(value.type) for value in initial]
     results = body(step, values)
     following = builder.add(step, index(1))
+    last = builder.block  # another one than `loop` where the body has loops of its own
     for phi, start, result in zip(
         [step, *values], [index(0), *initial], [following, *results], strict=True
     ):
         phi.add_incoming(start, entry)
-        phi.add_incoming(result, loop)
+        phi.add_incoming(result, last)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
     builder.position_at_end(done)
     return results
@@ -136,77 +134,3 @@ def emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
 
 def vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:
     return [builder.add(start, index(BYTES_OF_FLOATS * vector)) for vector in range(count)]
-
-
-@intrinsic
-def product_tile(
-    typing_context,
-    arithmetic,
-    num_rows,
-    inputs,
-    input_stride,
-    weights,
-    num_words,
-    bias,
-    outputs,
-    output_stride,
-    accumulates,
-    fetch_offset,
-):
-    """outputs = bias + inputs x weights for some rows and the columns of a tile of as many rows.
-
-    1 to `most_rows`, see `core.kernels.arithmetic`.
-
-    Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
-    packed panel (`num_words` rows of 64 words), `bias` and `outputs` float32. Where
-    `accumulates` is not 0, the sum is added to what `outputs` holds.
-    Meanwhile what lies `fetch_offset` bytes behind the weights is fetched, such as the next panel:
-    few rows are bound by memory.
-    """
-    kind = arithmetic.arithmetic
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, num_rows, inputs, input_stride, weights, num_words, bias, outputs, *rest = args
-        output_stride, accumulates, fetch_offset = rest
-
-        def emit(rows: int) -> None:
-            vectors = kind.tile_vectors(rows)
-            biases = [
-                emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)
-            ]
-            input_rows = emit_row_addresses(builder, inputs, input_stride, rows)
-
-            def body(step: Any, sums: list[Any]) -> list[Any]:
-                row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
-                emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
-                panel = [
-                    emit_weights(builder, kind, at)
-                    for at in vector_addresses(builder, row, vectors)
-                ]
-                results = []
-                for number, input_row in enumerate(input_rows):
-                    values = emit_inputs(builder, kind, input_row, step)
-                    results += [
-                        emit_dot(builder, kind, sums[number * vectors + vector], values, weight)
-                        for vector, weight in enumerate(panel)
-                    ]
-                return results
-
-            sums = emit_loop(builder, num_words, biases * rows, body)
-            for number, row in enumerate(emit_row_addresses(builder, outputs, output_stride, rows)):
-                for vector, at in enumerate(vector_addresses(builder, row, vectors)):
-                    _emit_output(builder, sums[number * vectors + vector], at, accumulates)
-
-        emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
-        return context.get_dummy_value()
-
-    return types.void(arithmetic, *[types.intp] * 10), codegen
-
-
-def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None:
-    """Stores `value`, or adds it to what is there."""
-    with builder.if_else(builder.icmp_signed("!=", accumulates, index(0))) as (then, otherwise):
-        with then:
-            emit_store(builder, builder.fadd(value, emit_load(builder, where, FLOATS)), where)
-        with otherwise:
-            emit_store(builder, value, where)

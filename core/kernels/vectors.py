@@ -135,6 +135,20 @@ def emit_store_elements(builder: Any, arithmetic: Any, address: Any, floats: Any
     emit_store(builder, floats, address, align=arithmetic.element_bytes)
 
 
+def emit_store_inputs(builder: Any, arithmetic: Any, address: Any, floats: Any) -> None:
+    """Stores 16 neighbouring inputs of a product: as bfloat16 where pairs are multiplied."""
+    if arithmetic.dots_pairs:
+        emit_store_elements(builder, arithmetic, address, floats)
+    else:
+        emit_store(builder, floats, address)
+
+
+def _emit_load_bfloat16(builder: Any, address: Any) -> ir.Value:
+    """16 neighbouring bfloat16, as floats."""
+    bits = builder.zext(emit_load(builder, address, HALVES, align=2), WORDS)
+    return builder.bitcast(builder.shl(bits, splat_word(16)), FLOATS)
+
+
 def _binary(operation: str) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         return getattr(builder, operation)(*args)
@@ -184,8 +198,7 @@ def load_elements(typing_context, arithmetic, where):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         if arithmetic.arithmetic.number_format == "fp32":
             return emit_load(builder, args[1], FLOATS)
-        bits = builder.zext(emit_load(builder, args[1], HALVES, align=2), WORDS)
-        return builder.bitcast(builder.shl(bits, splat_word(16)), FLOATS)
+        return _emit_load_bfloat16(builder, args[1])
 
     return float32x16(arithmetic, types.intp), codegen
 
@@ -206,13 +219,22 @@ def store_inputs(typing_context, arithmetic, where, floats):
     """16 neighbouring inputs of a product: rounded to bfloat16 where pairs are multiplied."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        if arithmetic.arithmetic.dots_pairs:
-            emit_store_elements(builder, arithmetic.arithmetic, args[1], args[2])
-        else:
-            emit_store(builder, args[2], args[1])
+        emit_store_inputs(builder, arithmetic.arithmetic, args[1], args[2])
         return context.get_dummy_value()
 
     return types.void(arithmetic, types.intp, float32x16), codegen
+
+
+@intrinsic
+def load_inputs(typing_context, arithmetic, where):
+    """16 neighbouring inputs of a product, as `store_inputs` left them, widened to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        if arithmetic.arithmetic.dots_pairs:
+            return _emit_load_bfloat16(builder, args[1])
+        return emit_load(builder, args[1], FLOATS)
+
+    return float32x16(arithmetic, types.intp), codegen
 
 
 @intrinsic

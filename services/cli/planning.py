@@ -12,8 +12,9 @@ from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
 from services.local.fetch import fetch, fetched_path, resolve_model
+from services.local.number_format import AUTOMATIC
 from services.local.partition import plan_stages
-from services.local.prepare import read_config
+from services.local.prepare import read_model
 from services.local.settings import MeshSettings, parse_bytes
 from services.local.warm import warm_kernels
 
@@ -61,9 +62,10 @@ def plan(
     dtype: Annotated[
         str,
         typer.Option(
-            envvar="PENSTOCK_DTYPE", help="Number format: bf16 (also called auto) or fp32."
+            envvar="PENSTOCK_DTYPE",
+            help="Number format: bf16, fp32, int8, or auto: int8 where the file is quantised.",
         ),
-    ] = "bf16",
+    ] = "auto",
     split: Annotated[
         str | None,
         typer.Option(envvar="PENSTOCK_SPLIT", help="Layers of each stage, such as 0:14,14:30."),
@@ -80,15 +82,16 @@ def plan(
     settings = MeshSettings(model=model, stages=stages, dtype=dtype, split=split)
     with fetch_display() as report:
         path = resolve_model(model, report)
-    config = read_config(path)
+    facts = read_model(path, dtype=dtype)
     planned = plan_stages(
-        config,
-        number_format=settings.number_format,
+        facts.config,
+        number_format=facts.number_format,
         num_stages=settings.num_stages,
         split=split,
         memory_bytes=_memory_of_nodes(memory, num_stages=settings.num_stages),
     )
-    console.out.print(plan_table(planned, context_length=config.context_length))
+    console.say(f"{model} in {facts.number_format}:")
+    console.out.print(plan_table(planned, context_length=facts.config.context_length))
 
 
 def _memory_of_nodes(text: str | None, *, num_stages: int) -> tuple[int, ...]:
@@ -122,13 +125,14 @@ def warm(
     dtype: Annotated[
         str,
         typer.Option(
-            envvar="PENSTOCK_DTYPE", help="Number format: bf16 (also called auto) or fp32."
+            envvar="PENSTOCK_DTYPE",
+            help="Number format: bf16, fp32, int8, or auto for all that auto may stand for.",
         ),
-    ] = "bf16",
+    ] = "auto",
 ) -> None:
     """Compiles the kernels for this machine into the cache, so that stages start fast."""
     settings = MeshSettings(dtype=dtype)
-    name = settings.number_format
-    console.say(f"Compiling the {name} kernels for this machine; a minute the first time")
-    seconds = warm_kernels(name)
-    console.say(f"The kernels are ready after {seconds:.1f} s")
+    for name in AUTOMATIC if settings.dtype == "auto" else (settings.dtype,):
+        console.say(f"Compiling the {name} kernels for this machine; a minute the first time")
+        seconds = warm_kernels(name)
+        console.say(f"The {name} kernels are ready after {seconds:.1f} s")

@@ -9,11 +9,14 @@ from core.pipeline.plan import PipelinePlan
 from services.local.memory import POSITIONS_PER_BLOCK
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+# A byte, and a float32 scale for 64 of them.
+_INT8_WEIGHT_BYTES = 1 + 4 / 64
 
 
 def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     """Estimated time and memory of each layer."""
-    size = _ELEMENT_BYTES[number_format]
+    # Beside int8 weights, everything else is bf16.
+    size = _ELEMENT_BYTES["bf16" if number_format == "int8" else number_format]
     return estimate_costs(
         DecoderShape(
             num_layers=config.num_layers,
@@ -22,7 +25,8 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
             query_size=config.num_heads * config.head_dim,
             kv_size=config.num_kv_heads * config.head_dim,
             vocab_size=config.vocab_size,
-            bytes_per_weight=size,
+            bytes_per_weight=_INT8_WEIGHT_BYTES if number_format == "int8" else size,
+            bytes_per_embedding=size,
             bytes_per_kv=size,
             kv_block_size=POSITIONS_PER_BLOCK,
         )

@@ -21,6 +21,7 @@ from services.local.memory import (
     choose_kv_blocks,
     packing_bytes,
 )
+from services.local.number_format import choose_number_format
 from services.local.partition import model_costs, plan_stages
 from services.local.ports import HOST, free_ports, require_free
 from services.local.settings import MeshSettings
@@ -42,21 +43,20 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     """
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
-    config = read_config(path)
+    model = read_model(path, dtype=settings.dtype)
     plan = plan_stages(
-        config,
-        number_format=settings.number_format,
+        model.config,
+        number_format=model.number_format,
         num_stages=settings.num_stages,
         split=settings.split,
     )
-    costs = model_costs(config, number_format=settings.number_format)
-    kv_blocks = _choose_kv_blocks(settings, config, plan, costs)
+    costs = model_costs(model.config, number_format=model.number_format)
+    kv_blocks = _choose_kv_blocks(settings, model.config, plan, costs)
     return MeshLayout(
         model_name=model_name(settings.model, path),
         model_path=str(path),
-        number_format=settings.number_format,
+        number_format=model.number_format,
         kv_blocks=kv_blocks,
-        prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
         max_rows=settings.max_rows,
         drain_s=DRAIN_S,
@@ -76,11 +76,19 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     )
 
 
-def read_config(path: Path) -> LlamaConfig:
-    """The model's sizes, from the headers of its file; raises CorruptWeights."""
+class ModelFacts(NamedTuple):
+    """A model's sizes, and the number format that it will be computed in."""
+
+    config: LlamaConfig
+    number_format: str
+
+
+def read_model(path: Path, *, dtype: str) -> ModelFacts:
+    """What the headers of a model's file say; raises CorruptWeights."""
     checkpoint = open_checkpoint(path)
     try:
-        return load_config(checkpoint)
+        config = load_config(checkpoint)
+        return ModelFacts(config, choose_number_format(dtype, checkpoint, config))
     finally:
         checkpoint.close()
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
-
-NUMBER_FORMATS = ("bf16", "fp32")
-# What `auto` stands for.
-BEST_NUMBER_FORMAT = "bf16"
+from services.local.number_format import NUMBER_FORMATS
 
 _UNITS = {"": 1}
 _UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
@@ -24,14 +21,12 @@ class MeshSettings:
     # A name of the catalogue, a file, a folder or a hub id.
     model: str = DEFAULT_MODEL
     stages: int = 2
-    # Of weights, activations and KV cache; "auto": the best for most machines.
-    dtype: str = BEST_NUMBER_FORMAT
+    # Of weights, activations and KV cache; "auto": by the model's file, see `number_format`.
+    dtype: str = "auto"
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
-    # Whether prompts that begin alike are computed once, as far as they do.
-    prefix_cache: bool = True
     # Where the gateway listens; 0: any free port.
     grpc_port: int = 8001
     # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.
@@ -43,14 +38,9 @@ class MeshSettings:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):
-            raise InvalidInput("dtype", self.dtype, f"auto, {' or '.join(NUMBER_FORMATS)}")
+            raise InvalidInput("dtype", self.dtype, " or ".join(("auto", *NUMBER_FORMATS)))
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
-
-    @property
-    def number_format(self) -> str:
-        """One of NUMBER_FORMATS."""
-        return BEST_NUMBER_FORMAT if self.dtype == "auto" else self.dtype
 
     @property
     def num_stages(self) -> int:

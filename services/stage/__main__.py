@@ -21,7 +21,7 @@ def stage(
     layers: Annotated[str, typer.Option(help="Layers to hold, FIRST:END, end not included")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one")],
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; default none")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or int8")] = "bf16",
     wire: Annotated[str, typer.Option(help="Activations between stages: f32 or bf16")] = "f32",
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
     max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.errors import InvalidInput
 
-NUMBER_FORMATS = ("fp32", "bf16")
+NUMBER_FORMATS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class StageSettings:
     listen: str  # host:port; port 0 takes a free one
     metrics_port: int | None = None  # None: no metrics; 0: a free one
     number_format: str = "bf16"
-    wire: str = "f32"  # activations between stages: "f32", or "bf16" with bf16 weights
+    wire: str = "f32"  # activations between stages: "f32", or "bf16" unless weights are fp32
     num_kv_blocks: int = 1024
     max_rows: int = 512  # of a micro-batch
     max_sequences: int = 256  # at a time

@@ -45,7 +45,7 @@ def test_status_shows_each_stage(mesh: LocalMesh, client: Client) -> None:
     done = mesh.run("status")
     assert done.returncode == 0, done.stderr
     headline, columns, *stages = done.stdout.strip().splitlines()
-    assert headline.startswith(f"smollm2-135m-instruct (bf16) at {mesh.address}")
+    assert headline.startswith(f"smollm2-135m-instruct (int8) at {mesh.address}")
     assert "KV blocks" in columns
     states = client.mesh().stages
     assert len(stages) == len(states) == 2

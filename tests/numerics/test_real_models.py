@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +44,7 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["smollm2", "stories15m"])
 def test_logits_are_bit_equal_over_all_splits(
     name: str, number_format: str, request: pytest.FixtureRequest
@@ -64,7 +64,9 @@ def test_logits_are_bit_equal_over_all_splits(
         np.testing.assert_array_equal(split, unsplit)
 
 
-@pytest.mark.parametrize(("number_format", "least_agreement"), [("fp32", 0.999), ("bf16", 0.99)])
+@pytest.mark.parametrize(
+    ("number_format", "least_agreement"), [("fp32", 0.999), ("bf16", 0.99), ("int8", 0.95)]
+)
 def test_smollm2_agrees_with_transformers(
     number_format: str,
     least_agreement: float,
@@ -78,29 +80,40 @@ def test_smollm2_agrees_with_transformers(
     assert agreement(actual, first_window_TV) >= least_agreement
 
 
-def test_perplexity_of_bf16_is_within_half_a_percent_of_transformers_fp32(
+@pytest.fixture(scope="module")
+def perplexities(
     smollm2: RealModel,
     smollm2_reference: TransformersModel,
     wikitext_ids: npt.NDArray[np.int32],
-) -> None:
-    chain = smollm2.chain(number_format="bf16")
+) -> dict[str, float]:
+    """On 32 windows, of transformers in fp32 and of ours in each format."""
     windows_WT = wikitext_ids[: 32 * WINDOW].reshape(32, WINDOW)
 
-    def ours(token_ids_T: npt.NDArray[np.int32]) -> float:
-        chunks = chain.logits_in_chunks(token_ids_T.tolist(), chunk=CHUNK)
-        return -float(log_likelihoods(chunks, token_ids_T).sum())
+    def perplexity(logits_in_chunks: Callable[..., Iterator[npt.NDArray[np.float32]]]) -> float:
+        total = 0.0
+        for token_ids_T in windows_WT:
+            chunks = logits_in_chunks(token_ids_T, chunk=CHUNK)
+            total -= float(log_likelihoods(chunks, token_ids_T).sum())
+        return float(np.exp(total / (windows_WT.size - len(windows_WT))))
 
-    def theirs(token_ids_T: npt.NDArray[np.int32]) -> float:
-        chunks = smollm2_reference.logits_in_chunks(token_ids_T, chunk=CHUNK)
-        return -float(log_likelihoods(chunks, token_ids_T).sum())
+    def ours(number_format: str) -> float:
+        return perplexity(smollm2.chain(number_format=number_format).logits_in_chunks)
 
     # Each side on a core of its own.
     with one_torch_thread(), ThreadPoolExecutor(1) as other:
-        actual = other.submit(lambda: sum(map(ours, windows_WT)))
-        expected = sum(map(theirs, windows_WT))
-    num_targets = windows_WT.size - len(windows_WT)
-    perplexity = np.exp(actual.result() / num_targets)
-    assert perplexity == pytest.approx(np.exp(expected / num_targets), rel=0.005)
+        formats = other.submit(lambda: {name: ours(name) for name in ("bf16", "int8")})
+        theirs = perplexity(smollm2_reference.logits_in_chunks)
+        return {"transformers": theirs} | formats.result()
+
+
+def test_perplexity_of_bf16_is_within_half_a_percent_of_transformers_fp32(
+    perplexities: dict[str, float],
+) -> None:
+    assert perplexities["bf16"] == pytest.approx(perplexities["transformers"], rel=0.005)
+
+
+def test_perplexity_of_int8_is_within_one_percent_of_bf16(perplexities: dict[str, float]) -> None:
+    assert perplexities["int8"] == pytest.approx(perplexities["bf16"], rel=0.01)
 
 
 def test_greedy_text_is_the_same_over_all_splits_alone_and_in_a_batch(

@@ -6,38 +6,69 @@ import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import NUMBER_FORMATS, Arithmetic, host_arithmetic
+from core.kernels.arithmetic import GROUP, Arithmetic, has_vnni, host_arithmetic
+from core.kernels.linear.reference import quantise
 from tests.support.models import bf16_bits
 
 FloatArray = npt.NDArray[np.float32]
+FLOAT_FORMATS = ("fp32", "bf16")
 
 
 def host_arithmetics() -> list[Arithmetic]:
-    """Both formats, in every kind of instructions."""
+    """Both formats of floats, in every kind of instructions."""
     features = llvm.get_host_cpu_features()
-    found = [Arithmetic(number_format, "portable") for number_format in NUMBER_FORMATS]
+    found = [Arithmetic(number_format, "portable") for number_format in FLOAT_FORMATS]
     if features.get("avx512f"):
-        found += [Arithmetic(number_format, "avx512") for number_format in NUMBER_FORMATS]
+        found += [Arithmetic(number_format, "avx512") for number_format in FLOAT_FORMATS]
     if features.get("avx512bf16"):
         found.append(Arithmetic("bf16", "avx512bf16"))
-    assert all(host_arithmetic(number_format) in found for number_format in NUMBER_FORMATS)
+    assert all(host_arithmetic(number_format) in found for number_format in FLOAT_FORMATS)
+    return found
+
+
+def integer_arithmetics() -> list[Arithmetic]:
+    """int8 in every kind of instructions."""
+    found = [Arithmetic("int8", "portable")]
+    if has_vnni():
+        found.append(host_arithmetic("int8"))
     return found
 
 
 def rounded(values: FloatArray, number_format: str) -> FloatArray:
-    """The nearest values that the number format holds; ties to even."""
-    if number_format == "fp32":
+    """The nearest values that a format of floats holds, ties to even; int8 depends on the group."""
+    if number_format != "bf16":
         return values
     return (bf16_bits(values).astype(np.uint32) << 16).view(np.float32)
 
 
 def to_inputs(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32]:
-    """Rows as a product's inputs, in words."""
+    """Rows, padded to whole groups, as a product's inputs, in words."""
+    if arithmetic.is_integer:
+        return quantised_words(rows)
     return (bf16_bits(rows) if arithmetic.dots_pairs else rows).view(np.uint32)
 
 
+def quantised_words(rows: FloatArray) -> npt.NDArray[np.uint32]:
+    """Every group as 64 bytes, its scale and -128 x its sum."""
+    quantised = quantise(rows, group=GROUP)
+    integers_TGE = quantised.integers_TK.reshape(len(rows), -1, GROUP)
+    words_TGW = np.empty((*integers_TGE.shape[:2], GROUP // 4 + 2), np.uint32)
+    words_TGW[:, :, :-2] = integers_TGE.view(np.uint32)
+    words_TGW[:, :, -2] = quantised.scales_TG.view(np.uint32)
+    sums_TG = integers_TGE.sum(axis=2, dtype=np.int32)
+    words_TGW[:, :, -1] = (-128 * sums_TG).view(np.uint32)
+    return words_TGW.reshape(len(rows), -1)
+
+
 def inputs_to_floats(arithmetic: Arithmetic, words: npt.NDArray[np.uint32]) -> FloatArray:
-    """What a kernel stored as inputs of a product."""
+    """What a kernel stored as inputs of a product; groups of int8 one behind the other."""
+    if arithmetic.is_integer:
+        groups = words.reshape(-1, GROUP // 4 + 2)
+        integers = np.ascontiguousarray(groups[:, :-2]).view(np.int8)
+        scales = np.ascontiguousarray(groups[:, -2:-1]).view(np.float32)
+        corrections = np.ascontiguousarray(groups[:, -1]).view(np.int32)
+        np.testing.assert_array_equal(corrections, -128 * integers.sum(axis=1, dtype=np.int32))
+        return integers * scales
     if arithmetic.dots_pairs:
         return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return words.view(np.float32)

@@ -2,9 +2,10 @@
 
 Weights lie in panels of 64 columns: panel after panel, and within a panel one row of 64
 words for each word of the inner dimension, so that a product reads memory in order and a
-register tile loads whole vectors. Columns and inner elements beyond the matrix are zero.
+register tile loads whole vectors. Columns and inner elements beyond the matrix are zero. int8
+panels have the columns' scales behind each group of 64 inputs.
 
-Letters: T rows, K inputs, W words of K, N outputs.
+Letters: T rows, K inputs, N outputs.
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -15,18 +16,23 @@ from __future__ import annotations
 import numpy as np
 
 from core.kernels.arithmetic import (
+    GROUP,
     LANES,
     MAX_TILE_ROWS,
     PANEL_COLUMNS,
     element_bytes,
     elements_per_word,
+    is_integer,
     most_tile_rows,
     tile_columns,
+    weight_group_bytes,
     widened,
     widens,
 )
 from core.kernels.compile import kernel
-from core.kernels.tiles import PANEL_ROW_BYTES, product_tile
+from core.kernels.inputs import store_input_group
+from core.kernels.linear.tiles import product_tile
+from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     address,
@@ -47,30 +53,61 @@ MOST_INPUTS_TO_WIDEN_ONCE = 1024
 
 
 @kernel
-def pack_panels(arithmetic, weight_NK, num_words, panels, first_column, column_step, scratch):
+def pack_panels(arithmetic, weight_NK, num_inputs, panels, first_column, column_step, scratch):
     """Packs a float32 [N, K] matrix into `panels` (uint32, flat), rounding to the format.
 
     Column n of the product is placed at `first_column` + n, except that every whole run of 64
-    columns moves on by `column_step` columns (64: dense; 128: every other panel). `num_words`
-    is the padded inner dimension. `scratch`: float32, at least K rounded up to 16.
+    columns moves on by `column_step` columns (64: dense; 128: every other panel). `num_inputs`
+    is the padded inner dimension. `scratch`: float32, as many.
     """
     num_columns, size = weight_NK.shape
-    rounded = address(scratch)
     target = address(panels)
-    scratch[:] = np.float32(0.0)
-    used_words = (size + elements_per_word(arithmetic) - 1) // elements_per_word(arithmetic)
     for n in range(num_columns):
         for k in range(size):
             scratch[k] = weight_NK[n, k]
-        # In place: elements are at most as wide as the floats they come from.
-        for vector in range((size + LANES - 1) // LANES):
-            floats = load_floats(rounded + vector * BYTES_OF_FLOATS)
-            store_elements(arithmetic, rounded + vector * LANES * element_bytes(arithmetic), floats)
+        for k in range(size, num_inputs):
+            scratch[k] = np.float32(0.0)
         column = first_column + n // PANEL_COLUMNS * column_step + n % PANEL_COLUMNS
-        panel = target + column // PANEL_COLUMNS * num_words * PANEL_ROW_BYTES
+        panel = target + column // PANEL_COLUMNS * panel_bytes(arithmetic, num_inputs)
         where = panel + column % PANEL_COLUMNS * 4
-        for word in range(used_words):
-            store_word(where + word * PANEL_ROW_BYTES, load_word(rounded + word * 4))
+        if is_integer(arithmetic):
+            pack_integer_column(arithmetic, address(scratch), num_inputs, where)
+        else:
+            pack_column(arithmetic, address(scratch), num_inputs, where)
+
+
+@kernel
+def pack_column(arithmetic, floats, num_inputs, where):
+    """Rounds a column's weights, in place, and writes them from `where` on; by address."""
+    for vector in range(num_inputs // LANES):
+        # In place: elements are at most as wide as the floats they come from.
+        source = load_floats(floats + vector * BYTES_OF_FLOATS)
+        store_elements(arithmetic, floats + vector * LANES * element_bytes(arithmetic), source)
+    for word in range(num_inputs // elements_per_word(arithmetic)):
+        store_word(where + word * PANEL_ROW_BYTES, load_word(floats + word * 4))
+
+
+@kernel
+def pack_integer_column(arithmetic, floats, num_inputs, where):
+    """As `pack_column`, for int8: a group's words, 128 added to each byte, then its scale."""
+    for group in range(num_inputs // GROUP):
+        source = floats + group * GROUP * 4
+        store_input_group(
+            arithmetic, source, load_floats(source), load_floats(source + BYTES_OF_FLOATS),
+            load_floats(source + 2 * BYTES_OF_FLOATS), load_floats(source + 3 * BYTES_OF_FLOATS),
+        )  # fmt: skip
+        target = where + group * weight_group_bytes(arithmetic)
+        for word in range(GROUP // elements_per_word(arithmetic)):
+            value = load_word(source + word * 4) ^ np.uint32(0x80808080)
+            store_word(target + word * PANEL_ROW_BYTES, value)
+        scales = target + GROUP // elements_per_word(arithmetic) * PANEL_ROW_BYTES
+        store_word(scales, load_word(source + GROUP))
+
+
+@kernel
+def panel_bytes(arithmetic, num_inputs):
+    """Bytes of a packed panel."""
+    return num_inputs // GROUP * weight_group_bytes(arithmetic)
 
 
 @kernel
@@ -80,7 +117,7 @@ def multiply_panel(
     input_stride,
     num_rows,
     panel,
-    num_words,
+    num_inputs,
     bias,
     outputs,
     output_stride,
@@ -95,7 +132,7 @@ def multiply_panel(
     columns = tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
     for first in range(0, PANEL_COLUMNS, columns):
         row = 0
-        fetch_offset = num_words * PANEL_ROW_BYTES
+        fetch_offset = panel_bytes(arithmetic, num_inputs)
         for tile in range(num_tiles):
             rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
             product_tile(
@@ -104,7 +141,7 @@ def multiply_panel(
                 inputs + row * input_stride,
                 input_stride,
                 panel + first * 4,
-                num_words,
+                num_inputs,
                 bias + first * 4,
                 outputs + row * output_stride + first * 4,
                 output_stride,
@@ -116,9 +153,9 @@ def multiply_panel(
 
 
 @kernel
-def widen_panel(panel, num_words, target):
+def widen_panel(panel, num_inputs, target):
     """Turns a panel of bfloat16 pairs into one of float32, by address."""
-    for word in range(num_words):
+    for word in range(num_inputs // 2):
         for vector in range(PANEL_COLUMNS // LANES):
             offset = vector * BYTES_OF_FLOATS
             lower = target + 2 * word * PANEL_ROW_BYTES + offset
@@ -133,7 +170,7 @@ def multiply_panels(
     input_stride,
     num_rows,
     panels,
-    num_words,
+    num_inputs,
     num_panels,
     bias,
     outputs,
@@ -143,28 +180,29 @@ def multiply_panels(
 ):
     """outputs[T, 64 x num_panels] = bias + inputs[T, K] x panels, or adds that to outputs.
 
-    All by address, strides in bytes: `inputs` in the input format, the others float32.
+    All by address, strides in bytes: `inputs` in the input format, the others float32. K is
+    `num_inputs`, a multiple of 64.
     `wide_panel` (float32, flat) is scratch: where many rows share a panel that fits there,
     widening it once costs less than in each tile, and the sums are the same.
     """
     widens_once = (
         widens(arithmetic)
         and num_rows >= LEAST_ROWS_TO_WIDEN_ONCE
-        and 2 * num_words <= min(MOST_INPUTS_TO_WIDEN_ONCE, wide_panel.size // PANEL_COLUMNS)
+        and num_inputs <= min(MOST_INPUTS_TO_WIDEN_ONCE, wide_panel.size // PANEL_COLUMNS)
     )
     for number in range(num_panels):
-        panel = panels + number * num_words * PANEL_ROW_BYTES
+        panel = panels + number * panel_bytes(arithmetic, num_inputs)
         offset = number * PANEL_ROW_BYTES
         if widens_once:
             wide = address(wide_panel)
-            widen_panel(panel, num_words, wide)
+            widen_panel(panel, num_inputs, wide)
             multiply_panel(
-                widened(arithmetic), inputs, input_stride, num_rows, wide, 2 * num_words,
+                widened(arithmetic), inputs, input_stride, num_rows, wide, num_inputs,
                 bias + offset, outputs + offset, output_stride, accumulates,
             )  # fmt: skip
         else:
             multiply_panel(
-                arithmetic, inputs, input_stride, num_rows, panel, num_words,
+                arithmetic, inputs, input_stride, num_rows, panel, num_inputs,
                 bias + offset, outputs + offset, output_stride, accumulates,
             )  # fmt: skip
 
@@ -176,7 +214,7 @@ def greedy_tokens(
     input_stride,
     num_rows,
     panels,
-    num_words,
+    num_inputs,
     num_panels,
     bias,
     logits,
@@ -200,8 +238,8 @@ def greedy_tokens(
             inputs,
             input_stride,
             num_rows,
-            panels + panel * num_words * PANEL_ROW_BYTES,
-            num_words,
+            panels + panel * panel_bytes(arithmetic, num_inputs),
+            num_inputs,
             1,
             bias + panel * PANEL_ROW_BYTES,
             where,

@@ -1,14 +1,24 @@
-"""A linear projection.
+"""A linear projection, of floats or of integers with scales.
 
-Letters: T rows, K inputs, N outputs. Weights are [out, in], as checkpoints store them.
+Letters: T rows, K inputs, N outputs, G groups of neighbouring inputs, E inputs of a group.
+Weights are [out, in], as checkpoints store them.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+
+
+class Quantised(NamedTuple):
+    """Rows of int8 whose groups have scales."""
+
+    integers_TK: npt.NDArray[np.int8]
+    scales_TG: FloatArray
 
 
 def linear(x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray | None = None) -> FloatArray:
@@ -17,3 +27,31 @@ def linear(x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray | None = 
     if bias_N is not None:
         product_TN += bias_N
     return product_TN.astype(np.float32)
+
+
+def quantise(x_TK: FloatArray, *, group: int) -> Quantised:
+    """Rounds to multiples of a scale, a 127th of the largest magnitude in each group.
+
+    A group of numbers below 1e-30 becomes zero.
+    """
+    x_TGE = x_TK.reshape(len(x_TK), -1, group)
+    largest_TG = np.abs(x_TGE).max(axis=2)
+    inverse_TG = np.zeros_like(largest_TG)
+    np.divide(np.float32(127), largest_TG, out=inverse_TG, where=largest_TG > np.float32(1e-30))
+    integers_TGE = np.rint(x_TGE * inverse_TG[:, :, None]).astype(np.int8)
+    return Quantised(integers_TGE.reshape(x_TK.shape), largest_TG * np.float32(1 / 127))
+
+
+def quantised_linear(
+    x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray, *, group: int
+) -> FloatArray:
+    """As `linear`, with both operands quantised: the groups' sums are exact integers, and those,
+    scaled, are added in float32 in the order of the groups."""
+    rows, columns = quantise(x_TK, group=group), quantise(weight_NK, group=group)
+    result_TN = np.tile(bias_N, (len(x_TK), 1))
+    for index in range(rows.scales_TG.shape[1]):
+        inner = slice(index * group, (index + 1) * group)
+        left, right = rows.integers_TK[:, inner], columns.integers_TK[:, inner]
+        sums_TN = left.astype(np.int32) @ right.astype(np.int32).T
+        result_TN += sums_TN * (rows.scales_TG[:, index, None] * columns.scales_TG[:, index])
+    return result_TN.astype(np.float32)

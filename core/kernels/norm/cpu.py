@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.kernels.arithmetic import LANES, input_bytes
+from core.kernels.arithmetic import GROUP, LANES, input_group_bytes
 from core.kernels.compile import kernel
+from core.kernels.inputs import input_row_bytes, store_input_group
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     address,
@@ -21,7 +22,6 @@ from core.kernels.vectors import (
     round_elements,
     splat,
     store_floats,
-    store_inputs,
     sum_of_lanes,
 )
 
@@ -51,16 +51,26 @@ def norm_rows(arithmetic, hidden_TG, num_rows, size, weight_G, eps, rounds, out)
     hidden, weight = address(hidden_TG), address(weight_G)
     for t in range(num_rows):
         row = hidden + t * num_vectors * BYTES_OF_FLOATS
-        target = out + t * num_vectors * LANES * input_bytes(arithmetic)
+        target = out + t * input_row_bytes(arithmetic, hidden_TG.shape[1])
         if rounds:
             round_row(arithmetic, row, num_vectors)
         scale = splat(inverse_rms(row, num_vectors, size, eps))
-        for vector in range(num_vectors):
-            offset = vector * BYTES_OF_FLOATS
-            normed = multiply(
-                multiply(load_floats(row + offset), scale), load_floats(weight + offset)
+        for group in range(hidden_TG.shape[1] // GROUP):
+            offset = group * GROUP * 4
+            store_input_group(
+                arithmetic,
+                target + group * input_group_bytes(arithmetic),
+                normed_vector(row + offset, weight + offset, scale),
+                normed_vector(row + offset + 64, weight + offset + 64, scale),
+                normed_vector(row + offset + 128, weight + offset + 128, scale),
+                normed_vector(row + offset + 192, weight + offset + 192, scale),
             )
-            store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), normed)
+
+
+@kernel
+def normed_vector(floats, weight, scale):
+    """16 floats times a scale times their weights; by address."""
+    return multiply(multiply(load_floats(floats), scale), load_floats(weight))
 
 
 @kernel
@@ -77,5 +87,4 @@ def norm_head(head, num_vectors, size, weight, eps):
     scale = splat(inverse_rms(head, num_vectors, size, eps))
     for vector in range(num_vectors):
         where = head + vector * BYTES_OF_FLOATS
-        weights = load_floats(weight + vector * BYTES_OF_FLOATS)
-        store_floats(where, multiply(multiply(load_floats(where), scale), weights))
+        store_floats(where, normed_vector(where, weight + vector * BYTES_OF_FLOATS, scale))

@@ -20,10 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from core.kernels.activation.cpu import silu_multiply_panel
-from core.kernels.arithmetic import PANEL_COLUMNS, elements_per_word, input_bytes
+from core.kernels.arithmetic import (
+    PANEL_COLUMNS,
+    input_bytes,
+    input_group_bytes,
+    is_integer,
+    unquantised,
+)
 from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
 from core.kernels.compile import kernel
-from core.kernels.linear.cpu import greedy_tokens, multiply_panels
+from core.kernels.inputs import input_row_bytes, quantise_rows
+from core.kernels.linear.cpu import greedy_tokens, multiply_panels, panel_bytes
 from core.kernels.norm.cpu import norm_rows
 from core.kernels.packing.cpu import gather_rows, gather_widened_rows
 from core.kernels.rotary.cpu import rotate_and_write
@@ -32,7 +39,7 @@ from core.kernels.vectors import address
 
 FloatArray = npt.NDArray[np.float32]
 WordArray = npt.NDArray[np.uint32]
-# Elements in the number format: uint16 bit patterns for bf16, float32 for fp32.
+# Elements in the number format: float32 for fp32, else uint16 bit patterns of bf16.
 ElementArray = npt.NDArray[Any]
 
 
@@ -68,8 +75,8 @@ class StageWorkspace(NamedTuple):
     """Buffers of one micro-batch, reused by the next."""
 
     hidden_TG: FloatArray  # the residual stream: activations as they come and as they go
-    normed_T: WordArray  # normed rows, as inputs of a product; flat
-    attended_T: WordArray  # outputs of attention, likewise
+    normed_T: WordArray  # normed rows (or, as int8, attended ones), as inputs of a product; flat
+    attended_T: WordArray  # outputs of attention, as inputs of a product that is not quantised
     qkv_TC: FloatArray
     gate_up_T: FloatArray  # [T, 128]
     intermediate_T: WordArray  # likewise
@@ -99,12 +106,15 @@ class StageOutputs(NamedTuple):
 
 
 @kernel
+def matrix_bytes(arithmetic, num_inputs, num_columns):
+    """Bytes of a packed matrix."""
+    return num_columns // PANEL_COLUMNS * panel_bytes(arithmetic, num_inputs)
+
+
+@kernel
 def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, attention_work):
     """The attention half of a layer: hidden += output(attention(q, k, v(norm(hidden))))."""
-    hidden_bytes = work.hidden_TG.shape[1] * input_bytes(arithmetic)
-    attention_bytes = sizes.attention_size * input_bytes(arithmetic)
-    hidden_words = work.hidden_TG.shape[1] // elements_per_word(arithmetic)
-    attention_words = sizes.attention_size // elements_per_word(arithmetic)
+    beside = unquantised(arithmetic)
     padded_hidden, num_rows = work.hidden_TG.shape[1], rows.num_rows
     normed, attended = address(work.normed_T), address(work.attended_T)
     panels, vectors_V = address(weights.panels_L[layer]), weights.vectors_L[layer]
@@ -115,21 +125,24 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
         vectors_V[:padded_hidden], sizes.norm_eps, sizes.rounds_residual, normed,
     )  # fmt: skip
     multiply_panels(
-        arithmetic, normed, hidden_bytes, num_rows, panels, hidden_words,
-        sizes.qkv_columns // PANEL_COLUMNS, qkv_bias, address(work.qkv_TC),
+        arithmetic, normed, input_row_bytes(arithmetic, padded_hidden), num_rows, panels,
+        padded_hidden, sizes.qkv_columns // PANEL_COLUMNS, qkv_bias, address(work.qkv_TC),
         sizes.qkv_columns * 4, 0, work.wide_panel,
     )  # fmt: skip
     rotate_and_write(
-        arithmetic, heads, rows, work.qkv_TC, weights.cos, weights.sin, head_norms, cache,
+        beside, heads, rows, work.qkv_TC, weights.cos, weights.sin, head_norms, cache,
         address(work.head_scratch),
     )  # fmt: skip
     attend(
-        arithmetic, heads, rows, work.qkv_TC, cache, weights.windows_L[layer], attention_work,
-        attended, attention_bytes,
+        beside, heads, rows, work.qkv_TC, cache, weights.windows_L[layer], attention_work,
+        attended, sizes.attention_size * input_bytes(beside),
     )  # fmt: skip
+    if is_integer(arithmetic):
+        quantise_rows(arithmetic, attended, num_rows, sizes.attention_size, normed)
+        attended = normed
     multiply_panels(
-        arithmetic, attended, attention_bytes, num_rows,
-        panels + hidden_words * sizes.qkv_columns * 4, attention_words,
+        arithmetic, attended, input_row_bytes(arithmetic, sizes.attention_size), num_rows,
+        panels + matrix_bytes(arithmetic, padded_hidden, sizes.qkv_columns), sizes.attention_size,
         padded_hidden // PANEL_COLUMNS, qkv_bias + sizes.qkv_columns * 4,
         address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
     )  # fmt: skip
@@ -138,14 +151,13 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
 @kernel
 def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
     """The gated half of a layer: hidden += down(SiLU(gate(norm(hidden))) * up(norm(hidden)))."""
-    padded_hidden = work.hidden_TG.shape[1]
-    hidden_bytes = padded_hidden * input_bytes(arithmetic)
-    hidden_words = padded_hidden // elements_per_word(arithmetic)
-    intermediate_bytes = sizes.intermediate_size * input_bytes(arithmetic)
+    padded_hidden, inner = work.hidden_TG.shape[1], sizes.intermediate_size
+    inner_bytes = input_row_bytes(arithmetic, inner)
     normed, vectors_V = address(work.normed_T), weights.vectors_L[layer]
-    panels = address(weights.panels_L[layer]) + 4 * (
-        hidden_words * sizes.qkv_columns
-        + sizes.attention_size // elements_per_word(arithmetic) * padded_hidden
+    panels = (
+        address(weights.panels_L[layer])
+        + matrix_bytes(arithmetic, padded_hidden, sizes.qkv_columns)
+        + matrix_bytes(arithmetic, sizes.attention_size, padded_hidden)
     )
     biases = address(vectors_V) + 4 * (3 * padded_hidden + 2 * heads.width + sizes.qkv_columns)
     gate_up, intermediate = address(work.gate_up_T), address(work.intermediate_T)
@@ -153,22 +165,21 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
         arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
         vectors_V[padded_hidden : 2 * padded_hidden], sizes.norm_eps, False, normed,
     )  # fmt: skip
-    for panel in range(sizes.intermediate_size // PANEL_COLUMNS):
+    for panel in range(inner // PANEL_COLUMNS):
         multiply_panels(
-            arithmetic, normed, hidden_bytes, num_rows,
-            panels + panel * 2 * hidden_words * PANEL_ROW_BYTES, hidden_words, 2,
+            arithmetic, normed, input_row_bytes(arithmetic, padded_hidden), num_rows,
+            panels + panel * 2 * panel_bytes(arithmetic, padded_hidden), padded_hidden, 2,
             biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
             work.wide_panel,
         )  # fmt: skip
         silu_multiply_panel(
             arithmetic, gate_up, num_rows,
-            intermediate + panel * PANEL_COLUMNS * input_bytes(arithmetic), intermediate_bytes,
+            intermediate + panel * input_group_bytes(arithmetic), inner_bytes,
         )  # fmt: skip
     multiply_panels(
-        arithmetic, intermediate, intermediate_bytes, num_rows,
-        panels + hidden_words * 2 * sizes.intermediate_size * 4,
-        sizes.intermediate_size // elements_per_word(arithmetic),
-        padded_hidden // PANEL_COLUMNS, biases + 2 * sizes.intermediate_size * 4,
+        arithmetic, intermediate, inner_bytes, num_rows,
+        panels + matrix_bytes(arithmetic, padded_hidden, 2 * inner), inner,
+        padded_hidden // PANEL_COLUMNS, biases + 2 * inner * 4,
         address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
     )  # fmt: skip
 
@@ -177,8 +188,7 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
 def run_head(arithmetic, sizes, weights, inputs, work, outputs):
     """Final norm and head: likeliest tokens of some rows, all logits of others."""
     padded_hidden = work.hidden_TG.shape[1]
-    hidden_bytes = padded_hidden * input_bytes(arithmetic)
-    hidden_words = padded_hidden // elements_per_word(arithmetic)
+    hidden_bytes = input_row_bytes(arithmetic, padded_hidden)
     num_panels = weights.head_bias_V.shape[0] // PANEL_COLUMNS
     normed, panels = address(work.normed_T), address(weights.head_panels)
     bias = address(weights.head_bias_V)
@@ -189,7 +199,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):
             weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         greedy_tokens(
-            arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, hidden_words,
+            arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, padded_hidden,
             num_panels, bias, work.panel_logits_S, outputs.greedy_tokens_S,
             work.wide_panel,
         )  # fmt: skip
@@ -200,7 +210,7 @@ def run_head(arithmetic, sizes, weights, inputs, work, outputs):
             weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         multiply_panels(
-            arithmetic, normed, hidden_bytes, inputs.num_logits, panels, hidden_words,
+            arithmetic, normed, hidden_bytes, inputs.num_logits, panels, padded_hidden,
             num_panels, bias, address(outputs.logits_SV), outputs.logits_SV.shape[1] * 4, 0,
             work.wide_panel,
         )  # fmt: skip
@@ -218,8 +228,9 @@ def run_stage(
     """
     if inputs.embeds:
         gather_widened_rows(
-            arithmetic, weights.embedding_VG, inputs.token_ids_T, rows.num_rows, work.hidden_TG
-        )
+            unquantised(arithmetic), weights.embedding_VG, inputs.token_ids_T, rows.num_rows,
+            work.hidden_TG,
+        )  # fmt: skip
     for layer in range(sizes.num_layers):
         run_attention(
             arithmetic, sizes, heads, weights, layer, address(cache_L[layer]), rows, work,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
+from core.kernels.arithmetic import GROUP, LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import HeadSizes
 from core.kernels.linear.cpu import pack_panels
 from core.kernels.memory import aligned_zeros
@@ -62,20 +62,26 @@ class StageLayout:
     def vocabulary(self) -> int:
         return round_up(self.config.vocab_size, PANEL_COLUMNS)
 
-    def words(self, num_elements: int) -> int:
-        """Words of packed weights, keys or values."""
-        return num_elements // self.arithmetic.elements_per_word
+    def matrix_words(self, num_inputs: int, num_columns: int) -> int:
+        """Words of a packed matrix."""
+        num_groups = num_inputs // GROUP * (num_columns // PANEL_COLUMNS)
+        return num_groups * self.arithmetic.weight_group_bytes // 4
 
     def input_words(self, num_elements: int) -> int:
-        """Words of inputs of a product."""
-        return num_elements * self.arithmetic.input_bytes // 4
+        """Words of a row of inputs of a product with weights."""
+        return num_elements // GROUP * self.arithmetic.input_group_bytes // 4
+
+    def attention_input_words(self, num_elements: int) -> int:
+        """Words of queries, of attention's weights, or of its results."""
+        return num_elements * self.arithmetic.unquantised.input_bytes // 4
 
     @property
     def layer_words(self) -> int:
         """Words of all packed matrices of a layer."""
-        from_hidden = self.qkv + 2 * self.intermediate
-        return self.hidden * self.words(self.attention + self.intermediate) + (
-            self.words(self.hidden) * from_hidden
+        return (
+            self.matrix_words(self.hidden, self.qkv + 2 * self.intermediate)
+            + self.matrix_words(self.attention, self.hidden)
+            + self.matrix_words(self.intermediate, self.hidden)
         )
 
     @property
@@ -86,7 +92,7 @@ class StageLayout:
     @property
     def block_words(self) -> int:
         """Words of keys and values of one KV head in one block."""
-        return 2 * self.words(LANES * self.head_width)
+        return 2 * LANES * self.head_width // self.arithmetic.unquantised.elements_per_word
 
     def stage_sizes(self, num_layers: int, *, rounds_residual: bool) -> StageSizes:
         return StageSizes(
@@ -147,7 +153,7 @@ class _PanelPacker:
         self._pack(b_NK, num_inputs, target, first=PANEL_COLUMNS, step=2 * PANEL_COLUMNS)
 
     def _take(self, num_inputs: int, num_columns: int) -> WordArray:
-        size = self._layout.words(num_inputs) * num_columns
+        size = self._layout.matrix_words(num_inputs, num_columns)
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
 
@@ -157,7 +163,7 @@ class _PanelPacker:
         pack_panels(
             self._layout.arithmetic,
             _for_kernel(weight_NK),
-            self._layout.words(num_inputs),
+            num_inputs,
             target,
             first,
             step,
@@ -230,7 +236,7 @@ class PackedHead:
 
 def pack_head(layout: StageLayout, head: HeadWeights) -> PackedHead:
     """Packs the head; columns beyond the vocabulary get a bias of minus infinity."""
-    panels = aligned_zeros((layout.words(layout.hidden) * layout.vocabulary,), np.uint32)
+    panels = aligned_zeros((layout.matrix_words(layout.hidden, layout.vocabulary),), np.uint32)
     _PanelPacker(layout, panels).add(head.head_VH, layout.hidden, layout.vocabulary)
     bias_V = aligned_zeros((layout.vocabulary,), np.float32)
     bias_V[layout.config.vocab_size :] = -np.inf
@@ -241,11 +247,11 @@ def pack_head(layout: StageLayout, head: HeadWeights) -> PackedHead:
 
 def element_type(arithmetic: Arithmetic) -> npt.DTypeLike:
     """numpy's type for elements on the wire and in the embedding."""
-    return np.uint16 if arithmetic.number_format == "bf16" else np.float32
+    return np.float32 if arithmetic.number_format == "fp32" else np.uint16
 
 
 def to_elements(arithmetic: Arithmetic, floats: FloatArray) -> npt.NDArray[Any]:
-    """Rounds finite float32 to the number format: bf16 as uint16 bit patterns, to nearest even."""
+    """Rounds finite float32 to fp32, or else to bf16: bit patterns, to nearest even."""
     if arithmetic.number_format == "fp32":
         return floats
     bits = floats.view(np.uint32)
@@ -253,7 +259,7 @@ def to_elements(arithmetic: Arithmetic, floats: FloatArray) -> npt.NDArray[Any]:
 
 
 def pack_embedding(layout: StageLayout, embedding_VH: FloatArray) -> npt.NDArray[Any]:
-    """The embedding in the number format, rows padded."""
+    """The embedding in the number format (int8: in bf16), rows padded."""
     shape = (layout.config.vocab_size, layout.hidden)
     packed_VG = aligned_zeros(shape, element_type(layout.arithmetic))
     rows_at_a_time = 4096  # bounds the temporary arrays of a large vocabulary

@@ -12,7 +12,7 @@ import pytest
 
 from core.kernels.arithmetic import Arithmetic
 from tests.core.engine.conftest import MODELS, OpenModel
-from tests.support.arithmetics import host_arithmetics
+from tests.support.arithmetics import host_arithmetics, integer_arithmetics
 
 NUM_TOKENS = 90  # more than the windows and than a context that scaling starts from
 OpenOne = Callable[[str], OpenModel]
@@ -37,7 +37,9 @@ def reference_logits(folder: Path, ids: tuple[int, ...]) -> npt.NDArray[np.float
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("arithmetic", host_arithmetics(), ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "arithmetic", host_arithmetics() + integer_arithmetics(), ids=lambda a: a.name
+)
 def test_logits_agree_with_transformers(
     name: str, arithmetic: Arithmetic, open_model: OpenOne
 ) -> None:
@@ -56,7 +58,7 @@ def test_logits_agree_with_transformers(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
 def test_every_split_computes_the_same_bits(
     name: str, number_format: str, open_model: OpenOne
 ) -> None:

@@ -71,7 +71,8 @@ def compute(
 
 
 @pytest.mark.parametrize(
-    ("number_format", "wire"), [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16")]
+    ("number_format", "wire"),
+    [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")],
 )
 @pytest.mark.parametrize("name", ["llama-odd-sizes", "mistral", "qwen3-many-queries"])
 def test_logits_do_not_depend_on_companions_chunks_splits_or_blocks(
@@ -91,7 +92,7 @@ def test_logits_do_not_depend_on_companions_chunks_splits_or_blocks(
     holds()
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
 def test_a_preempted_sequence_computes_the_same_again(
     number_format: str, open_model: OpenOne
 ) -> None:
@@ -107,7 +108,7 @@ def test_a_preempted_sequence_computes_the_same_again(
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
 def test_greedy_tokens_are_the_arg_max_of_the_logits(
     number_format: str, open_model: OpenOne
 ) -> None:

@@ -6,18 +6,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from core.kernels.arithmetic import Arithmetic
+from core.kernels.arithmetic import GROUP, Arithmetic
 from core.kernels.linear.cpu import (
     LEAST_ROWS_TO_WIDEN_ONCE,
     greedy_tokens,
     multiply_panels,
     pack_panels,
 )
-from core.kernels.linear.reference import linear
+from core.kernels.linear.reference import linear, quantised_linear
 from core.kernels.memory import aligned_zeros
-from tests.support.arithmetics import host_arithmetics, rounded, to_inputs
+from tests.support.arithmetics import host_arithmetics, integer_arithmetics, rounded, to_inputs
 
-each_arithmetic = pytest.mark.parametrize("arithmetic", host_arithmetics(), ids=lambda a: a.name)
+each_arithmetic = pytest.mark.parametrize(
+    "arithmetic", host_arithmetics() + integer_arithmetics(), ids=lambda a: a.name
+)
 FloatArray = npt.NDArray[np.float32]
 WIDE_PANEL = aligned_zeros((64 * 4096,), np.float32)
 
@@ -32,10 +34,19 @@ class PackedMatrix:
         self.weight_NK = rounded(weight_NK, arithmetic.number_format)
         self.bias = random.standard_normal(-(-num_columns // 64) * 64).astype(np.float32)
         self.padded_inputs = -(-num_inputs // 64) * 64
-        self.num_words = self.padded_inputs // arithmetic.elements_per_word
-        self.panels = aligned_zeros((self.num_words * len(self.bias),), np.uint32)
+        num_groups = self.padded_inputs // GROUP * (len(self.bias) // 64)
+        self.panels = aligned_zeros((num_groups * arithmetic.weight_group_bytes // 4,), np.uint32)
         scratch = np.full(self.padded_inputs, np.nan, np.float32)
-        pack_panels(arithmetic, weight_NK, self.num_words, self.panels, 0, 64, scratch)
+        pack_panels(arithmetic, weight_NK, self.padded_inputs, self.panels, 0, 64, scratch)
+
+    def expected(self, x_TK: FloatArray) -> FloatArray:
+        """The product by the reference."""
+        bias_N = self.bias[: len(self.weight_NK)]
+        if not self.arithmetic.is_integer:
+            return linear(x_TK, self.weight_NK, bias_N)
+        padding = [(0, 0), (0, self.padded_inputs - x_TK.shape[1])]
+        x_TK, weight_NK = np.pad(x_TK, padding), np.pad(self.weight_NK, padding)
+        return quantised_linear(x_TK, weight_NK, bias_N, group=GROUP)
 
     def inputs(self, x_TK: FloatArray) -> npt.NDArray[np.uint32]:
         """Rows in the input format."""
@@ -54,8 +65,9 @@ class PackedMatrix:
         inputs = self.inputs(x_TK)
         multiply_panels(
             self.arithmetic, inputs.ctypes.data, inputs.strides[0], len(x_TK),
-            self.panels.ctypes.data, self.num_words, len(self.bias) // 64, self.bias.ctypes.data,
-            out_TN.ctypes.data, out_TN.strides[0], int(accumulates), wide_panel,
+            self.panels.ctypes.data, self.padded_inputs, len(self.bias) // 64,
+            self.bias.ctypes.data, out_TN.ctypes.data, out_TN.strides[0], int(accumulates),
+            wide_panel,
         )  # fmt: skip
         return out_TN
 
@@ -74,7 +86,7 @@ def test_a_product_matches_the_reference(
     matrix = PackedMatrix(arithmetic, num_columns, num_inputs)
     x_TK = random_rows(arithmetic, num_rows, num_inputs)
     out_TN = np.full((num_rows, len(matrix.bias)), np.nan, np.float32)
-    expected = linear(x_TK, matrix.weight_NK, matrix.bias[:num_columns])
+    expected = matrix.expected(x_TK)
 
     matrix.multiply(x_TK, out_TN)
 
@@ -91,7 +103,10 @@ def test_a_product_is_added_to_the_residual_stream(arithmetic: Arithmetic) -> No
     alone = matrix.multiply(x_TK, np.full((9, 64), np.nan, np.float32))
     residual = np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
     added = matrix.multiply(x_TK, residual.copy(), accumulates=True)
-    np.testing.assert_array_equal(added, alone + residual)
+    if arithmetic.is_integer:  # the scaled sums of the groups are added to it one by one
+        np.testing.assert_allclose(added, alone + residual, rtol=2e-6, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(added, alone + residual)
 
 
 @each_arithmetic
@@ -124,8 +139,30 @@ def test_greedy_tokens_are_the_arg_max_of_the_logits_and_ties_go_to_the_lowest(
     tokens = np.full(num_rows, -1, np.int32)
     greedy_tokens(
         arithmetic, inputs.ctypes.data, inputs.strides[0], num_rows, matrix.panels.ctypes.data,
-        matrix.num_words, 5, matrix.bias.ctypes.data, np.full((num_rows, 64), np.nan, np.float32),
-        tokens, WIDE_PANEL,
+        matrix.padded_inputs, 5, matrix.bias.ctypes.data,
+        np.full((num_rows, 64), np.nan, np.float32), tokens, WIDE_PANEL,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, logits[:, :vocab_size].argmax(axis=1))
     assert tokens[4] == 0
+
+
+def test_integers_are_multiplied_alike_with_and_without_an_instruction_for_it() -> None:
+    x_TK = random_rows(integer_arithmetics()[0], 9, 321)
+    outputs = []
+    for arithmetic in integer_arithmetics():
+        matrix = PackedMatrix(arithmetic, 129, 321)
+        outputs.append(matrix.multiply(x_TK, np.full((9, 192), np.nan, np.float32)))
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+
+
+def test_the_largest_integers_do_not_saturate() -> None:
+    for arithmetic in integer_arithmetics():
+        matrix = PackedMatrix(arithmetic, 64, 128)
+        for sign in (-1, 1):
+            matrix.weight_NK[:] = sign
+            scratch = np.zeros(128, np.float32)
+            pack_panels(arithmetic, matrix.weight_NK, 128, matrix.panels, 0, 64, scratch)
+            x_TK = np.ones((2, 128), np.float32)
+            out_TN = matrix.multiply(x_TK, np.full((2, 64), np.nan, np.float32))
+            np.testing.assert_allclose(out_TN - matrix.bias, sign * 128.0, rtol=1e-5)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf.constants import GGMLQuantizationType
 
 from core.errors import InvalidInput, PlanImpossible
 from core.models.llama.config import LlamaConfig
@@ -20,9 +21,9 @@ from services.local.memory import (
 )
 from services.local.partition import model_costs, plan_stages
 from services.local.ports import free_ports
-from services.local.prepare import prepare
+from services.local.prepare import prepare, read_model
 from services.local.settings import MeshSettings, parse_bytes
-from tests.support.models import write_servable
+from tests.support.models import TinyModel, write_gguf, write_servable
 
 GIB = 2**30
 
@@ -132,6 +133,10 @@ def test_weights_are_counted_in_the_number_format() -> None:
         return plan.stages[0].weights_bytes
 
     assert weights("fp32") == 2 * weights("bf16")
+    # The embedding stays as it is, and 64 weights share a scale.
+    embedding = 2 * 49152 * 576
+    int8 = (weights("bf16") - embedding) / 2 * (1 + 4 / 64) + embedding
+    assert weights("int8") == pytest.approx(int8)
     # 134.5 M parameters; the head is a second copy of the embedding it is tied to.
     assert weights("bf16") == pytest.approx(2 * (134.5e6 + 49152 * 576), rel=0.01)
 
@@ -201,8 +206,16 @@ def test_any_taken_metrics_port_is_refused(lay: Lay) -> None:
             lay(metrics_port=port - 2)
 
 
-def test_auto_stands_for_bf16(lay: Lay) -> None:
-    assert lay(dtype="auto").number_format == "bf16"
+@pytest.mark.parametrize(
+    ("block_type", "number_format"), [("F32", "bf16"), ("BF16", "bf16"), ("Q8_0", "int8")]
+)
+def test_auto_is_int8_where_the_file_is_quantised(
+    block_type: str, number_format: str, tmp_path: Path
+) -> None:
+    kind = GGMLQuantizationType[block_type]
+    path = write_gguf(tmp_path / "tiny.gguf", TinyModel(), block_type=kind)
+    assert read_model(path, dtype="auto").number_format == number_format
+    assert read_model(path, dtype="fp32").number_format == "fp32"
 
 
 def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:

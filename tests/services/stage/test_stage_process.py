@@ -102,7 +102,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(START_TIMEOUT_S)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 async def test_split_over_processes_a_model_computes_the_same_tokens(
     tiny: Path, dtype: str
 ) -> None:

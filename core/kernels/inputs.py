@@ -1,0 +1,112 @@
+"""How float32 rows become the inputs of a product: as they are, as bfloat16, or as int8.
+
+int8 inputs have a scale for each group of 64: the largest magnitude becomes 127, the others
+are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the scale (float32) and
+-128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`.
+"""
+
+# numba infers the types of kernels and intrinsics.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from core.kernels.arithmetic import GROUP, LANES, input_bytes, input_group_bytes, unquantised
+from core.kernels.compile import intrinsic, kernel
+from core.kernels.vectors import (
+    F32,
+    I32,
+    WORDS,
+    emit_call,
+    emit_splat,
+    emit_store,
+    emit_store_inputs,
+    float32x16,
+    index,
+    load_inputs,
+    splat_constant,
+    splat_word,
+)
+
+LARGEST = 127
+UNSIGNED_OFFSET = 128  # added to weights, see `core.kernels.linear.integer_tiles`
+# Groups below are all zero: the inverse of their scale may not be finite.
+LEAST_MAGNITUDE = 1e-30
+# A float32 of this size has no fraction: adding it rounds, and leaves an integer in the low bits.
+_ROUNDER = float(3 << 22)
+_ROUNDER_BITS = 0x4B400000
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+@intrinsic
+def store_input_group(typing_context, arithmetic, where, first, second, third, fourth):
+    """64 neighbouring inputs of a product, from four vectors."""
+    kind = arithmetic.arithmetic
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        _, where, *vectors = args
+        if kind.is_integer:
+            _emit_quantised(builder, where, vectors)
+        else:
+            for number, floats in enumerate(vectors):
+                offset = index(number * LANES * kind.input_bytes)
+                emit_store_inputs(builder, kind, builder.add(where, offset), floats)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, types.intp, *[float32x16] * 4), codegen
+
+
+def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> None:
+    """A group as 64 signed bytes, its scale and its correction. A NaN makes the scale one."""
+    # As integers, the bits of magnitudes are in order, and NaN is the greatest.
+    largest = splat_word(0)
+    for floats in vectors:
+        bits = builder.and_(builder.bitcast(floats, WORDS), splat_word(0x7FFFFFFF))
+        largest = builder.select(builder.icmp_unsigned(">", bits, largest), bits, largest)
+    largest = emit_call(builder, "llvm.vector.reduce.umax.v16i32", I32, [largest])
+    magnitude = builder.bitcast(largest, F32)
+    scale = builder.fmul(magnitude, ir.Constant(F32, float(np.float32(1.0 / LARGEST))))
+    inverse = builder.select(
+        builder.fcmp_ordered(">", magnitude, ir.Constant(F32, float(np.float32(LEAST_MAGNITUDE)))),
+        builder.fdiv(ir.Constant(F32, float(LARGEST)), magnitude),
+        ir.Constant(F32, 0.0),
+    )
+    total = splat_word(0)
+    for number, floats in enumerate(vectors):
+        scaled = builder.fmul(floats, emit_splat(builder, inverse))
+        rounded = builder.bitcast(builder.fadd(scaled, splat_constant(_ROUNDER)), WORDS)
+        total = builder.add(total, builder.sub(rounded, splat_word(_ROUNDER_BITS)))
+        at = builder.add(where, index(number * LANES))
+        emit_store(builder, builder.trunc(rounded, _BYTES), at)
+    total = emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [total])
+    correction = builder.mul(total, ir.Constant(I32, -UNSIGNED_OFFSET))
+    emit_store(builder, scale, builder.add(where, index(GROUP)))
+    emit_store(builder, correction, builder.add(where, index(GROUP + 4)))
+
+
+@kernel
+def input_row_bytes(arithmetic, num_inputs):
+    """Bytes of a row of inputs."""
+    return num_inputs // GROUP * input_group_bytes(arithmetic)
+
+
+@kernel
+def quantise_rows(arithmetic, source, num_rows, num_inputs, target):
+    """Turns rows of inputs in the arithmetic beside int8 into rows of its own; by address."""
+    beside = unquantised(arithmetic)
+    for group in range(num_rows * (num_inputs // GROUP)):
+        where = source + group * GROUP * input_bytes(beside)
+        step = LANES * input_bytes(beside)
+        store_input_group(
+            arithmetic,
+            target + group * input_group_bytes(arithmetic),
+            load_inputs(beside, where),
+            load_inputs(beside, where + step),
+            load_inputs(beside, where + 2 * step),
+            load_inputs(beside, where + 3 * step),
+        )

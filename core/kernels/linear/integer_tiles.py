@@ -1,0 +1,154 @@
+"""The register tile of a product of int8 weights and int8 inputs.
+
+Of each row of inputs, a group of 64 lies as 64 bytes, a float32 scale and an int32 correction.
+Of each panel of weights, a group lies as 16 rows of 64 words of four bytes, and then 64
+float32 scales, one for each column. The groups' sums are exact integers; times both scales they are
+added to a float32 sum, group by group.
+
+The instruction that multiplies bytes wants one operand unsigned. Weights are stored with 128
+added, which adds 128 x (the sum of the group's inputs) to the sum; the correction takes that back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.kernels.arithmetic import GROUP, Arithmetic
+from core.kernels.tiles import (
+    PANEL_ROW_BYTES,
+    emit_for_rows,
+    emit_loop,
+    emit_prefetch,
+    emit_row_addresses,
+    vector_addresses,
+)
+from core.kernels.vectors import (
+    F32,
+    FLOATS,
+    I32,
+    WORDS,
+    emit_call,
+    emit_fma,
+    emit_load,
+    emit_splat,
+    emit_store,
+    index,
+    splat_constant,
+    splat_word,
+)
+
+STEPS = GROUP // 4  # words of a group
+STEPS_AT_A_TIME = 4
+SCALE = GROUP  # offsets within a group of inputs
+CORRECTION = GROUP + 4
+
+
+def emit_integer_tiles(
+    builder: Any,
+    kind: Arithmetic,
+    num_rows: Any,
+    inputs: Any,
+    input_stride: Any,
+    weights: Any,
+    num_inputs: Any,
+    bias: Any,
+    outputs: Any,
+    output_stride: Any,
+    accumulates: Any,
+    fetch_offset: Any,
+) -> None:
+    """Code for a tile of any number of rows; see `core.kernels.linear.tiles.product_tile`."""
+    num_groups = builder.udiv(num_inputs, index(GROUP))
+    is_new = builder.icmp_signed("==", accumulates, index(0))
+
+    def emit(rows: int) -> None:
+        vectors = kind.tile_vectors(rows)
+        input_rows = emit_row_addresses(builder, inputs, input_stride, rows)
+        targets = [
+            at
+            for row in emit_row_addresses(builder, outputs, output_stride, rows)
+            for at in vector_addresses(builder, row, vectors)
+        ]
+
+        def add_group(group: Any, floats: list[Any]) -> list[Any]:
+            offset = builder.mul(group, index(kind.input_group_bytes))
+            groups = [builder.add(row, offset) for row in input_rows]
+            panel = builder.add(weights, builder.mul(group, index(kind.weight_group_bytes)))
+            sums = _emit_group(builder, kind, groups, panel, fetch_offset, vectors)
+            return _emit_scaled(builder, groups, panel, sums, floats, vectors)
+
+        biases = [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)]
+        zero = splat_constant(0.0)
+        initial = [
+            builder.fadd(value, builder.select(is_new, zero, emit_load(builder, at, FLOATS)))
+            for value, at in zip(biases * rows, targets, strict=True)
+        ]
+        results = emit_loop(builder, num_groups, initial, add_group)
+        for value, at in zip(results, targets, strict=True):
+            emit_store(builder, value, at)
+
+    emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
+
+
+def _emit_group(
+    builder: Any, kind: Arithmetic, groups: list[Any], panel: Any, fetch_offset: Any, vectors: int
+) -> list[Any]:
+    """The integer sums of one group, row by row."""
+    sums = []
+    for group in groups:
+        correction = emit_load(builder, builder.add(group, index(CORRECTION)), I32)
+        sums += [emit_splat(builder, correction)] * vectors
+
+    def add_words(step: Any, sums: list[Any]) -> list[Any]:
+        for word in range(STEPS_AT_A_TIME):
+            number = builder.add(builder.mul(step, index(STEPS_AT_A_TIME)), index(word))
+            row = builder.add(panel, builder.mul(number, index(PANEL_ROW_BYTES)))
+            emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
+            weights = [
+                emit_load(builder, at, WORDS) for at in vector_addresses(builder, row, vectors)
+            ]
+            results: list[Any] = []
+            for group in groups:
+                at = builder.add(group, builder.mul(number, index(4)))
+                values = emit_splat(builder, emit_load(builder, at, I32))
+                for weight in weights:
+                    results.append(_emit_dot(builder, kind, sums[len(results)], weight, values))
+            sums = results
+        return sums
+
+    return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
+
+
+def _emit_dot(builder: Any, kind: Arithmetic, sums: Any, weights: Any, inputs: Any) -> Any:
+    """sums + weights . inputs, where a word of weights is four unsigned bytes, one of inputs four
+    signed ones."""
+    if kind.instructions == "avx512vnni":
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return emit_call(builder, name, WORDS, [sums, weights, inputs])
+    for shift in (0, 8, 16, 24):
+        weight = builder.and_(builder.lshr(weights, splat_word(shift)), splat_word(0xFF))
+        value = builder.ashr(builder.shl(inputs, splat_word(24 - shift)), splat_word(24))
+        sums = builder.add(sums, builder.mul(weight, value))
+    return sums
+
+
+def _emit_scaled(
+    builder: Any, groups: list[Any], panel: Any, sums: list[Any], floats: list[Any], vectors: int
+) -> list[Any]:
+    """floats + sums x (scale of the row's group x scale of the column's)."""
+    columns = [
+        emit_load(builder, at, FLOATS)
+        for at in vector_addresses(
+            builder, builder.add(panel, index(STEPS * PANEL_ROW_BYTES)), vectors
+        )
+    ]
+    results: list[Any] = []
+    for group in groups:
+        at = builder.add(group, index(SCALE))
+        row = emit_splat(builder, emit_load(builder, at, F32))
+        for column in columns:
+            number = len(results)
+            whole = builder.sitofp(sums[number], FLOATS)
+            scale = builder.fmul(row, column)
+            results.append(emit_fma(builder, whole, scale, floats[number]))
+    return results
