@@ -168,9 +168,11 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
 
 
 @asynccontextmanager
-async def fake_stages(num_stages: int, **fields: Any) -> AsyncIterator[list[FakeStage]]:
+async def fake_stages(
+    num_stages: int, *, kind: type[FakeStage] = FakeStage, **fields: Any
+) -> AsyncIterator[list[FakeStage]]:
     """Starts that many stages of one pipeline."""
-    stages = [FakeStage(index=i, num_stages=num_stages, **fields) for i in range(num_stages)]
+    stages = [kind(index=i, num_stages=num_stages, **fields) for i in range(num_stages)]
     for upstream, downstream in pairwise(stages):
         upstream.downstream = downstream
     for stage in stages:
