@@ -118,6 +118,13 @@ TOKENS = Metric(
     description="Tokens of prompts (input) and completions (output)",
     labels=(MODEL, TOKEN_TYPE),
 )
+CACHED_TOKENS = Metric(
+    name="penstock.tokens.cached",
+    kind=Kind.COUNTER,
+    unit="{token}",
+    description="Tokens of prompts that had been computed for an earlier request",
+    labels=(MODEL,),
+)
 REQUESTS_ENDED = Metric(
     name="penstock.requests.ended",
     kind=Kind.COUNTER,

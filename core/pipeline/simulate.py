@@ -36,6 +36,8 @@ class SimulatedRequest:
     arrival_s: float
     num_prompt: int
     num_output: int
+    # Where given, as long as `num_prompt`; else the prompt shares nothing with any other one.
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class SimulationSettings:
     jitter: float = 0.0  # each stage time is multiplied by uniform(1 - jitter, 1 + jitter)
     seed: int = 0
     num_kv_blocks: int = 100_000
+    kv_block_size: int = 16
     num_slots: int = 4096
     max_rows: int = 512
     context_length: int = 1 << 20
@@ -67,6 +70,7 @@ class SimulationReport:
     mean_in_flight: float  # micro-batches
     mean_rows: float  # of a micro-batch
     num_preemptions: int
+    cached_share: float  # of the prompt tokens of all requests that got a token
     num_ended: int  # requests
 
     @property
@@ -103,7 +107,7 @@ class _Simulation:
         for number, request in enumerate(self._requests):
             arrived = RequestArrived(
                 request_id=number,
-                token_ids=[0] * request.num_prompt,
+                token_ids=request.token_ids or [number] * request.num_prompt,
                 sampling=SamplingParameters(max_tokens=request.num_output, ignore_eos=True),
             )
             self._push(request.arrival_s, arrived)
@@ -121,6 +125,7 @@ class _Simulation:
             stages=(stage,) * len(settings.stages),
             num_slots=settings.num_slots,
             context_length=settings.context_length,
+            kv_block_size=settings.kv_block_size,
         )
 
     def _push(self, time_s: float, event: Event) -> None:
@@ -225,5 +230,8 @@ class _Simulation:
             mean_in_flight=self._flight_s / seconds,
             mean_rows=self._num_rows / max(self._num_batches, 1),
             num_preemptions=self._scheduler.num_preemptions,
+            cached_share=(
+                self._scheduler.num_cached_tokens / max(self._scheduler.num_prompt_tokens, 1)
+            ),
             num_ended=self._num_ended,
         )

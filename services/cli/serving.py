@@ -68,6 +68,13 @@ def mesh(
             "memory that is free.",
         ),
     ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_PREFIX_CACHE",
+            help="Computes prompts that begin alike once, as far as they do.",
+        ),
+    ] = True,
     grpc_port: Annotated[
         int,
         typer.Option(envvar="PENSTOCK_GRPC_PORT", help="Port of the public API; 0: any free one."),
@@ -95,6 +102,7 @@ def mesh(
         dtype=dtype,
         split=split,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
+        prefix_cache=prefix_cache,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
     )
@@ -184,7 +192,9 @@ def _headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
     return (
         f"{record.model} ({record.number_format}) at {record.gateway}, up {uptime_s} s: "
         f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
-        f"{mesh.tokens_per_second:.0f} tokens/s"
+        f"{mesh.tokens_per_second:.0f} tokens/s, "
+        f"{mesh.cached_tokens / max(mesh.prompt_tokens, 1):.0%} of {mesh.prompt_tokens} prompt "
+        "tokens cached"
     )
 
 

@@ -53,6 +53,9 @@ def main(
     micro_batch_timeout_s: Annotated[
         float, typer.Option(help="seconds without a result after which the pipeline has hung")
     ] = 30.0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="compute prompts that begin alike once, as far as they do")
+    ] = True,
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that stages have for loading their weights")
     ] = 600.0,
@@ -71,6 +74,7 @@ def main(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             micro_batch_timeout_s=micro_batch_timeout_s,
+            prefix_cache=prefix_cache,
             open_timeout_s=open_timeout_s,
             log_level=log_level,
             exit_with_parent=exit_with_parent,

@@ -81,6 +81,7 @@ class Conductor:
             SchedulerSettings(
                 max_waiting=settings.max_waiting,
                 micro_batch_timeout_s=settings.micro_batch_timeout_s,
+                shares_prefixes=settings.prefix_cache,
             )
         )
         self.mesh = MeshView(settings.stages, clock())
@@ -317,6 +318,8 @@ class Conductor:
             ],
             requests_waiting=scheduler.num_waiting,
             requests_running=scheduler.num_running,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
             tokens_per_second=max(self._tokens.sums(now_s)[0], 0.0) / mesh.window_s(now_s),
         )
         response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))

@@ -17,6 +17,7 @@ class CoordinatorSettings:
     max_sequences: int = 256  # running at a time
     max_waiting: int = 1024  # waiting for admission; one more is refused
     micro_batch_timeout_s: float = 30.0  # a pipeline that returns nothing for so long has hung
+    prefix_cache: bool = True  # prompts that begin alike are computed once
     open_timeout_s: float = 600.0  # for all stages to load their weights and open
     log_level: str = "INFO"
     exit_with_parent: bool = False  # stop when standard input ends

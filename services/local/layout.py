@@ -30,6 +30,7 @@ class MeshLayout:
     model_path: str
     number_format: str
     kv_blocks: int
+    prefix_cache: bool
     max_sequences: int
     max_rows: int
     drain_s: int
@@ -84,6 +85,7 @@ class MeshLayout:
                 "--stages": ",".join(stage.address for stage in self.stages),
                 "--max-sequences": str(self.max_sequences),
             },
+            flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
     def _gateway_command(self) -> ProcessCommand:
@@ -108,13 +110,15 @@ def _command(
     address: str,
     metrics_port: int,
     options: dict[str, str],
+    *,
+    flags: tuple[str, ...] = (),
 ) -> ProcessCommand:
     shared = {"--listen": address, "--metrics-port": str(metrics_port)}
     arguments = [part for option in (shared | options).items() for part in option]
     return ProcessCommand(
         name=name,
         module=module,
-        arguments=tuple(arguments),
+        arguments=(*arguments, *flags),
         address=address,
         metrics_port=metrics_port,
         stop_turn=stop_turn,

@@ -57,6 +57,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         model_path=str(path),
         number_format=model.number_format,
         kv_blocks=kv_blocks,
+        prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
         max_rows=settings.max_rows,
         drain_s=DRAIN_S,

@@ -27,6 +27,8 @@ class MeshSettings:
     split: str | None = None
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
+    # Whether prompts that begin alike are computed once, as far as they do.
+    prefix_cache: bool = True
     # Where the gateway listens; 0: any free port.
     grpc_port: int = 8001
     # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.

@@ -62,6 +62,27 @@ def test_a_chat_is_tokenised_as_generate_does_it(client: Client) -> None:
     assert answer.usage.prompt_tokens == len(ids)
 
 
+def test_a_long_system_prompt_is_computed_once_and_answered_alike(client: Client) -> None:
+    rules = " ".join(f"Rule {number}: mention each river only once." for number in range(40))
+    messages = [
+        pb.ChatMessage(role="system", content=rules),
+        pb.ChatMessage(role="user", content="Name three rivers."),
+    ]
+    sampling = GREEDY | {"max_tokens": 24, "ignore_eos": True, "logprobs": 2}
+    first, second = (client.generate(messages=messages, sampling=sampling) for _ in range(2))
+    assert first.usage.prompt_tokens > 400
+    assert first.usage.cached_tokens < 32  # at most the template's own words
+    assert 0 < second.usage.prompt_tokens - second.usage.cached_tokens <= 16
+    assert second.text == first.text
+    assert second.logprobs == first.logprobs
+    messages[1].content = "Name three mountains."
+    other = client.generate(messages=messages, sampling=sampling)
+    assert other.usage.cached_tokens > 400 - 32
+    assert other.text != first.text
+    mesh = client.mesh()
+    assert mesh.prompt_tokens > mesh.cached_tokens >= 2 * 368
+
+
 def test_ignore_eos_goes_on_past_the_end(client: Client) -> None:
     sampling = GREEDY | {"max_tokens": 40, "ignore_eos": True}
     answer = client.generate(chat=CAPITAL, sampling=sampling)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
+
+import pytest
 
 from core.pipeline.actions import EmitTokens, FlushUpdates, RunMicroBatch, Usage
+from core.pipeline.batch_time import Coefficients
 from core.pipeline.events import (
     Event,
     PipelineFacts,
@@ -16,6 +20,7 @@ from core.pipeline.events import (
     TokensSampled,
 )
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.simulate import SimulatedRequest, SimulationSettings, simulate
 from core.sampling.parameters import SamplingParameters
 from tests.support.fake_engine import FakeEngine, completion
 
@@ -223,3 +228,22 @@ def test_nothing_is_shared_where_that_is_turned_off() -> None:
     pipeline = Pipeline(shares_prefixes=False)
     assert [pipeline.answer(PROMPT).cached_tokens for _ in range(2)] == [0, 0]
     assert pipeline.rows == [18, 18]
+
+
+def test_a_simulated_load_with_one_long_beginning_gets_its_first_tokens_sooner() -> None:
+    beginning = list(range(1000))
+    stages = (Coefficients(2e-3, 1.8e-4, 1e-7),) * 2
+    same = [
+        SimulatedRequest(
+            arrival_s=0.3 * n, num_prompt=1010, num_output=4, token_ids=beginning + [n] * 10
+        )
+        for n in range(10)
+    ]
+    distinct = [replace(request, token_ids=()) for request in same]
+    settings = SimulationSettings(stages=stages)
+    shared, alone = simulate(same, settings), simulate(distinct, settings)
+    assert shared.cached_share == pytest.approx(9 * 992 / 10100)
+    assert alone.cached_share == 0.0
+    first_s = shared.time_to_first_token_s[0]
+    assert first_s == alone.time_to_first_token_s[0]
+    assert max(shared.time_to_first_token_s[1:]) < 0.2 * first_s

@@ -58,6 +58,7 @@ class Gateway:
         *,
         timeout_s: float | None = None,
         traceparent: str = "",
+        cache_salt: str = "",
         request_id: int | None = None,
         **sampling: Any,
     ) -> int:
@@ -70,6 +71,7 @@ class Gateway:
             token_ids=token_ids,
             sampling=generation_pb2.SamplingParameters(max_tokens=max_tokens, **sampling),
             traceparent=traceparent,
+            cache_salt=cache_salt,
         )
         if timeout_s is not None:
             submission.timeout.FromMilliseconds(int(timeout_s * 1000))

@@ -192,6 +192,29 @@ async def test_the_mesh_is_described_with_rates_of_the_last_seconds() -> None:
         assert state.uptime.ToNanoseconds() > 0
 
 
+async def test_a_prompt_is_found_again_by_requests_of_equal_salt_only() -> None:
+    prompt = list(range(1, 50))
+    async with mesh(2) as m:
+        for salt, num_cached in (("", 0), ("", 48), ("one", 0), ("one", 48), ("two", 0)):
+            tokens, last = await m.gateway.finish(
+                await m.gateway.submit(prompt, 4, cache_salt=salt)
+            )
+            assert tokens == completion(prompt, 4)
+            assert last.usage.cached_tokens == num_cached
+        state = await m.gateway.get_mesh()
+        assert (state.prompt_tokens, state.cached_tokens) == (5 * 49, 2 * 48)
+        await m.until_all_blocks_are_free()
+
+
+async def test_no_prompt_is_found_again_where_that_is_turned_off() -> None:
+    prompt = list(range(1, 50))
+    async with mesh(2, prefix_cache=False) as m:
+        for _ in range(2):
+            tokens, last = await m.gateway.finish(await m.gateway.submit(prompt, 4))
+            assert tokens == completion(prompt, 4)
+            assert last.usage.cached_tokens == 0
+
+
 async def test_traceparent_reaches_every_stage() -> None:
     parent = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     async with mesh(2) as m:

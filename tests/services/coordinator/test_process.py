@@ -47,6 +47,7 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
             samples = await asyncio.to_thread(scrape, metrics_port)
             tokens = {"gen_ai_token_type": "output", "gen_ai_request_model": "fake"}
             assert samples.value("penstock_tokens_total", tokens) == 10
+            assert samples.value("penstock_tokens_cached_total") == 0
             assert samples.value("penstock_kv_blocks_total", {"penstock_stage_index": "1"}) == 64
             assert samples.value("penstock_requests_running") == 0
             assert samples.value("penstock_request_queue_duration_seconds_count") == 1
