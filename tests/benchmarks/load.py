@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -50,14 +50,38 @@ class Tally:
     errors: list[str] = field(default_factory=list)
 
 
-class LoadGenerator:
-    """Sends requests to the mesh behind `channel` and keeps a tally."""
+class RequestFailed(Exception):
+    """The answer was an error, or broke off; the message says how."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+
+# Sends a request, and yields the number of tokens in each message of its answer.
+Answers = Callable[[Request], AsyncIterator[int]]
+# The bytes of a request for these prompt tokens and so many new ones.
+Encode = Callable[[Sequence[int], int], bytes]
+
+
+def grpc_answers(channel: grpc.aio.Channel) -> Answers:
+    """Those of the mesh behind `channel`."""
+    call: grpc.aio.UnaryStreamMultiCallable = channel.unary_stream(
+        GENERATE, response_deserializer=pb.GenerateResponse.FromString
+    )
+
+    async def answers(request: Request) -> AsyncIterator[int]:
+        try:
+            async for response in call(request.message, timeout=REQUEST_TIMEOUT_S):
+                yield len(response.token_ids)
+        except grpc.aio.AioRpcError as error:
+            raise RequestFailed(f"{error.code().name}: {error.details()}") from error
+
+    return answers
+
+
+class LoadGenerator:
+    """Sends requests and keeps a tally."""
+
+    def __init__(self, answers: Answers) -> None:
         self.tally = Tally()
-        self._call: grpc.aio.UnaryStreamMultiCallable = channel.unary_stream(
-            GENERATE, response_deserializer=pb.GenerateResponse.FromString
-        )
+        self._answers = answers
 
     async def closed_loop(self, workers: Sequence[Iterator[Request]], *, until_s: float) -> None:
         """Each worker sends its next request when the one before has ended.
@@ -91,8 +115,7 @@ class LoadGenerator:
         tally = self.tally
         last_s = 0.0
         try:
-            async for response in self._call(request.message, timeout=REQUEST_TIMEOUT_S):
-                count = len(response.token_ids)
+            async for count in self._answers(request):
                 if not count:
                     continue
                 now_s = time.monotonic()
@@ -111,10 +134,16 @@ class LoadGenerator:
                     tally.gap_s.append(0.0)
                 last_s = now_s
             tally.ended_at_s.append(time.monotonic())
-        except grpc.aio.AioRpcError as error:
-            tally.errors.append(f"{error.code().name}: {error.details()}")
+        except RequestFailed as error:
+            tally.errors.append(str(error))
             return False
         return True
+
+
+def encode_grpc(prompt: Sequence[int], num_new_tokens: int) -> bytes:
+    """For a mesh of ours: greedy, and to its full length."""
+    sampling = pb.SamplingParameters(max_tokens=num_new_tokens, temperature=0, ignore_eos=True)
+    return pb.GenerateRequest(token_ids=prompt, sampling=sampling).SerializeToString()
 
 
 def make_request(
@@ -124,21 +153,13 @@ def make_request(
     num_prompt_tokens: int,
     num_new_tokens: int,
     at_s: float = 0.0,
+    encode: Encode = encode_grpc,
 ) -> Request:
-    """A greedy request of exactly these lengths, with random tokens for a prompt."""
+    """A request of exactly these lengths, with random tokens for a prompt."""
     prompt = [rng.randrange(vocab_size) for _ in range(num_prompt_tokens)]
-    return encode_request(prompt, num_new_tokens=num_new_tokens, at_s=at_s)
-
-
-def encode_request(prompt: Sequence[int], *, num_new_tokens: int, at_s: float = 0.0) -> Request:
-    """A greedy request of exactly this length."""
-    message = pb.GenerateRequest(
-        token_ids=prompt,
-        sampling=pb.SamplingParameters(max_tokens=num_new_tokens, temperature=0, ignore_eos=True),
-    )
     return Request(
-        message=message.SerializeToString(),
-        num_prompt_tokens=len(prompt),
+        message=encode(prompt, num_new_tokens),
+        num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,
         at_s=at_s,
     )

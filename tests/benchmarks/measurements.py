@@ -14,7 +14,15 @@ from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
 from services.common.channels import open_channel
-from tests.benchmarks.load import LoadGenerator, Request, make_request
+from tests.benchmarks.load import (
+    Answers,
+    Encode,
+    LoadGenerator,
+    Request,
+    encode_grpc,
+    grpc_answers,
+    make_request,
+)
 from tests.benchmarks.meters import read_processes
 from tests.benchmarks.report import Figures, make_figures
 from tests.benchmarks.systems import System
@@ -26,6 +34,8 @@ PROMPT_TOKENS = (16, 64)
 WARM_UP_S = 3.0
 SATURATING_CLIENTS = 32
 OPEN_LOOP_SHARE = 0.8
+PREFILL_CLIENTS = 8
+PREFILL_REQUEST = TracedRequest(at_s=0.0, num_prompt_tokens=1024, num_new_tokens=1)
 # The trace is long; this many requests have its mix of lengths.
 TRACE_REQUESTS = 2000
 # For measurements that end by number of requests.
@@ -44,47 +54,49 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A system under load."""
+    """A system under load: how to ask it, and how long its vocabulary and context are."""
 
     system: System
-    channel: grpc.aio.Channel
-    model: pb.Model
-    plan: Plan
+    answers: Answers
+    vocab_size: int
+    context_length: int
+    encode: Encode = encode_grpc
 
-    async def closed(self, num_streams: int) -> Figures:
+    async def closed(self, num_streams: int, plan: Plan) -> Figures:
         """`num_streams` clients with short prompts. Unless the number of requests is given, the
         first answers are cut to random lengths, so that the clients do not march in step."""
-        workers = [self._short_requests(client, num_streams) for client in range(num_streams)]
-        load = f"{num_streams} streams"
-        seconds = None if self.plan.requests else self.plan.seconds
-        return await self._run(workers, load=load, seconds=seconds)
+        workers = [self._short(client, num_streams, plan) for client in range(num_streams)]
+        seconds = None if plan.requests else plan.seconds
+        return await self._run(workers, load=f"{num_streams} streams", seconds=seconds)
 
-    async def trace(self, say: Callable[[str], None]) -> list[Figures]:
-        """The trace's lengths at saturation, then its arrivals at a share of that rate."""
-        limit = self.model.context_length
-        traced, share = clip(read_trace(limit=TRACE_REQUESTS), context_length=limit)
-        say(f"trace: {share:.1%} of requests clipped to {limit} tokens")
-        endless = (self._request(one, f"{n}") for n, one in enumerate(itertools.cycle(traced)))
-        seconds = self.plan.open_loop_seconds
-        saturated = await self._run(
-            [endless] * SATURATING_CLIENTS, load="trace, saturated", seconds=seconds
-        )
-        rate = OPEN_LOOP_SHARE * saturated.requests / saturated.duration_s
-        if not rate:
-            say("no request of the trace ended in the time given: more seconds are needed")
-            return [saturated]
-        arrivals = scale(traced, requests_per_s=rate)
+    async def prefill(self, seconds: float) -> Figures:
+        """A few clients with long prompts and one new token each."""
+        endless = (self._request(PREFILL_REQUEST, SEED + number) for number in itertools.count())
+        load = f"prompts of {PREFILL_REQUEST.num_prompt_tokens:,}"
+        return await self._run([endless] * PREFILL_CLIENTS, load=load, seconds=seconds)
+
+    async def saturated(self, traced: Sequence[TracedRequest], seconds: float) -> Figures:
+        """The trace's lengths, with as many clients as keep the system full."""
+        endless = (self._request(one, seed) for seed, one in enumerate(itertools.cycle(traced)))
+        workers = [endless] * SATURATING_CLIENTS
+        return await self._run(workers, load="trace, saturated", seconds=seconds)
+
+    async def arriving(
+        self, traced: Sequence[TracedRequest], *, requests_per_s: float, seconds: float
+    ) -> Figures:
+        """The trace's lengths and pattern of arrivals, at this mean rate."""
+        arrivals = scale(traced, requests_per_s=requests_per_s)
         due = [one for one in arrivals if one.at_s < seconds]
-        requests = [self._request(one, f"due {n}") for n, one in enumerate(due)]
-        load = f"trace, {rate:.2f} requests/s"
-        generator = LoadGenerator(self.channel)
-        return [saturated, await self._measured(generator, generator.open_loop(requests), load)]
+        requests = [self._request(one, seed) for seed, one in enumerate(due)]
+        generator = LoadGenerator(self.answers)
+        load = f"trace, {requests_per_s:.2f} requests/s"
+        return await self._measured(generator, generator.open_loop(requests), load)
 
     async def _run(
         self, workers: Sequence[Iterator[Request]], *, load: str, seconds: float | None
     ) -> Figures:
         """A closed loop: after a warm-up that is not counted for `seconds`, or to its end."""
-        generator = LoadGenerator(self.channel)
+        generator = LoadGenerator(self.answers)
         warm_up_s = 0.0 if seconds is None else WARM_UP_S
         limit_s = LONGEST_S if seconds is None else warm_up_s + seconds
         until_s = time.monotonic() + limit_s
@@ -106,40 +118,71 @@ class Bench:
     def _request(self, lengths: TracedRequest, seed: str) -> Request:
         return make_request(
             random.Random(seed),
-            vocab_size=self.model.vocab_size,
+            vocab_size=self.vocab_size,
             num_prompt_tokens=lengths.num_prompt_tokens,
             num_new_tokens=lengths.num_new_tokens,
             at_s=lengths.at_s,
+            encode=self.encode,
         )
 
-    def _short_requests(self, client: int, num_streams: int) -> Iterator[Request]:
+    def _short(self, client: int, num_streams: int, plan: Plan) -> Iterator[Request]:
         """One client's requests: endless, or its part of `plan.requests`."""
-        # No two loads send the same prompts: the prefix cache would know them.
-        rng = random.Random(f"{SEED} {num_streams} {client}")
-        total = self.plan.requests
+        rng = random.Random(SEED + client)
+        total = plan.requests
         turns = itertools.count() if total is None else range(client, total, num_streams)
         for turn, _ in enumerate(turns):
             staggered = turn == 0 and total is None
             yield make_request(
                 rng,
-                vocab_size=self.model.vocab_size,
+                vocab_size=self.vocab_size,
                 num_prompt_tokens=rng.randint(*PROMPT_TOKENS),
                 num_new_tokens=rng.randint(1, NEW_TOKENS) if staggered else NEW_TOKENS,
+                encode=self.encode,
             )
+
+
+async def mesh_bench(system: System, channel: grpc.aio.Channel) -> Bench:
+    """For a mesh of ours, which is asked for its sizes."""
+    listed = await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30)
+    model = listed.models[0]
+    return Bench(
+        system=system,
+        answers=grpc_answers(channel),
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+    )
+
+
+def traced_requests(context_length: int) -> tuple[list[TracedRequest], float]:
+    """The trace's first requests, clipped to a context, and the share that was clipped."""
+    return clip(read_trace(limit=TRACE_REQUESTS), context_length=context_length)
 
 
 async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> list[Figures]:
     """All measurements, one after another, over one channel."""
     channel = open_channel(system.address)
     try:
-        listed = await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30)
-        bench = Bench(system=system, channel=channel, model=listed.models[0], plan=plan)
+        bench = await mesh_bench(system, channel)
         figures = []
         for num_streams in plan.streams:
-            figures.append(await bench.closed(num_streams))
+            figures.append(await bench.closed(num_streams, plan))
             say(f"{figures[-1].load}: {figures[-1].tokens_per_s:.0f} tokens/s")
         if plan.open_loop_seconds:
-            figures += await bench.trace(say)
+            figures.append(await bench.prefill(plan.seconds))
+            say(f"{figures[-1].load}: {figures[-1].prompt_tokens_per_s:.0f} prompt tokens/s")
+            figures += await _trace(bench, plan.open_loop_seconds, say)
         return figures
     finally:
         await channel.close()
+
+
+async def _trace(bench: Bench, seconds: float, say: Callable[[str], None]) -> list[Figures]:
+    """The trace at saturation, then its arrivals at a share of that rate."""
+    traced, share = traced_requests(bench.context_length)
+    say(f"trace: {share:.1%} of requests clipped to {bench.context_length} tokens")
+    saturated = await bench.saturated(traced, seconds)
+    rate = OPEN_LOOP_SHARE * saturated.requests / saturated.duration_s
+    if not rate:
+        say("no request of the trace ended in the time given: more seconds are needed")
+        return [saturated]
+    return [saturated, await bench.arriving(traced, requests_per_s=rate, seconds=seconds)]

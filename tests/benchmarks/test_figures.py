@@ -17,7 +17,7 @@ from penstock.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 
-from tests.benchmarks.load import LoadGenerator, Tally, make_request
+from tests.benchmarks.load import LoadGenerator, Tally, grpc_answers, make_request
 from tests.benchmarks.meters import ProcessReading
 from tests.benchmarks.report import make_figures
 from tests.benchmarks.trace import TracedRequest, clip, read_trace, scale
@@ -46,7 +46,7 @@ async def generator() -> AsyncIterator[LoadGenerator]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield LoadGenerator(channel)
+        yield LoadGenerator(grpc_answers(channel))
     await server.stop(None)
 
 

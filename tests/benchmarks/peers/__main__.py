@@ -6,10 +6,11 @@ starts; nothing else should run meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,8 @@ from tests.benchmarks.machine import machine
 from tests.benchmarks.peers.goals import Outcome, goals_table, outcomes
 from tests.benchmarks.peers.memory import memory_limit
 from tests.benchmarks.peers.results import Results, rates_table
-from tests.benchmarks.peers.systems import PEERS, Contestant, ours
+from tests.benchmarks.peers.systems import PEERS, Contestant, mesh_options, ours, vllm_server
+from tests.benchmarks.peers.trace_contest import Contest, contest, contest_table, mesh_server
 from tests.benchmarks.peers.turns import Done, PeerFailed, Turn
 from tests.benchmarks.peers.work import (
     Prompts,
@@ -35,6 +37,9 @@ from tests.benchmarks.peers.work import (
     read_prompts,
     warm_up,
 )
+
+# Each server saturated and at its own rate, one of them at the other's as well, and the starts.
+TRACE_LOADS = 6
 
 
 def main(
@@ -48,6 +53,12 @@ def main(
         str, typer.Option(envvar="PENSTOCK_PEERS", help="Those to compare with.")
     ] = " ".join(PEERS),
     rounds: Annotated[int, typer.Option(envvar="PENSTOCK_ROUNDS", min=1)] = 3,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="PENSTOCK_SECONDS", help="Length of each load of the trace; 0 leaves it out."
+        ),
+    ] = 45.0,
     json_path: Annotated[
         Path | None, typer.Option("--json", envvar="PENSTOCK_JSON", help="Where to write JSON.")
     ] = None,
@@ -58,11 +69,13 @@ def main(
     path = resolve_model(model or DEFAULT_MODEL)
     works = [decode(int(count)) for count in streams.split()] + [prefill()]
     results = Results()
-    contestants = [ours(one, model, stages) for one in formats.split()]
+    options = {f"penstock {one}": mesh_options(one, model, stages) for one in formats.split()}
+    contestants = [ours(name.split()[1], each) for name, each in options.items()]
     logs = Path(tempfile.mkdtemp(prefix="penstock-peers-"))
     for name in peers.split():
         contestants += _prepare(name, path, logs, results)
-    say(f"about {_minutes(contestants, works, rounds):.0f} minutes; logs of the peers in {logs}")
+    minutes = _minutes(contestants, works, rounds) + TRACE_LOADS * seconds / 60
+    say(f"about {minutes:.0f} minutes; logs of the peers in {logs}")
     prompts = read_prompts(path)
     for turn in range(rounds):
         for contestant in contestants:
@@ -70,18 +83,23 @@ def main(
             _take_turn(contestant, works, prompts, turn=turn, results=results)
     limits = {one.name: memory_limit(path, one.name, works) for one in contestants}
     goals = outcomes(results, memory_limits={k: v for k, v in limits.items() if v is not None})
-    _show(results, works, goals)
+    trace = _trace(results, path, options, logs, seconds=seconds) if seconds else None
+    if trace is not None:
+        goals += trace.outcomes()
+    _show(results, works, goals, trace)
     if json_path is not None:
-        json_path.write_text(json.dumps(_document(results, works, goals, rounds), indent=1) + "\n")
+        json_path.write_text(
+            json.dumps(_document(results, works, goals, rounds, trace), indent=1) + "\n"
+        )
 
 
 def _prepare(name: str, model: Path, logs: Path, results: Results) -> Sequence[Contestant]:
     """Installs a peer; one that cannot be had is noted, and the others run without it."""
+    if name not in PEERS:
+        raise typer.BadParameter(f"no such peer: {name}; known: {', '.join(PEERS)}")
     say(f"preparing {name} (the first time takes minutes)")
     try:
         return PEERS[name](model, logs)
-    except KeyError:
-        raise typer.BadParameter(f"no such peer: {name}; known: {', '.join(PEERS)}") from None
     except PeerFailed as error:
         results.families[name] = name
         _note_failure(results, name, error)
@@ -150,17 +168,54 @@ def _minutes(contestants: Sequence[Contestant], works: Sequence[Work], rounds: i
     return sum(seconds) / 60
 
 
-def _show(results: Results, works: Sequence[Work], goals: Sequence[Outcome]) -> None:
+def _trace(
+    results: Results,
+    model: Path,
+    options: Mapping[str, Sequence[str]],
+    logs: Path,
+    *,
+    seconds: float,
+) -> Contest | None:
+    """The trace against vLLM's server, each side as it was fastest at 64 streams."""
+    mine = results.best("decode 64", results.of_family("penstock"))
+    single = [name for name in results.of_family("vllm") if not name.endswith("pipelined")]
+    theirs = results.best("decode 64", single)
+    if mine is None or theirs is None:
+        return None
+    say(f"the trace: {mine[0]} and the server of {theirs[0]}")
+    try:
+        servers = {
+            theirs[0]: vllm_server(model, theirs[0], logs),
+            mine[0]: mesh_server(options[mine[0]]),
+        }
+        return asyncio.run(
+            contest(servers, ours=mine[0], theirs=theirs[0], seconds=seconds, say=say)
+        )
+    except PeerFailed as error:
+        _note_failure(results, "trace", error)
+        return None
+
+
+def _show(
+    results: Results, works: Sequence[Work], goals: Sequence[Outcome], trace: Contest | None
+) -> None:
     say()
     console.print(rates_table(results, [work.name for work in works]))
     for name, failure in results.failures.items():
         say(f"{name} failed: {failure}")
+    if trace is not None:
+        say()
+        console.print(contest_table(trace))
     say()
     console.print(goals_table(goals))
 
 
 def _document(
-    results: Results, works: Sequence[Work], goals: Sequence[Outcome], rounds: int
+    results: Results,
+    works: Sequence[Work],
+    goals: Sequence[Outcome],
+    rounds: int,
+    trace: Contest | None,
 ) -> dict[str, object]:
     """What goes into the JSON file."""
     return {
@@ -169,6 +224,7 @@ def _document(
         "rounds": rounds,
         "works": [asdict(work) for work in works],
         "results": asdict(results),
+        "trace": None if trace is None else asdict(trace),
         "goals": [asdict(goal) for goal in goals],
     }
 

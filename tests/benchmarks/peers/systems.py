@@ -10,8 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.models.registry import load_config
+from core.weights.open import open_checkpoint
 from services.local.fetch import cache_folder
+from services.local.ports import free_ports
 from tests.benchmarks.peers.export import export
+from tests.benchmarks.peers.trace_contest import Server, ServerCommand, openai_server
 from tests.benchmarks.peers.turns import Child, PeerFailed, Turn, child_turn, mesh_turn
 from tests.benchmarks.peers.work import Work
 
@@ -38,11 +42,16 @@ class Contestant:
     takes: Callable[[Work], bool] = lambda _: True
 
 
-def ours(number_format: str, model: str | None, stages: str | None) -> Contestant:
-    """A mesh of two stages in one number format."""
+def mesh_options(number_format: str, model: str | None, stages: str | None) -> list[str]:
+    """What `penstock mesh` is started with."""
     options = ["--dtype", number_format, "--kv-memory", f"{KV_GIB}GiB"]
     for flag, value in (("--model", model), ("--stages", stages)):
         options += [flag, value] if value else []
+    return options
+
+
+def ours(number_format: str, options: Sequence[str]) -> Contestant:
+    """A mesh in one number format."""
     return Contestant(
         name=f"penstock {number_format}",
         family="penstock",
@@ -93,6 +102,68 @@ def vllm(model: Path, logs: Path) -> list[Contestant]:
     ]
 
 
+def vllm_server(model: Path, contestant: str, logs: Path) -> Server:
+    """vLLM's OpenAI server in the configuration of one of its contestants."""
+    python = install("vllm")
+    checkpoint = open_checkpoint(model)
+    try:
+        config = load_config(checkpoint)
+    finally:
+        checkpoint.close()
+    folder = export(model, peers_folder() / "exports" / model.stem)[contestant.split()[1]]
+    (port,) = free_ports(1)
+    sizes = {"dtype": "bfloat16", "max-model-len": config.context_length, "max-num-seqs": 64}
+    options = {"model": folder, "host": "127.0.0.1", "port": port} | sizes
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    start = ServerCommand(
+        command=command,
+        environment=vllm_environment(python, threads="0-1"),
+        address=f"127.0.0.1:{port}",
+        model=str(folder),
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+    )
+    return openai_server(start, log=logs / "vllm-server.log")
+
+
+def llamacpp(model: Path, logs: Path) -> list[Contestant]:
+    """llama.cpp: the file as it is, and again in formats that it may have faster kernels for."""
+    python = install("llamacpp")
+    if model.suffix != ".gguf":
+        raise PeerFailed(f"reads GGUF files only, not {model.name}")
+    exports = peers_folder() / "exports" / model.stem
+    exports.mkdir(parents=True, exist_ok=True)
+    environment = {"PATH": os.environ["PATH"]}
+    contestants = []
+    for number_format, ftype in ((None, None), ("Q8_0", 7), ("Q4_0", 2)):
+        options: dict[str, object] = {"model": str(model), "threads": 2}
+        if ftype is not None:
+            options |= {"ftype": ftype, "target": str(exports / f"{number_format}.gguf")}
+        child = Child(
+            python=python,
+            script=CHILDREN / "run_llamacpp.py",
+            options=options,
+            environment=environment,
+        )
+        name = f"llama.cpp {number_format or 'as it is'}"
+        contestants.append(_llamacpp_contestant(name, child, logs, again=ftype is not None))
+    return contestants
+
+
+def _llamacpp_contestant(name: str, child: Child, logs: Path, *, again: bool) -> Contestant:
+    return Contestant(
+        name=name,
+        family="llamacpp",
+        open=lambda: child_turn(child, log=logs / f"{name.replace(' ', '-')}.log"),
+        start_s=3.0,
+        rate=lambda work: _guess(work, {1: 150, 8: 170, 32: 180, 64: 230}, prefill=350),
+        # It is made for one stream, which is what it is compared at.
+        takes=lambda work: work.name == "decode 1" or (not again and work.name == "decode 8"),
+    )
+
+
 def vllm_environment(python: Path, *, threads: str) -> dict[str, str]:
     """Both cores, and what vLLM itself asks for when it starts."""
     cache = peers_folder() / "vllm-cache"
@@ -136,7 +207,10 @@ def peers_folder() -> Path:
     return cache_folder() / "peers"
 
 
-PEERS: Mapping[str, Callable[[Path, Path], Sequence[Contestant]]] = {"vllm": vllm}
+PEERS: Mapping[str, Callable[[Path, Path], Sequence[Contestant]]] = {
+    "vllm": vllm,
+    "llamacpp": llamacpp,
+}
 
 
 def _guess(work: Work, rates: Mapping[int, float], *, prefill: float) -> float:

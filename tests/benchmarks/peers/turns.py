@@ -20,7 +20,7 @@ import grpc
 import psutil
 
 from services.common.channels import open_channel
-from tests.benchmarks.load import LoadGenerator, encode_request
+from tests.benchmarks.load import LoadGenerator, Request, encode_grpc, grpc_answers
 from tests.benchmarks.meters import ProcessReading, peak_memory_bytes, read_processes
 from tests.benchmarks.peers.work import Wave
 from tests.benchmarks.report import Figures, make_figures
@@ -72,9 +72,14 @@ class MeshTurn:
         return {one.name: one.peak_memory_bytes for one in self._readings()}
 
     async def _run(self, wave: Wave) -> Done:
-        generator = LoadGenerator(self.channel)
+        generator = LoadGenerator(grpc_answers(self.channel))
         requests = [
-            encode_request(prompt, num_new_tokens=wave.num_new_tokens) for prompt in wave.prompts
+            Request(
+                message=encode_grpc(prompt, wave.num_new_tokens),
+                num_prompt_tokens=len(prompt),
+                num_new_tokens=wave.num_new_tokens,
+            )
+            for prompt in wave.prompts
         ]
         before, from_s = self._readings(), time.monotonic()
         until_s = from_s + WAVE_TIMEOUT_S
@@ -103,7 +108,7 @@ def mesh_turn(options: Sequence[str]) -> Iterator[MeshTurn]:
         try:
             system = stack.enter_context(started_mesh(options))
         except AssertionError as error:
-            raise PeerFailed(_last_line(str(error))) from error
+            raise PeerFailed(str(error).strip().splitlines()[-1]) from error
         runner = stack.enter_context(asyncio.Runner())
         channel = runner.run(_connect(system.address))
         stack.callback(lambda: runner.run(channel.close()))
@@ -148,16 +153,13 @@ class ChildTurn:
             stdin.write(json.dumps(line) + "\n")
             stdin.flush()
         except BrokenPipeError:
-            raise PeerFailed(self._last_words()) from None
+            raise PeerFailed(last_line(self._log)) from None
         answer = _read_line(stdout, timeout_s=timeout_s)
         if answer is None:
             raise PeerFailed(f"no answer after {timeout_s:.0f} s")
         if not answer:
-            raise PeerFailed(self._last_words())
+            raise PeerFailed(last_line(self._log))
         return json.loads(answer)
-
-    def _last_words(self) -> str:
-        return _last_line(self._log.read_text(errors="replace")) or "it ended without a word"
 
 
 @contextmanager
@@ -222,6 +224,7 @@ def _read_line(stream: IO[str], *, timeout_s: float) -> str | None:
     return stream.readline()
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def last_line(log: Path) -> str:
+    """What a program said last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "it ended without a word")
