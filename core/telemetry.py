@@ -153,6 +153,20 @@ PREEMPTIONS = Metric(
     description="Times that a running request gave its KV blocks back to be recomputed later",
     labels=(MODEL,),
 )
+TOKENS_GUESSED = Metric(
+    name="penstock.tokens.guessed",
+    kind=Kind.COUNTER,
+    unit="{token}",
+    description="Tokens that were guessed, to be verified beside the next ones",
+    labels=(MODEL,),
+)
+TOKENS_GUESSED_RIGHT = Metric(
+    name="penstock.tokens.guessed_right",
+    kind=Kind.COUNTER,
+    unit="{token}",
+    description="Guessed tokens that were those that follow",
+    labels=(MODEL,),
+)
 KV_BLOCKS_USED = Metric(
     name="penstock.kv.blocks.used",
     kind=Kind.GAUGE,

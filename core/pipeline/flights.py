@@ -10,13 +10,24 @@ from typing import NamedTuple
 from core.pipeline.sequences import Sequence
 
 
+class Sampler(NamedTuple):
+    """A sequence that gets tokens of a micro-batch, and the guesses that its run verifies."""
+
+    sequence: Sequence
+    draft: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        return 1 + len(self.draft)
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Flight:
     """A micro-batch that has been sent. A pair is one row looking at one position."""
 
     micro_batch_id: int
     launched_s: float
-    samplers: list[Sequence]  # those that get a token, in the order of their runs
+    samplers: list[Sampler]  # in the order of their runs
     rows: int
     pairs: int
     has_decodes: bool

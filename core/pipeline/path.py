@@ -1,8 +1,8 @@
 """A path: one replica of every stage, the sequences that run on it, and what is in flight.
 
-A micro-batch mixes decodes (one row of each of several sequences, oldest token first) and
-prefill chunks. How many micro-batches carry decodes at a time, and how much prefill rides
-along, follows from measured times (`policy.py`).
+A micro-batch mixes decodes and prefill chunks. A decode is the row of a sequence's last token
+and rows that verify guesses; those that came back first go first. How many micro-batches carry
+decodes at a time, and how much prefill rides along, follows from measured times (`policy.py`).
 
 Stages perform orders first in, first out; results return in the order of launching.
 """
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as List
 from typing import NamedTuple
 
 from core.errors import ProtocolViolation
 from core.pipeline.actions import Action, FlushUpdates, RunMicroBatch
+from core.pipeline.batch import PositionLogprobs
 from core.pipeline.events import PipelineFacts, StageReported, TokensSampled
-from core.pipeline.flights import Flight, FlightHistory
+from core.pipeline.flights import Flight, FlightHistory, Sampler
 from core.pipeline.mirror import PathMirror
 from core.pipeline.policy import InFlightPolicy, PolicySettings
 from core.pipeline.sequences import Sequence, State
+from core.pipeline.speculation import Speculation, count_accepted
 from core.pipeline.waiting import WaitingQueue
 
 _REFRESH_S = 0.5  # how often the policy looks at new measurements
@@ -32,6 +35,14 @@ class Chunk(NamedTuple):
     rows: int
 
 
+class Landed(NamedTuple):
+    """What a micro-batch has brought one sequence."""
+
+    sequence: Sequence
+    token_ids: List[int]
+    logprobs: List[PositionLogprobs]  # as long as token_ids where asked for, else empty
+
+
 class Path:
     """Admits sequences from the queue, launches micro-batches and takes them back."""
 
@@ -40,6 +51,7 @@ class Path:
         facts: PipelineFacts,
         *,
         waiting: WaitingQueue,
+        speculation: Speculation,
         ids: Iterator[int],
         settings: PolicySettings,
         shares_prefixes: bool,
@@ -52,6 +64,7 @@ class Path:
         self.running: set[Sequence] = set()
         self.num_preemptions = 0
         self._waiting = waiting
+        self._speculation = speculation
         self._ids = ids
         self._policy = InFlightPolicy(num_stages, settings)
         self._min_chunk_rows = settings.min_chunk_rows
@@ -82,8 +95,8 @@ class Path:
 
     # --- what comes back
 
-    def land(self, event: TokensSampled, now_s: float) -> list[Sequence]:
-        """Takes a micro-batch back; returns who gets its tokens, in order.
+    def land(self, event: TokensSampled, now_s: float) -> list[Landed]:
+        """Takes a micro-batch back; returns what it brings to whom, in order.
 
         Empty for one that this path did not launch: it was launched by a path that was lost.
         Raises ProtocolViolation when it is out of order or its tokens are too few or many.
@@ -95,10 +108,11 @@ class Path:
             raise ProtocolViolation(
                 f"micro-batch {event.micro_batch_id} returned before {flight.micro_batch_id}"
             )
-        if len(event.token_ids) != len(flight.samplers):
+        num_samples = sum(sampler.num_samples for sampler in flight.samplers)
+        if len(event.token_ids) != num_samples:
             raise ProtocolViolation(
                 f"micro-batch {event.micro_batch_id} returned {len(event.token_ids)} tokens "
-                f"for {len(flight.samplers)} sequences"
+                f"for {num_samples} rows"
             )
         self._flights.popleft()
         self._num_decode_flights -= flight.has_decodes
@@ -109,10 +123,24 @@ class Path:
             self._policy.observe_round_trip(
                 now_s - flight.launched_s, rows=flight.rows, pairs=flight.pairs
             )
-        return flight.samplers
+        return self._verify(flight, event)
+
+    def _verify(self, flight: Flight, event: TokensSampled) -> list[Landed]:
+        """Of each sequence's tokens, those whose predecessors had been guessed right."""
+        landed, first = [], 0
+        for sequence, draft in flight.samplers:
+            end = first + 1
+            if draft:
+                end += count_accepted(draft, event.token_ids[first:])
+                self._speculation.num_accepted += end - first - 1
+            logprobs = [entry for entry in event.logprobs[first:end] if entry is not None]
+            landed.append(Landed(sequence, event.token_ids[first:end], logprobs))
+            first += 1 + len(draft)
+        return landed
 
     def make_ready(self, sequence: Sequence) -> None:
-        """Its token came back: its next row can be scheduled."""
+        """Its tokens came back: what follows the last of them can be scheduled."""
+        sequence.num_scheduled = len(sequence.token_ids) - 1
         self._ready.append(sequence)
 
     def observe(self, event: StageReported) -> None:
@@ -163,7 +191,7 @@ class Path:
             self._policy.set_context(max(positions / len(self.running), 1.0))
         self._policy.refresh_if_stale()
 
-    def _take_decodes(self) -> list[Sequence]:
+    def _take_decodes(self) -> list[Sampler]:
         """The next share of the decodes; empty when enough micro-batches carry decodes."""
         ready = self._ready
         while ready:
@@ -173,8 +201,36 @@ class Path:
             share = min(-(-self.num_decodes // target), self._max_rows, len(ready))
             chosen = self._make_room([ready.popleft() for _ in range(share)])
             if chosen:
-                return chosen
+                return self._guess(chosen)
         return []
+
+    def _guess(self, chosen: list[Sequence]) -> list[Sampler]:
+        """Adds guesses, unless prompts wait for the same rows."""
+        decodes = []
+        space = self._max_rows - len(chosen)
+        stakes = self._policy.stakes(self.num_decodes, rows=len(chosen))
+        if self._partial or len(self._waiting) or not self._speculation.pays(stakes):
+            space = 0
+        for sequence in chosen:
+            draft: list[int] = []
+            if space > 0:
+                most = min(space, self._room_to_guess(sequence))
+                draft = self._speculation.draft(sequence, stakes, most=most)
+                space -= len(draft)
+                self._grow(sequence, sequence.num_scheduled + 1 + len(draft))
+            decodes.append(Sampler(sequence, draft))
+        return decodes
+
+    def _room_to_guess(self, sequence: Sequence) -> int:
+        """Positions beyond its next row that cost no other sequence its place."""
+        spare_blocks = max(self.mirror.num_free_blocks - len(self.running), 0)
+        spare = spare_blocks * self.facts.kv_block_size
+        return sequence.capacity + spare - sequence.num_scheduled - 1
+
+    def _grow(self, sequence: Sequence, num_positions: int) -> None:
+        missing = num_positions - sequence.capacity
+        if missing > 0:
+            self.mirror.grow(sequence, -(-missing // self.facts.kv_block_size))
 
     def _make_room(self, chosen: list[Sequence]) -> list[Sequence]:
         """Gives a block to each of `chosen` that needs one, at the cost of the youngest."""
@@ -196,11 +252,12 @@ class Path:
         self._waiting.put_back(sequence)
         self.num_preemptions += 1
 
-    def _take_chunks(self, decodes: list[Sequence], now_s: float) -> list[Chunk]:
+    def _take_chunks(self, decodes: list[Sampler], now_s: float) -> list[Chunk]:
         """Prompt rows for the next micro-batch, as many as time and space allow."""
         partial = self._partial
         backlog_rows = self._waiting.num_rows + (partial.num_unscheduled if partial else 0)
-        space = self._max_rows - len(decodes)
+        rows = sum(decode.num_samples for decode in decodes)
+        space = self._max_rows - rows
         if backlog_rows == 0 or space == 0:
             return []
         plan = self._policy.prefill_plan(
@@ -211,8 +268,7 @@ class Path:
         )
         if not decodes and len(self._flights) >= plan.in_flight:
             return []
-        pairs = sum(sequence.num_scheduled for sequence in decodes)
-        budget_s = plan.micro_batch_s - self._policy.seconds(len(decodes), pairs)
+        budget_s = plan.micro_batch_s - self._policy.seconds(rows, _pairs(decodes))
         return self._fill(budget_s, space, now_s)
 
     def _fill(self, budget_s: float, space: int, now_s: float) -> list[Chunk]:
@@ -261,28 +317,32 @@ class Path:
             sequence.num_cached = sequence.num_found
         return sequence
 
-    def _launch(self, decodes: list[Sequence], chunks: list[Chunk], now_s: float) -> RunMicroBatch:
+    def _launch(self, decodes: list[Sampler], chunks: list[Chunk], now_s: float) -> RunMicroBatch:
         micro_batch_id = next(self._ids)
-        firsts = [sequence.num_scheduled for sequence in decodes]
-        pairs = sum(firsts)
-        for sequence in decodes:
-            sequence.num_scheduled += 1
-            sequence.last_micro_batch_id = micro_batch_id
+        pairs = _pairs(decodes)
+        counts = [decode.num_samples for decode in decodes]
         action = RunMicroBatch(
             micro_batch_id=micro_batch_id,
-            slots_R=[sequence.slot for sequence in decodes],
-            first_positions_R=firsts,
-            num_rows_R=[1] * len(decodes),
-            num_samples_R=[1] * len(decodes),
-            token_ids_T=[sequence.token_ids[-1] for sequence in decodes],
+            slots_R=[sequence.slot for sequence, _ in decodes],
+            first_positions_R=[sequence.num_scheduled for sequence, _ in decodes],
+            num_rows_R=counts,
+            num_samples_R=counts.copy(),
+            token_ids_T=[
+                token_id
+                for sequence, draft in decodes
+                for token_id in (sequence.token_ids[-1], *draft)
+            ],
             updates_S=self.mirror.take_updates(),
         )
+        for sequence, _ in decodes:
+            sequence.num_scheduled += 1
+            sequence.last_micro_batch_id = micro_batch_id
         samplers = decodes.copy()
         for sequence, rows in chunks:
             pairs += rows * sequence.num_scheduled + rows * rows // 2
             _add_chunk(action, sequence, rows)
             if action.num_samples_R[-1]:
-                samplers.append(sequence)
+                samplers.append(Sampler(sequence, []))
         self._take_off(
             Flight(
                 micro_batch_id=micro_batch_id,
@@ -303,6 +363,14 @@ class Path:
         self._flights.append(flight)
         self._history.add(flight)
         self._num_decode_flights += flight.has_decodes
+
+
+def _pairs(decodes: list[Sampler]) -> int:
+    """Rows looking at positions."""
+    return sum(
+        sequence.num_scheduled * (1 + len(draft)) + len(draft) * (len(draft) + 1) // 2
+        for sequence, draft in decodes
+    )
 
 
 def _add_chunk(action: RunMicroBatch, sequence: Sequence, rows: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
+from core.pipeline.speculation import Stakes
 
 Array = npt.NDArray[np.float64]
 
@@ -209,6 +210,23 @@ class InFlightPolicy:
         standard deviation of 11.5 %.
         """
         return 0.75 * self._variation / (1.0 + 7.5 * np.maximum(slack_N - 1.0, 0.0))
+
+    def stakes(self, num_sequences: int, *, rows: int) -> Stakes:
+        """What a further row delays in a micro-batch with `rows` of `num_sequences` decodes.
+
+        Where the slowest stage is the limit, every sequence waits for it; else the
+        micro-batch's own, on the whole way.
+        """
+        target = self.decode_target(num_sequences)
+        times_S3 = self._alone_S3 if target == 1 else self._overlapped_S3
+        seconds_S = times_S3 @ np.array([1.0, rows, rows * self._context])
+        row_s_S = times_S3 @ np.array([0.0, 1.0, self._context])
+        way_s = float(seconds_S.sum()) + self._hops_s
+        work_s = target * float(seconds_S[self._slowest])
+        if target > 1 and work_s >= way_s:
+            row_s = float(row_s_S[self._slowest])
+            return Stakes(tokens=num_sequences, seconds=work_s, row_s=row_s)
+        return Stakes(tokens=rows, seconds=max(way_s, work_s), row_s=float(row_s_S.sum()))
 
     # --- prefill
 

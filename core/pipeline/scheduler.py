@@ -6,7 +6,8 @@ neither waits nor sends; a service performs its actions and tells it what came o
 Waiting requests are admitted in order of arrival, when there are blocks for the whole
 prompt. When blocks run out, the youngest sequence gives way: it goes back to the queue and
 is computed again later, prompt and output so far. A sequence's next row is scheduled once
-its token came back. `path.py` composes the micro-batches.
+its token came back, with rows that verify guesses where the pipeline has time for them
+(`speculation.py`). `path.py` composes the micro-batches.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from core.errors import (
     Unavailable,
 )
 from core.pipeline.actions import Action, DropPipeline, EmitTokens, FinishReason, Refuse
-from core.pipeline.batch import PositionLogprobs
 from core.pipeline.events import (
     Event,
     PipelineFacts,
@@ -37,9 +37,10 @@ from core.pipeline.events import (
     Tick,
     TokensSampled,
 )
-from core.pipeline.path import Path
+from core.pipeline.path import Landed, Path
 from core.pipeline.policy import PolicySettings
 from core.pipeline.sequences import Sequence, State
+from core.pipeline.speculation import Speculation, SpeculationSettings
 from core.pipeline.waiting import WaitingQueue
 from core.sampling.stops import finish_reason
 
@@ -54,6 +55,7 @@ class SchedulerSettings:
     lost_retry_s: float = 2.0  # retry delay of those refused because the pipeline is down
     shares_prefixes: bool = True  # requests that begin alike share what was computed for it
     policy: PolicySettings = field(default_factory=PolicySettings)
+    speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
 
     def __post_init__(self) -> None:
         if self.max_waiting < 1:
@@ -71,6 +73,7 @@ class Scheduler:
         self._why_not_ready = "the pipeline is starting"
         self._sequences: dict[int, Sequence] = {}  # those that have not ended
         self._waiting = WaitingQueue()
+        self.speculation = Speculation(self._settings.speculation)
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._orders = itertools.count()
         self._micro_batch_ids = itertools.count(1)
@@ -149,6 +152,7 @@ class Scheduler:
         self._path = Path(
             event.facts,
             waiting=self._waiting,
+            speculation=self.speculation,
             ids=self._micro_batch_ids,
             settings=self._settings.policy,
             shares_prefixes=self._settings.shares_prefixes,
@@ -254,31 +258,19 @@ class Scheduler:
         if path is None:
             return
         try:
-            samplers = path.land(event, self._now_s)
+            landed = path.land(event, self._now_s)
         except ProtocolViolation as error:
             self._drop(str(error))
             return
-        logprobs = event.logprobs or (None,) * len(samplers)
-        eos_token_ids = path.facts.eos_token_ids
-        for sequence, token_id, logprob in zip(samplers, event.token_ids, logprobs, strict=False):
-            if sequence.state is State.ENDED:
-                continue
-            news = self._accept(path, sequence, token_id, logprob)
-            reason = finish_reason(
-                token_id,
-                num_generated=sequence.num_generated,
-                parameters=sequence.sampling,
-                eos_token_ids=eos_token_ids,
-            )
-            if reason is not None:
-                self._pace.note_finish(self._now_s)
-                self._finish(sequence, news, FinishReason(reason))
+        for news in landed:
+            if news.sequence.state is not State.ENDED:
+                self._accept(path, news)
 
-    def _accept(
-        self, path: Path, sequence: Sequence, token_id: int, logprob: PositionLogprobs | None
-    ) -> EmitTokens:
-        self.num_tokens += 1
-        sequence.token_ids.append(token_id)
+    def _accept(self, path: Path, landed: Landed) -> None:
+        """Gives a sequence its tokens, up to the one that ends it."""
+        sequence = landed.sequence
+        count, reason = self._append(sequence, landed.token_ids, path.facts.eos_token_ids)
+        self.num_tokens += count
         sequence.last_token_s = self._now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = self._now_s
@@ -287,14 +279,32 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             path.make_ready(sequence)
         else:
-            self._waiting.num_rows += 1  # was preempted while its token was on the way
+            self._waiting.num_rows += count  # was preempted while its tokens were on the way
         news = EmitTokens(
             request_id=sequence.request_id,
-            token_ids=[token_id],
-            logprobs=[] if logprob is None else [logprob],
+            token_ids=list(landed.token_ids[:count]),
+            logprobs=list(landed.logprobs[:count]),
         )
         self._actions.append(news)
-        return news
+        if reason is not None:
+            self._pace.note_finish(self._now_s)
+            self._finish(sequence, news, reason)
+
+    def _append(
+        self, sequence: Sequence, token_ids: List[int], eos_token_ids: List[int]
+    ) -> tuple[int, FinishReason | None]:
+        """How many of the tokens the sequence takes, and why it ends with the last of them."""
+        for count, token_id in enumerate(token_ids, start=1):
+            sequence.token_ids.append(token_id)
+            reason = finish_reason(
+                token_id,
+                num_generated=sequence.num_generated,
+                parameters=sequence.sampling,
+                eos_token_ids=eos_token_ids,
+            )
+            if reason is not None:
+                return count, FinishReason(reason)
+        return len(token_ids), None
 
 
 class _Pace:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.pipeline.actions import Usage
+from core.pipeline.token_index import TokenIndex
 from core.sampling.parameters import SamplingParameters
 
 
@@ -46,6 +47,7 @@ class Sequence:
     scheduled_s: float | None = None  # when its first chunk was scheduled
     first_token_s: float | None = None
     last_token_s: float | None = None
+    index: TokenIndex | None = None  # of `token_ids`, once guesses are wanted
 
     @property
     def num_unscheduled(self) -> int:

@@ -8,6 +8,7 @@ finished the one before.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class _Simulation:
         self._requests = requests
         self._random = random.Random(settings.seed)
         self._scheduler = Scheduler(settings.scheduler)
+        # No token comes twice, so that there is nothing to guess.
+        self._token_ids = itertools.count(settings.context_length)
         self._events: list[tuple[float, int, Event]] = []
         self._num_events = 0
         self._free_at_S = [0.0] * len(settings.stages)
@@ -172,11 +175,8 @@ class _Simulation:
             self._busy_S[stage] += self._counted(begin_s, time_s)
             self._note(stage, rows, seconds, time_s)
             time_s += settings.hop_s
-        num_samples = sum(action.num_samples_R)
-        self._push(
-            time_s,
-            TokensSampled(micro_batch_id=action.micro_batch_id, token_ids=[1] * num_samples),
-        )
+        token_ids = [next(self._token_ids) for _ in range(sum(action.num_samples_R))]
+        self._push(time_s, TokensSampled(micro_batch_id=action.micro_batch_id, token_ids=token_ids))
         if self._now_s >= settings.warm_up_s:
             self._num_batches += 1
             self._num_rows += rows

@@ -75,6 +75,14 @@ def mesh(
             help="Computes prompts that begin alike once, as far as they do.",
         ),
     ] = True,
+    speculation: Annotated[
+        int,
+        typer.Option(
+            envvar="PENSTOCK_SPECULATION",
+            help="Most tokens of a request that are guessed and verified at a time, where the "
+            "pipeline has time for it; 0: none.",
+        ),
+    ] = 16,
     grpc_port: Annotated[
         int,
         typer.Option(envvar="PENSTOCK_GRPC_PORT", help="Port of the public API; 0: any free one."),
@@ -103,6 +111,7 @@ def mesh(
         split=split,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
+        speculation=speculation,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
     )
@@ -194,8 +203,15 @@ def _headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
         f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
         f"{mesh.tokens_per_second:.0f} tokens/s, "
         f"{mesh.cached_tokens / max(mesh.prompt_tokens, 1):.0%} of {mesh.prompt_tokens} prompt "
-        "tokens cached"
+        f"tokens cached{_guesses(mesh)}"
     )
+
+
+def _guesses(mesh: pb.GetMeshResponse) -> str:
+    if not mesh.tokens_guessed:
+        return ""
+    share = mesh.tokens_guessed_right / mesh.tokens_guessed
+    return f", {mesh.tokens_guessed} tokens guessed, {share:.0%} right"
 
 
 def status_table(mesh: pb.GetMeshResponse) -> Table:

@@ -50,6 +50,9 @@ def main(
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     max_sequences: Annotated[int, typer.Option(help="most requests running at a time")] = 256,
     max_waiting: Annotated[int, typer.Option(help="most requests waiting")] = 1024,
+    speculation: Annotated[
+        int, typer.Option(help="most guessed tokens of a request in a micro-batch; 0: none")
+    ] = 16,
     micro_batch_timeout_s: Annotated[
         float, typer.Option(help="seconds without a result after which the pipeline has hung")
     ] = 30.0,
@@ -73,6 +76,7 @@ def main(
             metrics_port=metrics_port,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
+            speculation=speculation,
             micro_batch_timeout_s=micro_batch_timeout_s,
             prefix_cache=prefix_cache,
             open_timeout_s=open_timeout_s,

@@ -35,6 +35,7 @@ from core.pipeline.events import (
     Tick,
 )
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.speculation import SpeculationSettings
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
 from services.coordinator import messages
@@ -82,6 +83,7 @@ class Conductor:
                 max_waiting=settings.max_waiting,
                 micro_batch_timeout_s=settings.micro_batch_timeout_s,
                 shares_prefixes=settings.prefix_cache,
+                speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
         self.mesh = MeshView(settings.stages, clock())
@@ -321,6 +323,8 @@ class Conductor:
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
             tokens_per_second=max(self._tokens.sums(now_s)[0], 0.0) / mesh.window_s(now_s),
+            tokens_guessed=scheduler.speculation.num_drafted,
+            tokens_guessed_right=scheduler.speculation.num_accepted,
         )
         response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))
         return response

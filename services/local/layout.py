@@ -33,6 +33,7 @@ class MeshLayout:
     prefix_cache: bool
     max_sequences: int
     max_rows: int
+    speculation: int
     drain_s: int
     stages: tuple[StageLayout, ...]
     coordinator_address: str
@@ -84,6 +85,7 @@ class MeshLayout:
             {
                 "--stages": ",".join(stage.address for stage in self.stages),
                 "--max-sequences": str(self.max_sequences),
+                "--speculation": str(self.speculation),
             },
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )

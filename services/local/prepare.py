@@ -60,6 +60,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
         max_rows=settings.max_rows,
+        speculation=settings.speculation,
         drain_s=DRAIN_S,
         stages=tuple(
             StageLayout(

@@ -35,12 +35,16 @@ class MeshSettings:
     metrics_port: int = 8002
     # Most sequences that are computed at a time.
     max_sequences: int = 256
+    # Most tokens of a sequence that are guessed at a time; 0: none.
+    speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):
             raise InvalidInput("dtype", self.dtype, " or ".join(("auto", *NUMBER_FORMATS)))
+        if self.speculation < 0:
+            raise InvalidInput("speculation", self.speculation, "0 or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
 

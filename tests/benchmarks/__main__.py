@@ -52,6 +52,7 @@ def main(
     stages: Annotated[str | None, typer.Option(envvar="PENSTOCK_STAGES")] = None,
     dtype: Annotated[str | None, typer.Option(envvar="PENSTOCK_DTYPE")] = None,
     split: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPLIT")] = None,
+    speculation: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPECULATION")] = None,
 ) -> None:
     """Measures and prints a table."""
     plan = Plan(
@@ -61,6 +62,7 @@ def main(
         open_loop_seconds=open_loop_seconds,
     )
     chosen = {"--model": model, "--stages": stages, "--dtype": dtype, "--split": split}
+    chosen |= {"--speculation": speculation}
     options = [part for name, value in chosen.items() if value for part in (name, value)]
     running = (
         nullcontext(System(name="penstock", address=address)) if address else started_mesh(options)

@@ -20,7 +20,16 @@ def next_token(prefix: Sequence[int]) -> int:
     return 1 + crc32(bytes(str(list(prefix)), "ascii")) % (VOCAB_SIZE - 1)
 
 
-def completion(prompt: Sequence[int], num_tokens: int) -> list[int]:
+def repeated_token(prefix: Sequence[int]) -> int:
+    """A fake model whose text soon repeats itself, though not for long."""
+    return 1 + crc32(bytes(str(list(prefix[-2:])), "ascii") + bytes([len(prefix) // 9])) % 3
+
+
+def completion(
+    prompt: Sequence[int],
+    num_tokens: int,
+    next_token: Callable[[Sequence[int]], int] = next_token,
+) -> list[int]:
     """What a pipeline must generate."""
     tokens = list(prompt)
     for _ in range(num_tokens):

@@ -7,8 +7,9 @@ only order they keep is first in, first out.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as List
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from core.pipeline.events import (
 )
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.sampling.parameters import SamplingParameters
-from tests.support.fake_engine import FakeEngine, completion
+from tests.support.fake_engine import FakeEngine, completion, next_token, repeated_token
 
 NUM_STAGES, NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_ROWS = 3, 5, 12, 4, 16
 MAX_WAITING = 6
@@ -38,6 +39,9 @@ MAX_WAITING = 6
 
 class PipelineMachine(RuleBasedStateMachine):
     """Drives a scheduler and three stages in every order that the streams allow."""
+
+    next_token: ClassVar[Callable[[List[int]], int]] = staticmethod(next_token)
+    num_prompt_ids = 100
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +62,7 @@ class PipelineMachine(RuleBasedStateMachine):
                 num_kv_blocks=NUM_BLOCKS + stage,
                 is_last=stage == NUM_STAGES - 1,
                 block_size=BLOCK_SIZE,
+                next_token=self.next_token,
             )
             for stage in range(NUM_STAGES)
         ]
@@ -96,8 +101,8 @@ class PipelineMachine(RuleBasedStateMachine):
         timeout_s: float | None,
         salt: str,
     ) -> None:
-        shared = [(7 * topic + index) % 100 for index in range(num_shared)]
-        own = [(7 * len(self.prompts) + index) % 100 for index in range(num_own)]
+        shared = [(7 * topic + index) % self.num_prompt_ids for index in range(num_shared)]
+        own = [(7 * len(self.prompts) + index) % self.num_prompt_ids for index in range(num_own)]
         self._arrive(shared + own, max_tokens=max_tokens, timeout_s=timeout_s, salt=salt)
 
     @precondition(lambda self: any(self.outputs.values()))
@@ -261,7 +266,8 @@ class PipelineMachine(RuleBasedStateMachine):
         assert not self.ends[request_id], "news of a request that has ended"
         output = self.outputs[request_id]
         output += action.token_ids
-        assert output == completion(self.prompts[request_id], len(output))
+        prompt = self.prompts[request_id]
+        assert output == completion(prompt, len(output), self.next_token)
         if action.finish_reason is not None:
             assert action.usage is not None
             assert action.usage.completion_tokens == len(output)
@@ -305,5 +311,15 @@ def _tokens(order: RunMicroBatch) -> List[int]:
     return order.token_ids_T
 
 
-PipelineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+class RepetitivePipelineMachine(PipelineMachine):
+    """Its tokens can often be guessed, and the guesses are often wrong."""
+
+    next_token: ClassVar[Callable[[List[int]], int]] = staticmethod(repeated_token)
+    num_prompt_ids = 4
+
+
+_SETTINGS = settings(max_examples=60, stateful_step_count=60, deadline=None)
+PipelineMachine.TestCase.settings = _SETTINGS
+RepetitivePipelineMachine.TestCase.settings = _SETTINGS
 TestPipeline = PipelineMachine.TestCase
+TestRepetitivePipeline = RepetitivePipelineMachine.TestCase

@@ -27,7 +27,10 @@ SAMPLING = [
     "--ignore-eos",
 ]
 OPTIONS = {
-    "mesh": [*SHARED, "--kv-memory", "--prefix-cache", "--grpc-port", "--metrics-port", "--detach"],
+    "mesh": [
+        *(*SHARED, "--kv-memory", "--prefix-cache", "--speculation"),
+        *("--grpc-port", "--metrics-port", "--detach"),
+    ],
     "stop": [],
     "status": [],
     "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],

@@ -64,6 +64,7 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
         ("stages", ("a:1", "")),
         ("max_sequences", 0),
         ("max_waiting", 0),
+        ("speculation", -1),
         ("micro_batch_timeout_s", 0.0),
         ("micro_batch_timeout_s", float("nan")),
         ("open_timeout_s", -1.0),

@@ -87,7 +87,7 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetMeshResponse(_message.Message):
-    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens")
+    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens", "tokens_guessed", "tokens_guessed_right")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,8 @@ class GetMeshResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_GUESSED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_GUESSED_RIGHT_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages: _containers.RepeatedCompositeFieldContainer[StageState]
     requests_waiting: int
@@ -104,7 +106,9 @@ class GetMeshResponse(_message.Message):
     uptime: _duration_pb2.Duration
     prompt_tokens: int
     cached_tokens: int
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    tokens_guessed: int
+    tokens_guessed_right: int
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ...) -> None: ...
 
 class StageState(_message.Message):
     __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration")
