@@ -6,6 +6,7 @@ types, so `compile_to_ptx` compiles the same kernels as a device would.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,6 +20,10 @@ from numba import config, cuda
 from core.kernels.cuda_launch import Launch
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+if SIMULATED:
+    # The simulator's main thread looks all the time whether the others have ended, and would keep
+    # them waiting for the GIL for the default 5 ms, twice a block.
+    sys.setswitchinterval(1e-5)
 # tests/allowed_skips.txt has this reason.
 NO_DEVICE = "no CUDA device"
 

@@ -1,0 +1,283 @@
+"""A stage on a GPU: one graph for the layers, and one for the head, for each micro-batch.
+
+Rows are padded to the next of a few sizes, and each size has its own graphs, captured when
+the stage is made. Products come from torch's libraries, which may sum in another order for
+another size: a row's bits depend on its padded size, but not on what the other rows are, nor
+on the run.
+
+Letters: T rows, H hidden size, R slots, M blocks of the longest sequence, S sampled rows,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from core.engine.backend import StageRows
+from core.engine.cuda_sampler import CudaSampler, DeviceLogits
+from core.engine.sequences import BLOCK_SIZE
+from core.engine.settings import EngineSettings
+from core.errors import Exhausted, ProtocolViolation
+from core.kernels.attention.cuda import num_splits
+from core.kernels.cuda_device import CudaDevice, Device
+from core.kernels.fingerprint import cuda_kernel_key
+from core.kernels.packing.cuda import scatter_rows
+from core.kernels.sampling.cuda import token_ids_of
+from core.models.llama.config import LlamaConfig
+from core.models.llama.cuda_model import CudaStage, StageCapacity
+from core.models.llama.cuda_weights import load_cuda_weights
+from core.pipeline.plan import StageSlice
+from core.sampling.sampler import Sampler
+from core.weights.checkpoint import Checkpoint
+
+# Powers of two, and from here on also what lies half-way between them.
+FIRST_HALFWAY = 32
+SPLITS_STEP = 4
+
+
+class CudaOutputs(NamedTuple):
+    """Tokens are there already, logits stay on the device."""
+
+    greedy_tokens_S: npt.NDArray[np.int32]
+    logits_SV: DeviceLogits
+
+
+class CudaBackend:
+    """Weights, KV cache, buffers and graphs on one GPU. Used by one thread at a time.
+
+    Construction reads the weights, compiles the kernels and captures the graphs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        stage_slice: StageSlice,
+        settings: EngineSettings,
+        *,
+        num_positions: int,
+        device: Device | None = None,
+    ) -> None:
+        """Raises CorruptWeights, and Exhausted where the device has too little memory."""
+        self._device = device or CudaDevice()
+        self._config = config
+        self._stage_slice = stage_slice
+        self._settings = settings
+        with _refusing_what_does_not_fit(settings), self._device.scope():
+            self._weights = load_cuda_weights(
+                self._device,
+                checkpoint,
+                config,
+                first_layer=stage_slice.first_layer,
+                end_layer=stage_slice.end_layer,
+                number_format=settings.number_format,
+            )
+            self._stage = self._make_stage(num_positions)
+            self._allocate_host_buffers(num_positions)
+        with _refusing_what_does_not_fit(settings):
+            self._capture(num_positions)
+
+    @property
+    def weights_bytes(self) -> int:
+        return self._weights.num_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        arithmetic = f"{self._device.name}-{self._settings.number_format}"
+        return f"{arithmetic}-{self._settings.wire}-{cuda_kernel_key()}"
+
+    def make_sampler(self) -> Sampler:
+        return CudaSampler(self._device, self._config.vocab_size, self._settings.num_slots)
+
+    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
+        host_TH = self._host_hidden_TH[:num_rows]
+        if rows_TH is None or rows_TH.shape != host_TH.shape or rows_TH.dtype != host_TH.dtype:
+            seen = None if rows_TH is None else (rows_TH.shape, str(rows_TH.dtype))
+            expected = (host_TH.shape, str(host_TH.dtype))
+            raise ProtocolViolation(f"activations are {seen}, expected {expected}")
+        host_TH[:] = rows_TH
+        with self._device.scope():
+            wire_TH = self._wire_TH[:num_rows]
+            wire_TH.copy_(self._pinned_hidden_TH[:num_rows], non_blocking=True)
+            self._stage.residual_TH[:num_rows].copy_(wire_TH)
+
+    def give(self, num_rows: int) -> npt.NDArray[Any]:
+        with self._device.scope():
+            wire_TH = self._wire_TH[:num_rows]
+            wire_TH.copy_(self._stage.residual_TH[:num_rows])
+            self._pinned_hidden_TH[:num_rows].copy_(wire_TH, non_blocking=True)
+        self._device.synchronize()
+        return self._host_hidden_TH[:num_rows]
+
+    def run(self, rows: StageRows) -> CudaOutputs:
+        """Sends what the rows are, and replays the graphs of their padded number."""
+        longest = int(rows.positions_T[: rows.num_rows].max()) + 1
+        row_size = _padded(rows.num_rows, self._row_sizes)
+        split_size = _padded(num_splits(longest), self._split_sizes)
+        with self._device.scope():
+            self._send_rows(rows, row_size)
+            self._send_block_tables(rows, longest)
+            self._layer_graphs[row_size, split_size]()
+            sampled_rows = np.concatenate([rows.greedy_rows, rows.logits_rows])
+            if len(sampled_rows):
+                self._run_head(sampled_rows)
+        return self._outputs(len(rows.greedy_rows), len(rows.logits_rows))
+
+    def host_logits(self, outputs: Any, num_rows: int) -> npt.NDArray[np.float32]:
+        with self._device.scope():
+            logits_SV: torch.Tensor = outputs.logits_SV.logits_SV
+            return logits_SV[:num_rows].cpu().numpy()
+
+    def _make_stage(self, num_positions: int) -> CudaStage:
+        first, end = self._stage_slice.first_layer, self._stage_slice.end_layer
+        windows = self._config.windows or (None,) * self._config.num_layers
+        capacity = StageCapacity(
+            max_rows=self._settings.max_rows,
+            num_slots=self._settings.num_slots,
+            num_kv_blocks=self._settings.num_kv_blocks,
+            block_size=BLOCK_SIZE,
+            num_positions=num_positions,
+            number_format=self._settings.number_format,
+            rounds_residual=self._settings.wire == "bf16",
+        )
+        return CudaStage(
+            self._device, self._config, self._weights, capacity, windows=windows[first:end]
+        )
+
+    def _allocate_host_buffers(self, num_positions: int) -> None:
+        """Pinned memory that copies to and from the device start or end in."""
+        settings, pinned = self._settings, self._device.pinned
+        self._pinned_inputs_3T = pinned((3, settings.max_rows), torch.int32)
+        self._host_inputs_3T = self._pinned_inputs_3T.numpy()
+        self._pinned_sampled_S = pinned((settings.max_rows,), torch.int32)
+        self._pinned_ranks_S = pinned((settings.max_rows,), torch.int64)
+        hidden_shape = (settings.max_rows, self._config.hidden_size)
+        wire_type = torch.bfloat16 if settings.wire == "bf16" else torch.float32
+        self._wire_TH = self._device.zeros(hidden_shape, wire_type)
+        self._pinned_hidden_TH = pinned(hidden_shape, wire_type)
+        seen_as = torch.uint16 if settings.wire == "bf16" else torch.float32
+        self._host_hidden_TH = self._pinned_hidden_TH.view(seen_as).numpy()
+        tables_shape = tuple(self._stage.block_tables_RM.shape)
+        self._known_tables_RM = np.zeros(tables_shape, np.int32)
+        self._pinned_tables_RM = pinned(tables_shape, torch.int32)
+        self._pinned_slots_R = pinned((settings.num_slots,), torch.int32)
+        self._sent_tables_RM = self._device.zeros(tables_shape, torch.int32)
+        self._sent_slots_R = self._device.zeros((settings.num_slots,), torch.int32)
+
+    def _capture(self, num_positions: int) -> None:
+        """Makes the graphs, the largest first, so that the others fit into its memory."""
+        self._row_sizes = row_sizes(self._settings.max_rows)
+        self._split_sizes = split_sizes(num_positions)
+        capture, stage = self._device.capture, self._stage
+        self._layer_graphs = {
+            (rows, splits): capture(partial(stage.run_layers, rows, splits))
+            for rows in reversed(self._row_sizes)
+            for splits in reversed(self._split_sizes)
+        }
+        self._head_graphs = {
+            rows: capture(partial(stage.run_head, rows))
+            for rows in reversed(self._row_sizes)
+            if self._stage_slice.is_last
+        }
+
+    def _send_rows(self, rows: StageRows, row_size: int) -> None:
+        """Token ids, slots and positions; padding stands at position -1."""
+        count = rows.num_rows
+        host_3T = self._host_inputs_3T
+        for row, source_T in zip(
+            host_3T, (rows.token_ids_T, rows.slots_T, rows.positions_T), strict=True
+        ):
+            row[:count] = source_T[:count]
+        host_3T[:2, count:row_size] = 0
+        host_3T[2, count:row_size] = -1
+        self._stage.inputs_3T.copy_(self._pinned_inputs_3T, non_blocking=True)
+
+    def _send_block_tables(self, rows: StageRows, longest: int) -> None:
+        """Those tables of the rows' sequences that differ from what the device has."""
+        num_blocks = -(-longest // BLOCK_SIZE)
+        slots_R = np.unique(rows.slots_T[: rows.num_rows])
+        wanted_RM = rows.block_tables_SB[slots_R]
+        known_RM = self._known_tables_RM[slots_R]
+        differs_R = (wanted_RM[:, :num_blocks] != known_RM[:, :num_blocks]).any(axis=1)
+        slots_R, wanted_RM = slots_R[differs_R], wanted_RM[differs_R]
+        count = len(slots_R)
+        if not count:
+            return
+        self._known_tables_RM[slots_R] = wanted_RM
+        self._pinned_slots_R.numpy()[:count] = slots_R
+        self._pinned_tables_RM.numpy()[:count] = wanted_RM
+        sent_RM, sent_slots_R = self._sent_tables_RM[:count], self._sent_slots_R[:count]
+        sent_RM.copy_(self._pinned_tables_RM[:count], non_blocking=True)
+        sent_slots_R.copy_(self._pinned_slots_R[:count], non_blocking=True)
+        view = self._device.view
+        scatter_rows(
+            view(sent_RM),
+            view(sent_slots_R),
+            view(self._stage.block_tables_RM),
+            launch=self._device.launch(),
+        )
+
+    def _run_head(self, sampled_rows: npt.NDArray[np.int32]) -> None:
+        count = len(sampled_rows)
+        size = _padded(count, self._row_sizes)
+        host_S = self._pinned_sampled_S.numpy()
+        host_S[:count], host_S[count:size] = sampled_rows, 0
+        self._stage.sampled_rows_S.copy_(self._pinned_sampled_S, non_blocking=True)
+        self._head_graphs[size]()
+        ranks_S = self._stage.ranks_S[:count]
+        self._pinned_ranks_S[:count].copy_(ranks_S, non_blocking=True)
+
+    def _outputs(self, num_greedy: int, num_logits: int) -> CudaOutputs:
+        """Waits, but on stages whose activations are asked for next: `give` waits then."""
+        if not self._stage_slice.is_last:
+            return CudaOutputs(np.zeros(0, np.int32), DeviceLogits.none())
+        self._device.synchronize()
+        tokens_S = token_ids_of(self._pinned_ranks_S.numpy()[:num_greedy]).astype(np.int32)
+        rows = slice(num_greedy, num_greedy + num_logits)
+        logits = DeviceLogits(self._stage.logits_SV[rows], self._stage.ranks_S[rows])
+        return CudaOutputs(tokens_S, logits)
+
+
+def row_sizes(max_rows: int) -> list[int]:
+    """Numbers of rows that graphs are made for; the last is `max_rows`."""
+    sizes = []
+    size = 1
+    while size < max_rows:
+        sizes.append(size)
+        if size >= FIRST_HALFWAY and size * 3 // 2 < max_rows:
+            sizes.append(size * 3 // 2)
+        size *= 2
+    return [*sizes, max_rows]
+
+
+def split_sizes(num_positions: int) -> list[int]:
+    """Numbers of splits that graphs are made for; the last one is enough for any sequence."""
+    most = num_splits(num_positions)
+    sizes = []
+    size = 1
+    while size < most:
+        sizes.append(size)
+        size *= SPLITS_STEP
+    return [*sizes, most]
+
+
+def _padded(count: int, sizes: list[int]) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+@contextmanager
+def _refusing_what_does_not_fit(settings: EngineSettings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Exhausted(
+            f"the GPU's memory does not hold the stage's weights with {settings.num_kv_blocks} "
+            f"KV blocks and {settings.max_rows} rows; give it less KV memory, or fewer layers"
+        ) from error

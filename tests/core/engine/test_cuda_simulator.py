@@ -1,0 +1,11 @@
+"""Every test of the engine on CUDA, run under numba's simulator where there is no device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.simulator import check_under_simulator
+
+
+def test_the_engine_on_cuda_equals_the_one_on_the_cpu_under_the_simulator() -> None:
+    check_under_simulator(Path(__file__).parent)
