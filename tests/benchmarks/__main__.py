@@ -1,17 +1,16 @@
 """`python -m tests.benchmarks`: measures a mesh under closed-loop and open-loop load.
 
 Closed loop: S clients, each sends its next request when the one before has ended: 16 to 64
-random prompt tokens, 128 new tokens, greedy, end-of-sequence ignored. Open loop: arrivals
-and lengths of a real trace, first with as many clients as saturate the mesh to find its rate,
-then in the trace's own pattern at a share of that rate.
+random prompt tokens, 128 new tokens, greedy, end-of-sequence ignored; then prompts of 1,024
+tokens with one new token each. Open loop: arrivals and lengths of a real trace, first with as
+many clients as saturate the mesh to find its rate, then in the trace's own pattern at a share
+of that rate.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -22,6 +21,7 @@ import typer
 
 from services.cli.console import out as console
 from services.cli.console import say
+from tests.benchmarks.machine import machine
 from tests.benchmarks.measurements import Plan, measure
 from tests.benchmarks.report import Figures, latency_table, memory_line, process_table
 from tests.benchmarks.systems import System, started_mesh
@@ -30,7 +30,7 @@ from tests.benchmarks.systems import System, started_mesh
 def main(
     streams: Annotated[
         str, typer.Option(envvar="PENSTOCK_STREAMS", help="Numbers of clients, such as '1 64'.")
-    ] = "1 8 32 64",
+    ] = "1 8 32 64 128 256",
     seconds: Annotated[
         float, typer.Option(envvar="PENSTOCK_SECONDS", help="Length of each measurement.")
     ] = 20.0,
@@ -70,18 +70,20 @@ def main(
     with running as system:
         if system.start_s is not None:
             say(f"from the command to the first token: {system.start_s:.2f} s")
-        figures = asyncio.run(measure(system, plan, say=say))
-    show(figures)
+        number_format, figures = asyncio.run(measure(system, plan, say=say))
+    show(figures, number_format)
     if json_path is not None:
-        json_path.write_text(json.dumps(document(system, plan, options, figures), indent=1) + "\n")
+        json_path.write_text(
+            json.dumps(document(system, plan, options, number_format, figures), indent=1) + "\n"
+        )
     if any(row.num_errors for row in figures):
         raise typer.Exit(code=1)
 
 
-def show(figures: Sequence[Figures]) -> None:
+def show(figures: Sequence[Figures], number_format: str) -> None:
     """Prints everything."""
     say()
-    console.print(latency_table(figures))
+    console.print(latency_table(figures, number_format))
     if figures[0].peak_memory_bytes:
         console.print(process_table(figures))
         say(memory_line(figures[-1]))
@@ -90,14 +92,19 @@ def show(figures: Sequence[Figures]) -> None:
 
 
 def document(
-    system: System, plan: Plan, options: Sequence[str], figures: Sequence[Figures]
+    system: System,
+    plan: Plan,
+    options: Sequence[str],
+    number_format: str,
+    figures: Sequence[Figures],
 ) -> dict[str, object]:
     """What goes into the JSON file."""
     return {
         "system": system.name,
         "options": list(options),
+        "number_format": number_format,
         "plan": asdict(plan),
-        "machine": {"cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()},
+        "machine": machine(),
         "start_to_first_token_s": system.start_s,
         "figures": [asdict(row) for row in figures],
     }

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc.aio
 from penstock.v1 import generation_pb2 as pb
@@ -52,6 +53,13 @@ class Plan:
     open_loop_seconds: float
 
 
+class Measured(NamedTuple):
+    """All figures of a mesh, and the number format that it computes in."""
+
+    number_format: str
+    figures: list[Figures]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """A system under load: how to ask it, and how long its vocabulary and context are."""
@@ -60,6 +68,7 @@ class Bench:
     answers: Answers
     vocab_size: int
     context_length: int
+    number_format: str = ""
     encode: Encode = encode_grpc
 
     async def closed(self, num_streams: int, plan: Plan) -> Figures:
@@ -150,6 +159,7 @@ async def mesh_bench(system: System, channel: grpc.aio.Channel) -> Bench:
         answers=grpc_answers(channel),
         vocab_size=model.vocab_size,
         context_length=model.context_length,
+        number_format=model.number_format,
     )
 
 
@@ -158,11 +168,12 @@ def traced_requests(context_length: int) -> tuple[list[TracedRequest], float]:
     return clip(read_trace(limit=TRACE_REQUESTS), context_length=context_length)
 
 
-async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> list[Figures]:
+async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> Measured:
     """All measurements, one after another, over one channel."""
     channel = open_channel(system.address)
     try:
         bench = await mesh_bench(system, channel)
+        say(f"number format: {bench.number_format}")
         figures = []
         for num_streams in plan.streams:
             figures.append(await bench.closed(num_streams, plan))
@@ -171,7 +182,7 @@ async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> 
             figures.append(await bench.prefill(plan.seconds))
             say(f"{figures[-1].load}: {figures[-1].prompt_tokens_per_s:.0f} prompt tokens/s")
             figures += await _trace(bench, plan.open_loop_seconds, say)
-        return figures
+        return Measured(bench.number_format, figures)
     finally:
         await channel.close()
 

@@ -78,9 +78,10 @@ def make_figures(
     )
 
 
-def latency_table(figures: Sequence[Figures]) -> Table:
+def latency_table(figures: Sequence[Figures], number_format: str) -> Table:
     """Throughput and latency, one row a load."""
-    table = Table(box=None, title="seen by the clients", title_justify="left")
+    title = f"{number_format}, seen by the clients"
+    table = Table(box=None, title=title, title_justify="left")
     columns = ("load", "requests", "tokens/s", "prompt tokens/s")
     for column in (*columns, "TTFT p50", "p99 ms", "inter-token p50", "p99 ms", "errors"):
         table.add_column(column, justify="left" if column == "load" else "right", no_wrap=True)
