@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from tests.benchmarks.peers.results import Results, peak_memory
@@ -42,7 +43,7 @@ def outcomes(results: Results, *, memory_limits: dict[str, int]) -> list[Outcome
 
 def goals_table(rows: Sequence[Outcome]) -> Table:
     """A row a goal."""
-    table = Table(box=None, title="goals (medians of this run)", title_justify="left")
+    table = Table(box=MARKDOWN, title="goals (medians of this run)", title_justify="left")
     for column in ("measure", "ours", "against", "ratio", "goal", "met"):
         table.add_column(column, justify="right" if column == "ratio" else "left", no_wrap=True)
     for row in rows:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from tests.benchmarks.report import Figures
@@ -56,7 +57,7 @@ def spread(values: Sequence[float]) -> str:
 
 def rates_table(results: Results, works: Sequence[str]) -> Table:
     """Tokens/s, a row a system and a column a work, and what it took in memory."""
-    table = Table(box=None, title="tokens/s, median [min-max]", title_justify="left")
+    table = Table(box=MARKDOWN, title="tokens/s, median [min-max]", title_justify="left")
     table.add_column("system", no_wrap=True)
     for work in works:
         table.add_column(work, justify="right", no_wrap=True)

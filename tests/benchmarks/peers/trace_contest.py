@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from services.common.channels import open_channel
@@ -208,7 +209,7 @@ async def _until_healthy(
 def contest_table(result: Contest) -> Table:
     """A row for each server and load."""
     title = f"Azure trace, {result.share_clipped:.1%} of requests clipped to the context"
-    table = Table(box=None, title=title, title_justify="left")
+    table = Table(box=MARKDOWN, title=title, title_justify="left")
     table.add_column("server", no_wrap=True)
     table.add_column("load", no_wrap=True)
     for column in ("requests/s", "tokens/s", "TTFT p50", "p99 ms", "inter-token p50", "p99 ms"):
