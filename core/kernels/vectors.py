@@ -382,6 +382,27 @@ def maximum(typing_context, a, b):
 
 
 @intrinsic
+def lanes_at_least(typing_context, floats, least):
+    """Which lanes are at least those of `least`: a bit each, the first lane's the lowest."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        lanes = builder.bitcast(builder.fcmp_ordered(">=", *args), I16)
+        return builder.zext(lanes, I32)
+
+    return types.uint32(float32x16, float32x16), codegen
+
+
+@intrinsic
+def trailing_zeros(typing_context, bits):
+    """The number of the lowest bit that is set; there must be one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return builder.zext(builder.cttz(args[0], ir.Constant(ir.IntType(1), 1)), I64)
+
+    return types.intp(types.uint32), codegen
+
+
+@intrinsic
 def largest_lane(typing_context, floats):
     """The greatest of the 16 lanes."""
 

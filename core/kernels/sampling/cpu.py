@@ -2,8 +2,9 @@
 
 A row is read in chunks of CHUNK logits, of which the largest rank key is kept. The k chunks
 whose maxima rank highest hold the k likeliest tokens (each of those chunks has a token that
-ranks above all the others' tokens), so ranking a few candidates decides top-k, and top-p
-wherever the nucleus lies among them. Wider ones are cut with a histogram over the logits.
+ranks above all the others' tokens), so ranking a few candidates decides top-k. A nucleus is
+sought, without ranking it, among the few thousand tokens that may belong to it. Wider ones are
+cut with a histogram over the logits.
 
 A cut is one integer: the tokens whose `order_of` is at least the cut are kept.
 
@@ -39,9 +40,7 @@ from core.kernels.sampling.cpu_arithmetic import (
     weight_of,
 )
 from core.kernels.sampling.cpu_histogram import cut_by_histogram
-
-# How many candidate chunks to try for a nucleus before the histogram.
-NUCLEUS_GUESSES = (24, 192)
+from core.kernels.sampling.cpu_nucleus import ROOM, cut_nucleus
 
 _LOG2_E = np.float32(LOG2_E)
 
@@ -72,6 +71,7 @@ def sample_rows(
     maxima_C = np.empty(num_chunks, np.int32)
     sums_C = np.empty(num_chunks, np.int64)
     powers_V = np.empty(logits_SV.shape[1], np.float32)
+    room_K = np.empty(ROOM, np.int64)
     saved_M = np.empty(history_ids_NM.shape[1], np.float32)
     for s in range(len(slots_S)):
         slot = slots_S[s]
@@ -90,6 +90,7 @@ def sample_rows(
             maxima_C,
             sums_C,
             powers_V,
+            room_K,
         )
         if num_known > 0:
             for i in range(num_known):
@@ -112,7 +113,7 @@ def log_probabilities(logits_V, token_id, num_top, top_ids_L, top_logprobs_L):
     total = _chunk_sums(logits_V, powers_V, np.int64(0), KEEP_ALL, sums_C)
     log_total = np.log(np.float64(total) / np.float64(ONE))
     if num_top > 0:
-        orders_K, _ = _candidates(logits_V.view(np.int32), maxima_C, num_top)
+        orders_K = _candidates(logits_V.view(np.int32), maxima_C, num_top)
         orders_K.sort()
         for rank in range(num_top):
             top_id = id_of(orders_K[len(orders_K) - 1 - rank])
@@ -123,7 +124,7 @@ def log_probabilities(logits_V, token_id, num_top, top_ids_L, top_logprobs_L):
 
 
 @kernel
-def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C, powers_V):
+def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C, powers_V, room_K):
     bits_V = row_V.view(np.int32)
     largest_key = _chunk_maxima(bits_V, maxima_C)
     if temperature == 0.0 or largest_key <= KEY_OF_MINUS_INFINITY:
@@ -134,10 +135,8 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C,
     least_weight = max(np.int64(min_p * np.float64(ONE)), np.int64(1))
     limits_count = 0 < top_k < len(row_V)
     if limits_count and top_k <= len(maxima_C):
-        orders_K, _ = _candidates(bits_V, maxima_C, top_k)
-        cut, _ = _cut_candidates(
-            row_V, orders_K, top_k, KEEP_ALL, top_p, np.int64(-1), largest, scale
-        )
+        orders_K = _candidates(bits_V, maxima_C, top_k)
+        cut = _cut_candidates(row_V, orders_K, top_k, top_p, largest, scale)
         return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
     _fill_powers(row_V, largest, scale, powers_V)
     if not limits_count and top_p >= 1.0:
@@ -145,15 +144,9 @@ def _sample_row(row_V, temperature, top_k, top_p, min_p, bits, maxima_C, sums_C,
         return _draw(row_V, largest, scale, least_weight, KEEP_ALL, sums_C, bits)
     if not limits_count:
         total = _chunk_sums(row_V, powers_V, np.int64(0), KEEP_ALL, sums_C)
-        for guess in NUCLEUS_GUESSES:
-            if guess > len(maxima_C):
-                break
-            orders_K, floor = _candidates(bits_V, maxima_C, guess)
-            cut, found = _cut_candidates(
-                row_V, orders_K, len(orders_K), floor, top_p, total, largest, scale
-            )
-            if found:
-                return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
+        orders_K, cut = cut_nucleus(row_V, powers_V, top_p, total, largest, scale, room_K)
+        if len(orders_K) > 0:
+            return _draw_candidate(row_V, orders_K, cut, largest, scale, least_weight, bits)
     cut = cut_by_histogram(row_V, powers_V, top_k, top_p, largest, scale)
     _chunk_sums(row_V, powers_V, least_weight, cut, sums_C)
     return _draw(row_V, largest, scale, least_weight, cut, sums_C, bits)
@@ -221,10 +214,7 @@ def _drop_below(cut, bits, first_id, powers, kept):
 
 @kernel
 def _candidates(bits_V, maxima_C, num_chunks):
-    """Orders, by ascending id, of the tokens that may be among the `num_chunks` likeliest.
-
-    Returns them and a floor: every token whose order is above it is among them.
-    """
+    """Orders, by ascending id, of the tokens that may be among the `num_chunks` likeliest."""
     pairs_C = np.empty(len(maxima_C), np.int64)
     for c in range(len(maxima_C)):
         pairs_C[c] = pair(maxima_C[c], c)
@@ -240,7 +230,7 @@ def _candidates(bits_V, maxima_C, num_chunks):
                 if rank_key(bits_V[token_id]) >= least_key:
                     orders_K[count] = order_of(bits_V[token_id], token_id)
                     count += 1
-    return orders_K[:count], pair(least_key, 0)
+    return orders_K[:count]
 
 
 @kernel
@@ -270,28 +260,22 @@ def _largest_but(rank, values):
 
 
 @kernel
-def _cut_candidates(row_V, orders_K, top_k, floor, top_p, total, largest, scale):
-    """The cut of top-k and top-p, and whether it lies among the candidates above `floor`.
-
-    `total` is the mass of which top-p is a share; -1: the mass of the k likeliest.
-    """
+def _cut_candidates(row_V, orders_K, top_k, top_p, largest, scale):
+    """The cut of top-k and top-p."""
     ranked_K = np.sort(orders_K)[::-1]
     top_k = min(top_k, len(ranked_K))
     if top_p >= 1.0:
-        return ranked_K[top_k - 1], True
-    if total < 0:
-        total = np.int64(0)
-        for rank in range(top_k):
-            total += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
-    needed = np.int64(top_p * np.float64(total))
-    mass = np.int64(0)
+        return ranked_K[top_k - 1]
+    total = np.int64(0)
     for rank in range(top_k):
-        if ranked_K[rank] <= floor:
-            break
+        total += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
+    needed = np.int64(top_p * np.float64(total))
+    rank = 0
+    mass = weight_of(row_V[id_of(ranked_K[0])], largest, scale)
+    while mass < needed:
+        rank += 1
         mass += weight_of(row_V[id_of(ranked_K[rank])], largest, scale)
-        if mass >= needed:
-            return ranked_K[rank], True
-    return KEEP_ALL, False
+    return ranked_K[rank]
 
 
 @kernel
