@@ -14,15 +14,23 @@ from core.kernels.memory import aligned_zeros
 from core.models.llama.config import LlamaConfig
 from core.models.llama.model import StageOutputs, StageWeights, StageWorkspace, WordArray
 from core.models.llama.packing import (
+    VOCABULARY_PART,
     StageLayout,
     element_type,
+    head_bias,
     layer_windows,
     pack_embedding,
+    pack_final_norm,
     pack_head,
     pack_layer,
     rotary_angles,
 )
-from core.models.llama.weight_names import read_embedding, read_head, read_layer
+from core.models.llama.weight_names import (
+    read_embedding_rows,
+    read_final_norm,
+    read_head_rows,
+    read_layer,
+)
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
 
@@ -47,13 +55,14 @@ def load_weights(
     elements = element_type(layout.arithmetic)
     embedding_VG = aligned_zeros((0, layout.hidden), elements)
     if stage_slice.is_first:
-        embedding_VG = pack_embedding(layout, read_embedding(checkpoint, config))
+        rows = read_embedding_rows(checkpoint, config, count=VOCABULARY_PART)
+        embedding_VG = pack_embedding(layout, rows)
     head_panels = aligned_zeros((0,), np.uint32)
     head_bias_V, final_norm_G = (aligned_zeros((0,), np.float32) for _ in range(2))
     if stage_slice.is_last:
-        head = pack_head(layout, read_head(checkpoint, config))
-        head_panels, head_bias_V = head.panels, head.bias_V
-        final_norm_G = head.final_norm_G
+        rows = read_head_rows(checkpoint, config, count=VOCABULARY_PART)
+        head_panels, head_bias_V = pack_head(layout, rows), head_bias(layout)
+        final_norm_G = pack_final_norm(layout, read_final_norm(checkpoint, config))
     angles = rotary_angles(config, num_positions)
     return StageWeights(
         panels_L=panels_L,

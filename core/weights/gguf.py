@@ -56,11 +56,22 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self._header.tensors[name]
-        raw = self._file.view(tensor.offset, tensor.size_bytes)
-        values = dequantise(raw, block_type=tensor.block_type, shape=tensor.shape)
+        return self._read(name, 0, tensor.size_bytes, tensor.shape)
+
+    def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
+        tensor = self._header.tensors[name]
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        return self._read(name, first * row_bytes, count * row_bytes, (count, *tensor.shape[1:]))
+
+    def _read(
+        self, name: str, first_byte: int, num_bytes: int, shape: tuple[int, ...]
+    ) -> npt.NDArray[np.float32]:
+        tensor = self._header.tensors[name]
+        raw = self._file.view(tensor.offset + first_byte, num_bytes)
+        values = dequantise(raw, block_type=tensor.block_type, shape=shape)
         del raw
-        self._file.release(tensor.offset, tensor.size_bytes)
-        self.bytes_read += tensor.size_bytes
+        self._file.release(tensor.offset + first_byte, num_bytes)
+        self.bytes_read += num_bytes
         require_finite(values, path=self.path, name=name)
         return values
 

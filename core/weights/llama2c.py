@@ -63,6 +63,14 @@ class Llama2cCheckpoint:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         offset, shape = self._tensors[name]
+        return self._read(name, offset, shape)
+
+    def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
+        offset, (_, *row_shape) = self._tensors[name]
+        row_bytes = 4 * prod(row_shape)
+        return self._read(name, offset + first * row_bytes, (count, *row_shape))
+
+    def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         num_bytes = 4 * prod(shape)
         raw = self._file.view(offset, num_bytes)
         values = raw.view("<f4").reshape(shape).astype(np.float32)

@@ -129,11 +129,23 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self._tensors[name]
-        raw = tensor.file.view(tensor.offset, tensor.size_bytes)
-        values = _widen(raw, tensor.dtype, f"{tensor.file.path}: {name!r}").reshape(tensor.shape)
+        return self._read(name, 0, tensor.size_bytes, tensor.shape)
+
+    def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
+        tensor = self._tensors[name]
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        return self._read(name, first * row_bytes, count * row_bytes, (count, *tensor.shape[1:]))
+
+    def _read(
+        self, name: str, first_byte: int, num_bytes: int, shape: tuple[int, ...]
+    ) -> npt.NDArray[np.float32]:
+        tensor = self._tensors[name]
+        offset = tensor.offset + first_byte
+        raw = tensor.file.view(offset, num_bytes)
+        values = _widen(raw, tensor.dtype, f"{tensor.file.path}: {name!r}").reshape(shape)
         del raw
-        tensor.file.release(tensor.offset, tensor.size_bytes)
-        self.bytes_read += tensor.size_bytes
+        tensor.file.release(offset, num_bytes)
+        self.bytes_read += num_bytes
         require_finite(values, path=tensor.file.path, name=name)
         return values
 

@@ -40,12 +40,9 @@ class MemoryNeeds:
 
 def packing_bytes(fp32: ModelCosts, *, num_stages: int) -> int:
     """What stages need for a moment to pack their weights, from the costs in fp32: each one
-    float32 layer, and the first and the last the embedding or the head, their largest matrix.
+    float32 layer. Of the embedding and the head they read smaller parts.
     """
-    num_ends = min(num_stages, 2)
-    return num_stages * max(fp32.layer_bytes) + num_ends * max(
-        fp32.embedding_bytes, fp32.head_bytes
-    )
+    return num_stages * max(fp32.layer_bytes)
 
 
 def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:

@@ -7,6 +7,7 @@ added is zero and stays zero through the whole model.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from core.kernels.memory import aligned_zeros
 from core.kernels.rotary.reference import rotary_frequencies
 from core.models.llama.config import LlamaConfig
 from core.models.llama.model import FloatArray, StageSizes, WordArray
-from core.models.llama.weight_names import HeadWeights, LayerWeights
+from core.models.llama.weight_names import LayerWeights
 
+# Rows of the embedding and of the head that are float32 at a time, whole panels.
+VOCABULARY_PART = 64 * PANEL_COLUMNS
 NO_WINDOW = 1 << 40  # more positions than any sequence has
 
 
@@ -225,24 +228,27 @@ def _alternate(
     return panels.transpose(1, 0, 2).reshape(-1)
 
 
-@dataclass(frozen=True)
-class PackedHead:
-    """Final norm and head as the kernels read them."""
-
-    panels: WordArray
-    bias_V: FloatArray
-    final_norm_G: FloatArray
-
-
-def pack_head(layout: StageLayout, head: HeadWeights) -> PackedHead:
-    """Packs the head; columns beyond the vocabulary get a bias of minus infinity."""
+def pack_head(layout: StageLayout, parts_VH: Iterable[FloatArray]) -> WordArray:
+    """Packs the head from parts of VOCABULARY_PART rows; the last may have fewer."""
     panels = aligned_zeros((layout.matrix_words(layout.hidden, layout.vocabulary),), np.uint32)
-    _PanelPacker(layout, panels).add(head.head_VH, layout.hidden, layout.vocabulary)
+    packer = _PanelPacker(layout, panels)
+    for part_VH in parts_VH:
+        packer.add(part_VH, layout.hidden, round_up(len(part_VH), PANEL_COLUMNS))
+    return panels
+
+
+def head_bias(layout: StageLayout) -> FloatArray:
+    """Zero, but minus infinity for columns beyond the vocabulary."""
     bias_V = aligned_zeros((layout.vocabulary,), np.float32)
     bias_V[layout.config.vocab_size :] = -np.inf
+    return bias_V
+
+
+def pack_final_norm(layout: StageLayout, final_norm_H: FloatArray) -> FloatArray:
+    """The final norm, padded."""
     final_norm_G = aligned_zeros((layout.hidden,), np.float32)
-    final_norm_G[: len(head.final_norm_H)] = head.final_norm_H
-    return PackedHead(panels, bias_V, final_norm_G)
+    final_norm_G[: len(final_norm_H)] = final_norm_H
+    return final_norm_G
 
 
 def element_type(arithmetic: Arithmetic) -> npt.DTypeLike:
@@ -258,14 +264,15 @@ def to_elements(arithmetic: Arithmetic, floats: FloatArray) -> npt.NDArray[Any]:
     return ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def pack_embedding(layout: StageLayout, embedding_VH: FloatArray) -> npt.NDArray[Any]:
-    """The embedding in the number format (int8: in bf16), rows padded."""
+def pack_embedding(layout: StageLayout, parts_VH: Iterable[FloatArray]) -> npt.NDArray[Any]:
+    """The embedding in the number format (int8: in bf16), rows padded; from parts in order."""
     shape = (layout.config.vocab_size, layout.hidden)
     packed_VG = aligned_zeros(shape, element_type(layout.arithmetic))
-    rows_at_a_time = 4096  # bounds the temporary arrays of a large vocabulary
-    for first in range(0, layout.config.vocab_size, rows_at_a_time):
-        part = np.ascontiguousarray(embedding_VH[first : first + rows_at_a_time], np.float32)
-        packed_VG[first : first + len(part), : part.shape[1]] = to_elements(layout.arithmetic, part)
+    first = 0
+    for part_VH in parts_VH:
+        end = first + len(part_VH)
+        packed_VG[first:end, : part_VH.shape[1]] = to_elements(layout.arithmetic, part_VH)
+        first = end
     return packed_VG
 
 

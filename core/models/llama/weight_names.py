@@ -6,7 +6,7 @@ K rows of all key-value heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -179,9 +179,29 @@ def read_head(checkpoint: Checkpoint, config: LlamaConfig) -> HeadWeights:
     naming = _NAMINGS[checkpoint.format]
     head = naming.embedding if config.tied_head else naming.head
     return HeadWeights(
-        final_norm_H=_read(checkpoint, naming.final_norm, (config.hidden_size,)),
+        final_norm_H=read_final_norm(checkpoint, config),
         head_VH=_read(checkpoint, head, (config.vocab_size, config.hidden_size)),
     )
+
+
+def read_embedding_rows(
+    checkpoint: Checkpoint, config: LlamaConfig, *, count: int
+) -> Iterator[Array]:
+    """As `read_embedding`, at most `count` rows at a time."""
+    return _read_rows(checkpoint, config, _NAMINGS[checkpoint.format].embedding, count)
+
+
+def read_head_rows(checkpoint: Checkpoint, config: LlamaConfig, *, count: int) -> Iterator[Array]:
+    """The head as `read_head` reads it, at most `count` rows at a time."""
+    naming = _NAMINGS[checkpoint.format]
+    return _read_rows(
+        checkpoint, config, naming.embedding if config.tied_head else naming.head, count
+    )
+
+
+def read_final_norm(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
+    """Reads the final norm [H]. Raises CorruptWeights."""
+    return _read(checkpoint, _NAMINGS[checkpoint.format].final_norm, (config.hidden_size,))
 
 
 def model_sizes(checkpoint: Checkpoint, config: LlamaConfig) -> ModelSizes:
@@ -276,6 +296,14 @@ def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Array:
     _check(checkpoint, name, shape)
     return checkpoint.read(name)
+
+
+def _read_rows(
+    checkpoint: Checkpoint, config: LlamaConfig, name: str, count: int
+) -> Iterator[Array]:
+    _check(checkpoint, name, (config.vocab_size, config.hidden_size))
+    for first in range(0, config.vocab_size, count):
+        yield checkpoint.read_rows(name, first=first, count=min(count, config.vocab_size - first))
 
 
 def _part_size(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> PartSize:

@@ -12,7 +12,9 @@ from core.models.llama.weight_names import (
     LayerWeights,
     model_sizes,
     read_embedding,
+    read_embedding_rows,
     read_head,
+    read_head_rows,
     read_layer,
     split_halves,
 )
@@ -75,6 +77,28 @@ def test_llama2c_layers_come_in_the_hugging_face_order(tmp_path: Path, tied: boo
     _assert_layer(read_layer(checkpoint, config, 3), weights, 3)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert np.array_equal(read_head(checkpoint, config).head_VH, weights[head])
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "llama2c"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_come_in_parts_too(tmp_path: Path, kind: str, tied: bool) -> None:
+    model = TinyModel(tied_head=tied)
+    writers = {
+        "gguf": lambda: write_gguf(
+            tmp_path / "m.gguf", model, block_type=GGMLQuantizationType.Q8_0
+        ),
+        "safetensors": lambda: write_hugging_face(tmp_path / "m", model, dtype="BF16"),
+        "llama2c": lambda: write_llama2c(tmp_path / "m.bin", model),
+    }
+    checkpoint = open_checkpoint(writers[kind]())
+    config = load_config(checkpoint)
+    whole = read_embedding(checkpoint, config), read_head(checkpoint, config).head_VH
+    for read_rows, expected in zip((read_embedding_rows, read_head_rows), whole, strict=True):
+        before = checkpoint.bytes_read
+        parts = list(read_rows(checkpoint, config, count=100))
+        assert max(map(len, parts)) <= 100 < len(expected)
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
+        assert checkpoint.bytes_read - before <= expected.nbytes
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-wide-heads", "qwen2"])

@@ -81,15 +81,11 @@ def test_the_cache_gets_a_quarter_of_what_is_free_after_the_weights() -> None:
     assert choose_kv_blocks(needs(), kv_memory_bytes=None) == free // 4 // 2**20
 
 
-@pytest.mark.parametrize(("num_stages", "num_matrices"), [(1, 1), (2, 2), (5, 2)])
-def test_packing_takes_a_layer_a_stage_and_the_vocabulary_at_both_ends(
-    num_stages: int, num_matrices: int
-) -> None:
+@pytest.mark.parametrize("num_stages", [1, 2, 5])
+def test_packing_takes_a_layer_a_stage(num_stages: int) -> None:
     costs = model_costs(SMOLLM2, number_format="fp32")
     layer = 4 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
-    vocabulary = 4 * 49152 * 576
-    found = packing_bytes(costs, num_stages=num_stages)
-    assert found == num_stages * layer + num_matrices * vocabulary
+    assert packing_bytes(costs, num_stages=num_stages) == num_stages * layer
 
 
 def test_the_cache_is_no_bigger_than_all_sequences_can_fill() -> None:
