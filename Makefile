@@ -18,7 +18,7 @@ $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status stop plan models pull test check format protos bench bench-peers quality clean
+.PHONY: help mesh generate status stop plan models pull test check format protos bench bench-peers quality simulate clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -75,6 +75,9 @@ bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STRE
 
 quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
 	@$(PYTHON) -m tests.benchmarks.quality
+
+simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
+	@$(PYTHON) -m tests.benchmarks.simulated
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

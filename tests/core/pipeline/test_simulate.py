@@ -5,52 +5,16 @@ from __future__ import annotations
 import pytest
 
 from core.pipeline.batch_time import Coefficients
-from core.pipeline.scheduler import SchedulerSettings
-from core.pipeline.simulate import (
-    SimulatedRequest,
-    SimulationReport,
-    SimulationSettings,
-    simulate,
-)
+from core.pipeline.simulate import SimulatedRequest, SimulationSettings, simulate
+from tests.support.simulated_load import closed_loop, twice_the_stages
 
 # Half of a 135M model on one core, as measured.
 HALF = Coefficients(2e-3, 1.8e-4, 1e-7)
 
 
-def closed_loop(
-    num_streams: int,
-    stages: tuple[Coefficients, ...],
-    *,
-    hop_s: float = 0.0,
-    jitter: float = 0.2,
-    cycles: int = 100,
-) -> SimulationReport:
-    """`num_streams` requests from the start, measured when all generate."""
-    rows = num_streams / (2 * len(stages))
-    cycle_s = 2 * len(stages) * max(stage.seconds(rows, 0) for stage in stages)
-    half_s = max(cycles * cycle_s / 2, 4.0)  # the policy looks at reports twice a second
-    request = SimulatedRequest(arrival_s=0.0, num_prompt=16, num_output=100_000)
-    return simulate(
-        [request] * num_streams,
-        SimulationSettings(
-            stages=stages,
-            hop_s=hop_s,
-            jitter=jitter,
-            warm_up_s=half_s,
-            until_s=2 * half_s,
-            num_kv_blocks=20_000,
-            scheduler=SchedulerSettings(max_waiting=100_000),
-        ),
-    )
-
-
 @pytest.mark.parametrize("num_stages", [2, 4, 8, 16, 32, 64])
 def test_the_bottleneck_is_97_percent_busy_with_work_for_twice_the_stages(num_stages: int) -> None:
-    stage = Coefficients(0.0, 1e-3, 0.0)
-    report = closed_loop(
-        2 * num_stages * 8, (stage,) * num_stages, cycles=100 if num_stages < 32 else 60
-    )
-    assert max(report.busy_S) >= 0.97
+    assert max(twice_the_stages(num_stages).busy_S) >= 0.97
 
 
 def test_one_stream_keeps_one_micro_batch_in_flight() -> None:
