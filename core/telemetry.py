@@ -5,10 +5,11 @@ Names follow OpenTelemetry's semantic conventions where they have one (`gen_ai.*
 instruments of the rows here; Prometheus sees `penstock.stage.busy` in seconds as
 `penstock_stage_busy_seconds_total`.
 
-A bubble is attributed with four counters per stage: `busy` (computing), `starved`
-(a micro-batch is scheduled, its activations are not there), `wire` (frames between
-compute threads) and `serialise` (activations to frames and back). What remains of
-the wall clock is idleness: nothing was scheduled.
+A bubble is attributed with counters per stage: `busy` (computing; of it `stolen`, while
+others had the core) and `starved` (sequences are live or a micro-batch is scheduled, and none
+can be computed), by cause. What remains of the wall clock is idleness, and little else. Beside
+them, in whatever time it was: `wire` (frames between compute threads) and `serialise`
+(activations to frames and back).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS = "rpc.response.status_code"
 STAGE = "penstock.stage.index"
+CAUSE = "penstock.cause"  # "schedule", "upstream", "wire" or "serialise"
 REQUEST_ID = "penstock.request.id"
 TOKEN_TYPE = "gen_ai.token.type"  # "input" or "output"
 OUTCOME = "penstock.outcome"  # how a request ended: a FinishReason or a refusal's code, lower case
@@ -192,7 +194,21 @@ STAGE_STARVED = Metric(
     name="penstock.stage.starved",
     kind=Kind.COUNTER,
     unit="s",
-    description="Time with a scheduled micro-batch whose activations had not arrived",
+    description="Time with live sequences and no micro-batch that could be computed, by cause",
+    labels=(MODEL, STAGE, CAUSE),
+)
+RETURN_WIRE = Metric(
+    name="penstock.coordinator.return.wire",
+    kind=Kind.COUNTER,
+    unit="s",
+    description="Time of sampled tokens from the last stage's hands to the coordinator's",
+    labels=(MODEL,),
+)
+STAGE_STOLEN = Metric(
+    name="penstock.stage.stolen",
+    kind=Kind.COUNTER,
+    unit="s",
+    description="Of the time spent computing, that in which others had the core",
     labels=(MODEL, STAGE),
 )
 STAGE_WIRE = Metric(

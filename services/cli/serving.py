@@ -217,7 +217,8 @@ def _guesses(mesh: pb.GetMeshResponse) -> str:
 def status_table(mesh: pb.GetMeshResponse) -> Table:
     """One row a stage."""
     columns = ("stage", "layers", "address", "health", "weights", "read from file")
-    table = Table(*columns, "KV blocks", "tokens/s", "busy", "starved", box=None)
+    shares = ("busy (stolen)", "starved: schedule, upstream, wire, serialise")
+    table = Table(*columns, "KV blocks", "tokens/s", *shares, box=None)
     for stage in mesh.stages:
         table.add_row(
             str(stage.index),
@@ -228,7 +229,9 @@ def status_table(mesh: pb.GetMeshResponse) -> Table:
             console.format_bytes(stage.bytes_read),
             f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
             f"{stage.rows_per_second:.0f}",
-            f"{stage.busy_fraction:.0%}",
-            f"{stage.starved_fraction:.0%}",
+            f"{stage.busy_fraction:.0%} ({stage.stolen_fraction:.0%})",
+            f"{stage.starved_fraction:.0%}: {stage.starved_for_schedule:.0%}, "
+            f"{stage.starved_for_upstream:.0%}, {stage.starved_by_wire:.0%}, "
+            f"{stage.starved_by_serialising:.0%}",
         )
     return table

@@ -214,6 +214,9 @@ class Conductor:
         self._tell_mesh()
 
     def on_sampled(self, message: stage_pb2.SampledTokens) -> None:
+        if message.sent_unix_ns:
+            wire_ns = time.time_ns() - message.sent_unix_ns
+            self.mesh.return_wire_s += max(0, wire_ns) * 1e-9
         self.post(messages.tokens_sampled(message))
 
     def on_report(self, stage_index: int, report: stage_pb2.StageReport) -> None:
@@ -248,20 +251,27 @@ class Conductor:
 
     def _turn(self) -> None:
         events, self._events = self._events, []
-        for action in self.scheduler.handle_all(events, self._clock()):
-            self._perform(action)
+        actions = self.scheduler.handle_all(events, self._clock())
+        # Stages wait for their orders, and gateways for nothing: the two do not meet.
+        for action in actions:
+            if isinstance(action, RunMicroBatch):
+                self._launch(action)
+        for action in actions:
+            if not isinstance(action, RunMicroBatch):
+                self._perform(action)
         for gateway in self._touched:
             gateway.wake()
         self._touched.clear()
+
+    def _launch(self, action: RunMicroBatch) -> None:
+        for stage, request in enumerate(messages.micro_batch_requests(action)):
+            self.link.send(stage, request)
+        self._rows_histogram.record(len(action.token_ids_T), self._labels)
 
     def _perform(self, action: Action) -> None:
         match action:
             case EmitTokens():
                 self._emit(action)
-            case RunMicroBatch():
-                for stage, request in enumerate(messages.micro_batch_requests(action)):
-                    self.link.send(stage, request)
-                self._rows_histogram.record(len(action.token_ids_T), self._labels)
             case Refuse():
                 self._refuse(action)
             case FlushUpdates():

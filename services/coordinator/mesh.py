@@ -11,6 +11,16 @@ from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 from services.coordinator.messages import seconds
 
 WINDOW_S = 10.0
+# Durations of a stage's reports, and the shares of a stage's state that they become.
+_SHARES = {
+    "busy": "busy_fraction",
+    "stolen": "stolen_fraction",
+    "starved": "starved_fraction",
+    "starved_for_schedule": "starved_for_schedule",
+    "starved_for_upstream": "starved_for_upstream",
+    "starved_by_wire": "starved_by_wire",
+    "starved_by_serialising": "starved_by_serialising",
+}
 
 
 class Window:
@@ -44,24 +54,20 @@ class StageView:
     ready: stage_pb2.StageReady | None = None  # what it last said, kept when it is gone
     is_ready: bool = False
     problem: str = "starting"
-    window: Window = field(default_factory=lambda: Window(3))  # busy s, starved s, rows
-    busy_s: float = 0.0  # these since the coordinator started
-    starved_s: float = 0.0
-    wire_s: float = 0.0
-    serialise_s: float = 0.0
-    rows: int = 0
-    micro_batches: int = 0
+    window: Window = field(default_factory=lambda: Window(1 + len(_SHARES)))  # rows, seconds
 
     def add(self, report: stage_pb2.StageReport, now_s: float) -> None:
-        busy_s, starved_s = seconds(report.busy), seconds(report.starved)
-        rows = sum(report.batch_rows)
-        self.window.add(now_s, busy_s, starved_s, rows)
-        self.busy_s += busy_s
-        self.starved_s += starved_s
-        self.wire_s += seconds(report.wire)
-        self.serialise_s += seconds(report.serialise)
-        self.rows += rows
-        self.micro_batches += len(report.batch_rows)
+        durations = (seconds(getattr(report, duration)) for duration in _SHARES)
+        self.window.add(now_s, sum(report.batch_rows), *durations)
+
+    def write_rates(
+        self, state: coordinator_pb2.StageState, *, now_s: float, over_s: float
+    ) -> None:
+        """Fills in the rates and shares of the last `over_s` seconds."""
+        rows, *durations = self.window.sums(now_s)
+        state.rows_per_second = max(rows / over_s, 0.0)
+        for field_name, duration_s in zip(_SHARES.values(), durations, strict=True):
+            setattr(state, field_name, min(max(duration_s / over_s, 0.0), 1.0))
 
 
 class MeshView:
@@ -71,6 +77,7 @@ class MeshView:
         self.stages = [StageView(address) for address in addresses]
         self.is_ready = False
         self.started_s = now_s
+        self.return_wire_s = 0.0  # of sampled tokens, since the coordinator started
         self._ready_since_s = now_s
 
     @property
@@ -134,11 +141,7 @@ class MeshView:
             state.kv_blocks_total = stage.ready.num_kv_blocks
             state.load_duration.CopyFrom(stage.ready.load_duration)
         state.kv_blocks_used = kv_blocks_used
-        busy_s, starved_s, rows = stage.window.sums(now_s)
-        window_s = self.window_s(now_s)
-        state.busy_fraction = min(max(busy_s / window_s, 0.0), 1.0)
-        state.starved_fraction = min(max(starved_s / window_s, 0.0), 1.0)
-        state.rows_per_second = max(rows / window_s, 0.0)
+        stage.write_rates(state, now_s=now_s, over_s=self.window_s(now_s))
         return state
 
     def window_s(self, now_s: float) -> float:

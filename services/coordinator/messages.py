@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
@@ -41,6 +43,7 @@ def micro_batch_requests(action: RunMicroBatch) -> list[stage_pb2.ControlRequest
         first_positions=action.first_positions_R,
         num_rows=action.num_rows_R,
         num_samples=action.num_samples_R,
+        sent_unix_ns=time.time_ns(),
     )
     requests = []
     for stage, updates in enumerate(action.updates_S):

@@ -29,6 +29,9 @@ def stage(
     kernel_cache: Annotated[
         Path | None, typer.Option(help="Folder of compiled kernels; default: beside their sources")
     ] = None,
+    shortcuts: Annotated[
+        bool, typer.Option(help="Sockets beside the gRPC streams, for peers on the same host")
+    ] = True,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -50,6 +53,7 @@ def stage(
             max_rows=max_rows,
             max_sequences=max_sequences,
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
+            offers_shortcuts=shortcuts,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

@@ -23,7 +23,7 @@ def register_metrics(
     """Registers all metrics of a stage; they appear once `stage_index()` is known."""
     sources: list[tuple[Metric, Callable[[], float]]] = [
         (names.STAGE_BUSY, lambda: totals.busy_ns / 1e9),
-        (names.STAGE_STARVED, lambda: totals.starved_ns / 1e9),
+        (names.STAGE_STOLEN, lambda: totals.stolen_ns / 1e9),
         (names.STAGE_WIRE, lambda: totals.wire_ns / 1e9),
         (names.STAGE_SERIALISE, lambda: totals.serialise_ns / 1e9),
         (names.STAGE_ROWS, lambda: totals.rows),
@@ -34,6 +34,27 @@ def register_metrics(
     ]
     for metric, read in sources:
         telemetry.observe_many(metric, _labelled(read, manifest.model, stage_index))
+    telemetry.observe_many(names.STAGE_STARVED, _by_cause(totals, manifest.model, stage_index))
+
+
+def _by_cause(
+    totals: Totals, model: str, stage_index: Callable[[], int | None]
+) -> Callable[[], Iterable[tuple[float, Labels]]]:
+    def by_cause() -> Iterable[tuple[float, Labels]]:
+        index = stage_index()
+        if index is None:
+            return []
+        return [
+            (nanoseconds / 1e9, {names.MODEL: model, names.STAGE: index, names.CAUSE: cause})
+            for cause, nanoseconds in (
+                ("schedule", totals.starved.schedule_ns),
+                ("upstream", totals.starved.upstream_ns),
+                ("wire", totals.starved.wire_ns),
+                ("serialise", totals.starved.serialise_ns),
+            )
+        ]
+
+    return by_cause
 
 
 def _labelled(

@@ -13,8 +13,8 @@ from penstock.v1 import stage_pb2
 from core.errors import InvalidInput
 from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
+from services.stage.job import StageEngine
 from services.stage.settings import StageSettings
-from services.stage.worker import StageEngine
 
 _LOG = logging.getLogger(__name__)
 

@@ -37,7 +37,9 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     loop = asyncio.get_running_loop()
     worker: Worker[LoadedModel] = Worker(_post_to(loop))
     health = HealthService()
-    stage = Stage(worker, health=health, telemetry=telemetry)
+    stage = Stage(
+        worker, health=health, telemetry=telemetry, offers_shortcuts=settings.offers_shortcuts
+    )
     server = create_server(telemetry)
     stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(stage), server)
     await health.add_to(server)

@@ -15,7 +15,7 @@ from opentelemetry.trace import Tracer
 from core import telemetry as names
 from core.pipeline.batch import MicroBatch, SequenceStart, SequenceUpdates
 from services.common.telemetry import context_from
-from services.stage.worker import Performed
+from services.stage.job import Performed
 
 
 @dataclass(kw_only=True)

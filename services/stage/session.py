@@ -9,15 +9,18 @@ Belongs to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 
 from penstock.v1 import stage_pb2, tensor_pb2
 
 from core.errors import MalformedMessage, ProtocolViolation
-from core.pipeline.batch import MicroBatch
+from core.pipeline.batch import MicroBatch, SampledTokens
 from core.wire.frames import MAX_FRAME_BYTES, CompleteActivations, FrameAssembler
+from services.common.shortcut import Door, Shortcut, parse
 from services.common.telemetry import Telemetry
 from services.stage.downstream_link import DownstreamLink
+from services.stage.job import Job, Order, Performed
 from services.stage.model import LoadedModel
 from services.stage.orders import (
     OrderLimits,
@@ -27,9 +30,10 @@ from services.stage.orders import (
 )
 from services.stage.outbox import Outbox
 from services.stage.sequence_spans import SequenceSpans
+from services.stage.starvation import Arrival, wire_ns_since
 from services.stage.timings import KvBlockCount, Timings, Totals
 from services.stage.upstream_link import UpstreamLink
-from services.stage.worker import Job, Order, Performed, Worker
+from services.stage.worker import Worker
 
 REPORT_INTERVAL_S = 0.1
 # Schedules run a few micro-batches ahead; a coordinator this far ahead is out of order.
@@ -51,13 +55,17 @@ class Session:
         totals: Totals,
         telemetry: Telemetry,
         initial_credits: int | None = None,
+        offers_shortcuts: bool = True,
     ) -> None:
         """Raises ProtocolViolation when the order does not fit the model.
 
         `initial_credits` overrides what follows from the sizes of model and micro-batches.
+        Without `offers_shortcuts` all messages travel over gRPC.
         """
         _check_place(order, model)
         manifest = model.manifest
+        self._shortcut: Shortcut | None = None
+        self._door: Door | None = None
         credits = initial_credits or credits_for(manifest)
         self.epoch = order.epoch
         self.stage_index = order.stage_index
@@ -66,7 +74,9 @@ class Session:
             self,
             assembler=FrameAssembler(manifest.hidden_size, model.codec, epoch=order.epoch),
             initial_credits=credits,
+            offers_shortcut=offers_shortcuts,
         )
+        self._offers_shortcuts = offers_shortcuts
         self._model = model
         self._worker = worker
         self._limits = OrderLimits(
@@ -112,7 +122,11 @@ class Session:
             )
             await self._downstream.stands(timeout_s=OPEN_TIMEOUT_S)
         await self._opened.wait()
-        self.responses.put(stage_pb2.ControlResponse(ready=self._model.manifest))
+        ready = stage_pb2.ControlResponse(ready=self._model.manifest)
+        if self._offers_shortcuts:
+            self._door = Door(self._on_entered)
+            ready.ready.shortcut = self._door.address
+        self.responses.put(ready)
 
     def close(self, error: Exception | None = None) -> None:
         """Ends everything that belongs to the session; the coordinator's stream ends with `error`.
@@ -122,6 +136,10 @@ class Session:
         if self.responses.closed:
             return
         self.responses.close(error)
+        if self._door is not None:
+            self._door.close()
+        if self._shortcut is not None:
+            self._shortcut.close()
         self.upstream.close()
         if self._downstream is not None:
             self._downstream.close()
@@ -133,13 +151,21 @@ class Session:
 
     # Orders of the coordinator.
 
+    def _on_entered(self, connection: socket.socket) -> None:
+        self._shortcut = Shortcut(connection, on_message=self._take_message, on_end=self.close)
+
+    def _take_message(self, message: bytes) -> None:
+        self.take_order(parse(stage_pb2.ControlRequest, message))
+
     def take_order(self, request: stage_pb2.ControlRequest) -> None:
         """Takes an order; raises ProtocolViolation or InvalidInput when it does not fit."""
         kind = request.WhichOneof("order")
         if kind == "micro_batch":
-            self._take_micro_batch(decode_micro_batch(request.micro_batch, self._limits))
+            wire_ns = wire_ns_since(request.micro_batch.sent_unix_ns)
+            batch = decode_micro_batch(request.micro_batch, self._limits)
+            self._take_micro_batch(batch, wire_ns=wire_ns)
         elif kind == "updates":
-            self._submit(decode_updates(request.updates, self._limits))
+            self._submit(decode_updates(request.updates, self._limits), wire_ns=0)
         elif kind == "report":
             self._report()
         elif kind == "open":
@@ -147,24 +173,25 @@ class Session:
         else:
             raise MalformedMessage("an order without content")
 
-    def _take_micro_batch(self, batch: MicroBatch) -> None:
+    def _take_micro_batch(self, batch: MicroBatch, *, wire_ns: int) -> None:
         if batch.id <= self._last_id:
             raise ProtocolViolation(f"micro-batch {batch.id} is ordered after {self._last_id}")
         self._last_id = batch.id
-        self._submit(batch)
+        self._submit(batch, wire_ns=wire_ns)
         if not self._model.is_first:
             self.upstream.expect(batch.id, batch.num_rows)
 
-    def _submit(self, order: Order) -> None:
+    def _submit(self, order: Order, *, wire_ns: int) -> None:
         if self._num_pending >= MAX_PENDING_ORDERS:
             raise ProtocolViolation(f"{MAX_PENDING_ORDERS} orders are pending already")
         self._num_pending += 1
-        self._worker.submit(self._job, order)
+        arrival = Arrival(at_ns=time.perf_counter_ns(), wire_ns=wire_ns)
+        self._worker.submit(self._job, order, arrival)
 
     # Activations from upstream.
 
-    def on_activations(self, activations: CompleteActivations) -> None:
-        self._worker.deliver(self._job, activations)
+    def on_activations(self, activations: CompleteActivations, arrival: Arrival) -> None:
+        self._worker.deliver(self._job, activations, arrival)
 
     def on_assembled(self, duration_ns: int) -> None:
         self._timings.note_serialise(duration_ns)
@@ -174,22 +201,37 @@ class Session:
     def on_opened(self) -> None:
         self._opened.set()
 
+    def send_now(
+        self, requests: list[stage_pb2.ActivateRequest], sampled: SampledTokens | None
+    ) -> int | None:
+        if requests:
+            return self._downstream.send_now(requests) if self._downstream is not None else None
+        if sampled is None or self._shortcut is None:
+            return None
+        self._shortcut.send(_sampled_response(sampled).SerializeToString())
+        return 0
+
     def on_performed(self, performed: Performed) -> None:
         if self.responses.closed:
             return
         self._num_pending -= 1
-        # First what others wait for.
-        if performed.requests and self._downstream is not None:
-            self._downstream.send(performed.requests, made_ns=performed.ended_ns)
-        if performed.sampled is not None:
-            sampled = encode_sampled(performed.sampled)
-            self.responses.put(stage_pb2.ControlResponse(sampled=sampled))
+        if performed.num_sent is None:
+            self._send(performed)  # first what others wait for
         if performed.num_frames_taken:
             self.upstream.give_back(performed.num_frames_taken)
         self._note(performed)
+        for request in performed.requests[: performed.num_sent or 0]:
+            is_last = request is performed.requests[-1]
+            self.on_sent(request.frame.micro_batch_id, performed.send_ns, last=is_last)
 
     def on_failure(self, error: Exception) -> None:
         self.close(error)
+
+    def _send(self, performed: Performed) -> None:
+        if performed.requests and self._downstream is not None:
+            self._downstream.send(performed.requests, made_ns=performed.ended_ns)
+        if performed.sampled is not None:
+            self.responses.put(_sampled_response(performed.sampled))
 
     # The link downstream.
 
@@ -222,6 +264,12 @@ class Session:
             now_ns=time.perf_counter_ns(), kv_blocks_used=self._blocks.num_used
         )
         self.responses.put(stage_pb2.ControlResponse(report=report))
+
+
+def _sampled_response(sampled: SampledTokens) -> stage_pb2.ControlResponse:
+    response = stage_pb2.ControlResponse(sampled=encode_sampled(sampled))
+    response.sampled.sent_unix_ns = time.time_ns()
+    return response
 
 
 def credits_for(manifest: stage_pb2.StageReady) -> int:

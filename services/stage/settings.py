@@ -26,6 +26,7 @@ class StageSettings:
     max_rows: int = 512  # of a micro-batch
     max_sequences: int = 256  # at a time
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
+    offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:

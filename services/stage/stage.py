@@ -33,8 +33,10 @@ class Stage:
         health: HealthService,
         telemetry: Telemetry,
         initial_credits: int | None = None,
+        offers_shortcuts: bool = True,
     ) -> None:
         self._worker = worker
+        self._offers_shortcuts = offers_shortcuts
         self._health = health
         self._telemetry = telemetry
         self._initial_credits = initial_credits
@@ -77,6 +79,7 @@ class Stage:
             totals=self._totals,
             telemetry=self._telemetry,
             initial_credits=self._initial_credits,
+            offers_shortcuts=self._offers_shortcuts,
         )
         if self._session is not None:
             self._session.close(Unavailable("a newer epoch took this stage over"))

@@ -9,7 +9,8 @@ from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import stage_pb2
 
 from core.pipeline.batch import MicroBatch, SequenceUpdates
-from services.stage.worker import Performed
+from services.stage.job import Performed
+from services.stage.starvation import NOT_STARVED, Starvation
 
 
 @dataclass(kw_only=True)
@@ -17,7 +18,8 @@ class Totals:
     """Sums since the process started; durations in ns."""
 
     busy_ns: int = 0
-    starved_ns: int = 0
+    stolen_ns: int = 0
+    starved: Starvation = NOT_STARVED
     wire_ns: int = 0
     serialise_ns: int = 0
     rows: int = 0
@@ -52,7 +54,8 @@ class Timings:
             return
         totals, num_rows = self._totals, performed.order.num_rows
         totals.busy_ns += performed.compute_ns
-        totals.starved_ns += performed.starved_ns
+        totals.stolen_ns += performed.stolen_ns
+        totals.starved += performed.starved
         totals.serialise_ns += performed.serialise_ns
         totals.rows += num_rows
         totals.micro_batches += 1
@@ -71,15 +74,21 @@ class Timings:
         """Returns what has happened since the last report, and begins anew."""
         window, totals = self._window, self._totals
         before = window.before
+        starved = totals.starved - before.starved
         report = stage_pb2.StageReport(
             interval=_duration(now_ns - window.started_ns),
             busy=_duration(totals.busy_ns - before.busy_ns),
-            starved=_duration(totals.starved_ns - before.starved_ns),
+            starved=_duration(starved.total_ns),
             wire=_duration(totals.wire_ns - before.wire_ns),
             serialise=_duration(totals.serialise_ns - before.serialise_ns),
             batch_rows=window.batch_rows,
             batch_compute_us=window.batch_compute_us,
             kv_blocks_used=kv_blocks_used,
+            stolen=_duration(totals.stolen_ns - before.stolen_ns),
+            starved_for_schedule=_duration(starved.schedule_ns),
+            starved_for_upstream=_duration(starved.upstream_ns),
+            starved_by_wire=_duration(starved.wire_ns),
+            starved_by_serialising=_duration(starved.serialise_ns),
         )
         self._window = _Window(started_ns=now_ns, before=_copy(totals))
         return report

@@ -7,20 +7,23 @@ Grants are gathered to a quarter of the first one, since each costs a message.
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import Protocol
 
 from penstock.v1 import stage_pb2, tensor_pb2
 
-from core.errors import ProtocolViolation
+from core.errors import MalformedMessage, ProtocolViolation
 from core.wire.frames import CompleteActivations, FrameAssembler
+from services.common.shortcut import Door, Shortcut, parse
 from services.stage.outbox import Outbox
+from services.stage.starvation import Arrival, wire_ns_since
 
 
 class UpstreamListener(Protocol):
     """Hears of complete activations, on the event loop."""
 
-    def on_activations(self, activations: CompleteActivations) -> None: ...
+    def on_activations(self, activations: CompleteActivations, arrival: Arrival) -> None: ...
 
     def on_assembled(self, duration_ns: int) -> None:
         """Turning a frame into activations took `duration_ns`."""
@@ -30,7 +33,12 @@ class UpstreamLink:
     """The receiving end of a session's one link. Belongs to the event loop's thread."""
 
     def __init__(
-        self, listener: UpstreamListener, *, assembler: FrameAssembler, initial_credits: int
+        self,
+        listener: UpstreamListener,
+        *,
+        assembler: FrameAssembler,
+        initial_credits: int,
+        offers_shortcut: bool = True,
     ) -> None:
         self.responses: Outbox[stage_pb2.ActivateResponse] = Outbox()
         self._listener = listener
@@ -39,6 +47,9 @@ class UpstreamLink:
         self._outstanding = 0  # frames that may still come
         self._ungranted = 0
         self._taken = False
+        self._offers_shortcut = offers_shortcut
+        self._door: Door | None = None
+        self._shortcut: Shortcut | None = None
 
     def open(self) -> None:
         """Takes the link for one stream, and grants the first credits.
@@ -48,24 +59,29 @@ class UpstreamLink:
         if self._taken:
             raise ProtocolViolation("this epoch has had its link; a new one needs a new epoch")
         self._taken = True
-        self._grant(self._initial_credits)
+        if self._offers_shortcut:
+            self._door = Door(self._on_entered)
+        self._grant(self._initial_credits, shortcut=self._door.address if self._door else "")
 
     def expect(self, micro_batch_id: int, num_rows: int) -> None:
         """Notes that a micro-batch is scheduled."""
         complete = self._assembler.expect(micro_batch_id, num_rows)
-        if complete is not None:
-            self._listener.on_activations(complete)
+        if complete is not None:  # they waited for their order
+            self._listener.on_activations(complete, Arrival(at_ns=time.perf_counter_ns()))
 
     def take(self, frame: tensor_pb2.ActivationFrame) -> None:
         """Takes a frame; raises ProtocolViolation when it does not fit."""
         if self._outstanding == 0:
             raise ProtocolViolation("a frame came without credit")
         self._outstanding -= 1
-        started_ns = time.perf_counter_ns()
+        started_ns, wire_ns = time.perf_counter_ns(), wire_ns_since(frame.sent_unix_ns)
         complete = self._assembler.add(frame)
-        self._listener.on_assembled(time.perf_counter_ns() - started_ns)
+        now_ns = time.perf_counter_ns()
+        self._listener.on_assembled(now_ns - started_ns)
         if complete is not None:
-            self._listener.on_activations(complete)
+            serialise_ns = frame.serialise_ns + now_ns - started_ns
+            arrival = Arrival(at_ns=now_ns, wire_ns=wire_ns, serialise_ns=serialise_ns)
+            self._listener.on_activations(complete, arrival)
 
     def give_back(self, num_frames: int) -> None:
         """Notes that so many frames have been used up."""
@@ -78,7 +94,20 @@ class UpstreamLink:
         """Ends the stream, with `error` if given."""
         self._taken = True
         self.responses.close(error)
+        if self._door is not None:
+            self._door.close()
+        if self._shortcut is not None:
+            self._shortcut.close()
 
-    def _grant(self, credits: int) -> None:
+    def _on_entered(self, connection: socket.socket) -> None:
+        self._shortcut = Shortcut(connection, on_message=self._take_message, on_end=self.close)
+
+    def _take_message(self, message: bytes) -> None:
+        request = parse(stage_pb2.ActivateRequest, message)
+        if not request.HasField("frame"):
+            raise MalformedMessage("all messages of a shortcut carry one frame")
+        self.take(request.frame)
+
+    def _grant(self, credits: int, *, shortcut: str = "") -> None:
         self._outstanding += credits
-        self.responses.put(stage_pb2.ActivateResponse(credits=credits))
+        self.responses.put(stage_pb2.ActivateResponse(credits=credits, shortcut=shortcut))

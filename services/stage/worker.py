@@ -2,9 +2,9 @@
 
 One thread does all computing, so that the event loop never computes and the engine
 needs no locks. Everything reaches it through one queue; it keeps its own state, and
-posts what it has done to the event loop, one wake-up a result. A micro-batch runs
-when its order and its activations are both there, and when the link downstream is not
-too far behind.
+posts what it has done to the event loop, one wake-up a result. What others wait for it
+sends itself, where there is a shortcut to them. A micro-batch runs when its order and its
+activations are both there, and when the link downstream is not too far behind.
 
 Letters: T rows, H hidden size.
 """
@@ -15,101 +15,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from penstock.v1 import stage_pb2
 
 from core.errors import ProtocolViolation
-from core.pipeline.batch import MicroBatch, SampledTokens, SequenceUpdates
-from core.wire.codecs import Activations
+from core.pipeline.batch import MicroBatch, SequenceUpdates
 from core.wire.frames import CompleteActivations, encode_frames
+from services.stage.job import Job, Order, Performed, StageEngine, StepResult
+from services.stage.starvation import NOT_STARVED, Arrival, attribute
 
-
-class StepResult(Protocol):
-    """What a step yields: activations for the next stage, or tokens on the last one."""
-
-    @property
-    def hidden_TH(self) -> Activations | None: ...
-
-    @property
-    def sampled(self) -> SampledTokens | None: ...
-
-
-class StageEngine(Protocol):
-    """What the compute thread needs of an engine."""
-
-    def apply(self, updates: SequenceUpdates) -> None:
-        """Changes sequences; raises ProtocolViolation when that does not fit."""
-
-    def step(self, batch: MicroBatch, hidden_TH: Activations | None) -> StepResult:
-        """Applies the batch's updates, then computes it."""
-
-
-Order = MicroBatch | SequenceUpdates
 Post = Callable[..., object]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Performed:
-    """An order that has been performed. Times are of `time.perf_counter_ns`, durations in ns.
-
-    `requests` carry the activations downstream, `sampled` goes to the coordinator;
-    both are empty for updates alone. `wait_ns` is how long the micro-batch was ready
-    and the thread busy with others, `starved_ns` how long the thread waited for its
-    activations.
-    """
-
-    order: Order
-    requests: list[stage_pb2.ActivateRequest] = field(default_factory=list)
-    sampled: SampledTokens | None = None
-    num_frames_taken: int = 0
-    compute_ns: int = 0
-    wait_ns: int = 0
-    starved_ns: int = 0
-    serialise_ns: int = 0
-    ended_ns: int = 0
-
-
-class Listener(Protocol):
-    """Hears on the event loop what the compute thread has done for one session."""
-
-    def on_opened(self) -> None: ...
-
-    def on_performed(self, performed: Performed) -> None: ...
-
-    def on_failure(self, error: Exception) -> None: ...
-
-
-class Job:
-    """What the compute thread does for one session: its numbers, and how far the link is.
-
-    Frames that wait for credit are bounded: at `max_unsent_frames` the thread waits
-    before it computes the next micro-batch.
-    """
-
-    def __init__(
-        self,
-        listener: Listener,
-        *,
-        epoch: int,
-        codec: str,
-        is_first: bool,
-        max_unsent_frames: int,
-    ) -> None:
-        self.listener = listener
-        self.epoch = epoch
-        self.codec = codec
-        self.is_first = is_first
-        self.max_unsent_frames = max_unsent_frames
-        self.num_emitted = 0  # written by the compute thread only
-        self.num_sent = 0  # written by the event loop only
-        self.held = False
-
-    @property
-    def has_room(self) -> bool:
-        return self.num_emitted - self.num_sent < self.max_unsent_frames
 
 
 # What the compute thread may find in its inbox.
@@ -127,14 +45,14 @@ class _Close:
 class _Ordered:
     job: Job
     order: Order
-    arrived_ns: int
+    arrival: Arrival
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
     job: Job
     activations: CompleteActivations
-    arrived_ns: int
+    arrival: Arrival
 
 
 class _RoomAgain:
@@ -191,13 +109,13 @@ class Worker(Generic[Model]):
         """Drops the job's orders and sequences, if it is still the current one."""
         self._inbox.put(_Close(job))
 
-    def submit(self, job: Job, order: Order) -> None:
+    def submit(self, job: Job, order: Order, arrival: Arrival) -> None:
         """Adds an order; orders are performed in the order of submission."""
-        self._inbox.put(_Ordered(job, order, time.perf_counter_ns()))
+        self._inbox.put(_Ordered(job, order, arrival))
 
-    def deliver(self, job: Job, activations: CompleteActivations) -> None:
+    def deliver(self, job: Job, activations: CompleteActivations, arrival: Arrival) -> None:
         """Brings the activations of a micro-batch."""
-        self._inbox.put(_Arrived(job, activations, time.perf_counter_ns()))
+        self._inbox.put(_Arrived(job, activations, arrival))
 
     def note_sent(self, job: Job) -> None:
         """Notes that one more frame of the job has left."""
@@ -224,8 +142,7 @@ class _ComputeLoop:
         self._orders: deque[_Ordered] = deque()
         self._arrived: dict[int, _Arrived] = {}
         self._stopped = False
-        self._starved_since_ns: int | None = None
-        self._starved_ns = 0
+        self._starved = NOT_STARVED  # since the last micro-batch
 
     def run(self) -> None:
         """Takes and performs until told to stop."""
@@ -238,10 +155,14 @@ class _ComputeLoop:
     def _take(self) -> None:
         """Takes everything from the inbox; waits until an order can be performed."""
         self._drain()
+        if self._stopped or self._runnable():
+            return
+        since_ns = time.perf_counter_ns()
         while not self._stopped and not self._runnable():
             self._accept(self._inbox.get())
             self._drain()
-        self._end_starving()
+        if not self._stopped:
+            self._note_starvation(since_ns)
 
     def _drain(self) -> None:
         try:
@@ -266,15 +187,11 @@ class _ComputeLoop:
             self._stopped = True
 
     def _runnable(self) -> bool:
-        """Whether the first order can be performed; notes since when only activations lack."""
+        """Whether the first order can be performed."""
         if not self._orders or self._job is None or self._is_held(self._job):
             return False
         order = self._orders[0].order
-        if isinstance(order, SequenceUpdates) or self._job.is_first or order.id in self._arrived:
-            return True
-        if self._starved_since_ns is None:
-            self._starved_since_ns = time.perf_counter_ns()
-        return False
+        return isinstance(order, SequenceUpdates) or self._job.is_first or order.id in self._arrived
 
     def _is_held(self, job: Job) -> bool:
         # `held` is set before the second look, and the event loop looks at it after it has
@@ -285,11 +202,20 @@ class _ComputeLoop:
         job.held = True
         return not job.has_room
 
-    def _end_starving(self) -> None:
-        self._starved_ns = 0
-        if self._starved_since_ns is not None:
-            self._starved_ns = time.perf_counter_ns() - self._starved_since_ns
-            self._starved_since_ns = None
+    def _note_starvation(self, since_ns: int) -> None:
+        """Says why it took until now. Without live sequences there was nothing to wait for."""
+        ordered = self._orders[0]
+        arrived = None
+        if isinstance(ordered.order, MicroBatch):
+            arrived = self._arrived.get(ordered.order.id)
+        if arrived is None and not self._live:
+            return
+        self._starved += attribute(
+            since_ns=since_ns if self._live else max(since_ns, ordered.arrival.at_ns),
+            until_ns=time.perf_counter_ns(),
+            order=ordered.arrival,
+            activations=None if arrived is None else arrived.arrival,
+        )
 
     def _perform(self, ordered: _Ordered) -> None:
         job = ordered.job
@@ -297,7 +223,7 @@ class _ComputeLoop:
             performed = (
                 self._update(ordered.order)
                 if isinstance(ordered.order, SequenceUpdates)
-                else self._step(job, ordered.order, ordered.arrived_ns)
+                else self._step(job, ordered.order, ordered.arrival.at_ns)
             )
         except Exception as error:  # the boundary of the thread: the session ends, not the process
             self._forget()
@@ -313,22 +239,28 @@ class _ComputeLoop:
     def _step(self, job: Job, batch: MicroBatch, ordered_ns: int) -> Performed:
         arrived = None if job.is_first else self._arrived.pop(batch.id)
         hidden_TH = None if arrived is None else arrived.activations.hidden_TH
-        ready_ns = ordered_ns if arrived is None else max(ordered_ns, arrived.arrived_ns)
+        ready_ns = ordered_ns if arrived is None else max(ordered_ns, arrived.arrival.at_ns)
         self._note_live(batch.updates)
-        started_ns = time.perf_counter_ns()
+        starved, self._starved = self._starved, NOT_STARVED
+        started_ns, started_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         result = self._engine.step(batch, hidden_TH)
-        ended_ns = time.perf_counter_ns()
+        ended_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns() - started_cpu_ns
         requests = self._encode(job, batch, result)
         encoded_ns = time.perf_counter_ns()
+        num_sent = job.listener.send_now(requests, result.sampled)
+        sent_ns = time.perf_counter_ns()
         return Performed(
             order=batch,
             requests=requests,
             sampled=result.sampled,
+            num_sent=num_sent,
             num_frames_taken=0 if arrived is None else arrived.activations.num_frames,
             compute_ns=ended_ns - started_ns,
             wait_ns=max(0, started_ns - ready_ns),
-            starved_ns=self._starved_ns,
+            stolen_ns=max(0, ended_ns - started_ns - cpu_ns),
+            starved=starved,
             serialise_ns=encoded_ns - ended_ns,
+            send_ns=sent_ns - encoded_ns,
             ended_ns=encoded_ns,
         )
 
@@ -345,6 +277,8 @@ class _ComputeLoop:
             codec=job.codec,
         )
         job.num_emitted += len(requests)
+        for request in requests:
+            request.frame.sent_unix_ns = time.time_ns()
         return requests
 
     def _note_live(self, updates: SequenceUpdates) -> None:
@@ -362,7 +296,7 @@ class _ComputeLoop:
         self._job = None
         self._orders.clear()
         self._arrived.clear()
-        self._starved_since_ns = None
+        self._starved = NOT_STARVED
         for slot in self._live:
             try:
                 self._engine.apply(SequenceUpdates(ended_slots=(slot,)))

@@ -14,8 +14,10 @@ from core import telemetry
 from services.local.run_folder import ProcessRecord, find_process
 
 SCRAPE_TIMEOUT_S = 5.0
+STARVATION_CAUSES = ("schedule", "upstream", "wire", "serialise")
 STAGE_COUNTERS = {
     "busy": telemetry.STAGE_BUSY,
+    "stolen": telemetry.STAGE_STOLEN,
     "starved": telemetry.STAGE_STARVED,
     "wire": telemetry.STAGE_WIRE,
     "serialise": telemetry.STAGE_SERIALISE,
@@ -63,11 +65,15 @@ def _stage_seconds(metrics_port: int) -> dict[str, float]:
     url = f"http://127.0.0.1:{metrics_port}/metrics"
     with urllib.request.urlopen(url, timeout=SCRAPE_TIMEOUT_S) as answer:
         text = answer.read().decode()
-    return {name: _total(text, metric.name) for name, metric in STAGE_COUNTERS.items()}
+    totals = {name: _total(text, metric.name) for name, metric in STAGE_COUNTERS.items()}
+    for cause in STARVATION_CAUSES:
+        label = f'penstock_cause="{cause}"'
+        totals[f"starved_{cause}"] = _total(text, telemetry.STAGE_STARVED.name, label=label)
+    return totals
 
 
-def _total(text: str, metric_name: str) -> float:
-    """Sum of a counter in seconds over all its labels, as Prometheus shows it."""
+def _total(text: str, metric_name: str, *, label: str = "") -> float:
+    """Sum of a counter in seconds over all its labels, or those with `label`."""
     series = metric_name.replace(".", "_") + "_seconds_total"
-    values = re.findall(rf"^{series}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    values = re.findall(rf"^{series}(?:{{[^}}]*{label}[^}}]*}})? (\S+)$", text, re.MULTILINE)
     return sum(float(value) for value in values)

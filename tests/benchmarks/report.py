@@ -19,9 +19,14 @@ class StageShares:
 
     name: str
     busy: float
-    starved: float
+    starved: float  # the sum of the four causes
     wire: float
     serialise: float
+    stolen: float = 0.0  # of `busy`: others had the core
+    starved_schedule: float = 0.0
+    starved_upstream: float = 0.0
+    starved_wire: float = 0.0
+    starved_serialise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +109,16 @@ def process_table(figures: Sequence[Figures]) -> Table:
     table = Table(box=None, title="inside the mesh", title_justify="left")
     table.add_column("load")
     for name in names:
-        table.add_column(f"{name}: busy, starved,\nwire, serialise", justify="right")
+        table.add_column(
+            f"{name}: busy (stolen), starved:\nschedule, upstream, wire, serialise", justify="right"
+        )
     for name in figures[0].cpu_us_per_token:
         table.add_column(f"{name}\nCPU us/token", justify="right")
     for row in figures:
         shares = (
-            f"{stage.busy:.0%}, {stage.starved:.0%}, {stage.wire:.1%}, {stage.serialise:.1%}"
+            f"{stage.busy:.0%} ({stage.stolen:.0%}), {stage.starved:.0%}: "
+            f"{stage.starved_schedule:.0%}, {stage.starved_upstream:.0%}, "
+            f"{stage.starved_wire:.0%}, {stage.starved_serialise:.1%}"
             for stage in row.stages
         )
         table.add_row(row.load, *shares, *(f"{us:.0f}" for us in row.cpu_us_per_token.values()))

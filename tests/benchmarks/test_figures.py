@@ -18,7 +18,7 @@ from penstock.v1.generation_pb2_grpc import (
 )
 
 from tests.benchmarks.load import LoadGenerator, Tally, grpc_answers, make_request
-from tests.benchmarks.meters import ProcessReading
+from tests.benchmarks.meters import STARVATION_CAUSES, ProcessReading
 from tests.benchmarks.report import make_figures
 from tests.benchmarks.trace import TracedRequest, clip, read_trace, scale
 
@@ -107,7 +107,8 @@ def test_figures_count_only_what_lies_within_the_measurement() -> None:
     )
     after = replace(before, cpu_s=1.5, stage_s={"busy": 2.0, "starved": 0.5})
     for reading in (before, after):
-        reading.stage_s.update(wire=0.0, serialise=0.0)
+        others = [f"starved_{cause}" for cause in STARVATION_CAUSES]
+        reading.stage_s.update(dict.fromkeys(("stolen", "wire", "serialise", *others), 0.0))
     figures = make_figures("a load", tally, from_s=10.0, to_s=12.0, before=[before], after=[after])
     assert figures.tokens_per_s == pytest.approx(3 / 2)
     assert figures.prompt_tokens_per_s == pytest.approx(20)

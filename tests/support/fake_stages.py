@@ -7,6 +7,7 @@ passes token ids, for want of activations, to the next stage through a queue of 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -157,7 +158,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         yield stage_pb2.ControlResponse(report=self._report(len(token_ids)))
         if self.is_last:
             yield stage_pb2.ControlResponse(
-                sampled=stage_pb2.SampledTokens(micro_batch_id=batch.id, token_ids=sampled)
+                sampled=stage_pb2.SampledTokens(
+                    micro_batch_id=batch.id, token_ids=sampled, sent_unix_ns=time.time_ns()
+                )
             )
 
     def _report(self, rows: int) -> stage_pb2.StageReport:

@@ -42,6 +42,7 @@ async def running_stage(
     index: int,
     num_stages: int,
     initial_credits: int | None = None,
+    offers_shortcuts: bool = True,
     telemetry: Telemetry | None = None,
     hidden_size: int = HIDDEN_SIZE,
     loaded: bool = True,
@@ -54,7 +55,13 @@ async def running_stage(
     loop = asyncio.get_running_loop()
     worker: Worker[LoadedModel] = Worker(loop.call_soon_threadsafe)
     health = HealthService()
-    stage = Stage(worker, health=health, telemetry=telemetry, initial_credits=initial_credits)
+    stage = Stage(
+        worker,
+        health=health,
+        telemetry=telemetry,
+        initial_credits=initial_credits,
+        offers_shortcuts=offers_shortcuts,
+    )
     server = create_server(telemetry)
     stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(stage), server)
     await health.add_to(server)

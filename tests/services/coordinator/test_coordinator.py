@@ -215,6 +215,12 @@ async def test_no_prompt_is_found_again_where_that_is_turned_off() -> None:
             assert last.usage.cached_tokens == 0
 
 
+async def test_the_way_back_of_sampled_tokens_is_measured() -> None:
+    async with mesh(2) as m:
+        await m.gateway.generate([1, 2, 3], 5)
+        assert m.coordinator.conductor.mesh.return_wire_s > 0
+
+
 async def test_traceparent_reaches_every_stage() -> None:
     parent = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
     async with mesh(2) as m:

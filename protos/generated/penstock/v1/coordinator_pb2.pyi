@@ -111,7 +111,7 @@ class GetMeshResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ...) -> None: ...
 
 class StageState(_message.Message):
-    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration")
+    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,11 @@ class StageState(_message.Message):
     ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LOAD_DURATION_FIELD_NUMBER: _ClassVar[int]
+    STOLEN_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FOR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FOR_UPSTREAM_FIELD_NUMBER: _ClassVar[int]
+    STARVED_BY_WIRE_FIELD_NUMBER: _ClassVar[int]
+    STARVED_BY_SERIALISING_FIELD_NUMBER: _ClassVar[int]
     index: int
     address: str
     first_layer: int
@@ -140,4 +145,9 @@ class StageState(_message.Message):
     rows_per_second: float
     problem: str
     load_duration: _duration_pb2.Duration
-    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    stolen_fraction: float
+    starved_for_schedule: float
+    starved_for_upstream: float
+    starved_by_wire: float
+    starved_by_serialising: float
+    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ...) -> None: ...

@@ -72,7 +72,7 @@ class SequenceStart(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., num_cached_positions: _Optional[int] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
-    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids")
+    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids", "sent_unix_ns")
     ID_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class MicroBatch(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     id: int
     updates: SequenceUpdates
     slots: _containers.RepeatedScalarFieldContainer[int]
@@ -87,7 +88,8 @@ class MicroBatch(_message.Message):
     num_rows: _containers.RepeatedScalarFieldContainer[int]
     num_samples: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., num_samples: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    sent_unix_ns: int
+    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., num_samples: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sent_unix_ns: _Optional[int] = ...) -> None: ...
 
 class ControlResponse(_message.Message):
     __slots__ = ("ready", "sampled", "report")
@@ -100,7 +102,7 @@ class ControlResponse(_message.Message):
     def __init__(self, ready: _Optional[_Union[StageReady, _Mapping]] = ..., sampled: _Optional[_Union[SampledTokens, _Mapping]] = ..., report: _Optional[_Union[StageReport, _Mapping]] = ...) -> None: ...
 
 class StageReady(_message.Message):
-    __slots__ = ("model", "first_layer", "end_layer", "num_layers", "hidden_size", "vocab_size", "context_length", "number_format", "codec", "kv_block_size", "num_kv_blocks", "max_rows", "weights_bytes", "bytes_read", "numerics_fingerprint", "load_duration", "eos_token_ids", "model_digest")
+    __slots__ = ("model", "first_layer", "end_layer", "num_layers", "hidden_size", "vocab_size", "context_length", "number_format", "codec", "kv_block_size", "num_kv_blocks", "max_rows", "weights_bytes", "bytes_read", "numerics_fingerprint", "load_duration", "eos_token_ids", "model_digest", "shortcut")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     END_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +121,7 @@ class StageReady(_message.Message):
     LOAD_DURATION_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHORTCUT_FIELD_NUMBER: _ClassVar[int]
     model: str
     first_layer: int
     end_layer: int
@@ -137,20 +140,23 @@ class StageReady(_message.Message):
     load_duration: _duration_pb2.Duration
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     model_digest: str
-    def __init__(self, model: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., number_format: _Optional[str] = ..., codec: _Optional[_Union[_tensor_pb2.Codec, str]] = ..., kv_block_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., max_rows: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., numerics_fingerprint: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., model_digest: _Optional[str] = ...) -> None: ...
+    shortcut: str
+    def __init__(self, model: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., number_format: _Optional[str] = ..., codec: _Optional[_Union[_tensor_pb2.Codec, str]] = ..., kv_block_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., max_rows: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., numerics_fingerprint: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., model_digest: _Optional[str] = ..., shortcut: _Optional[str] = ...) -> None: ...
 
 class SampledTokens(_message.Message):
-    __slots__ = ("micro_batch_id", "token_ids", "logprobs")
+    __slots__ = ("micro_batch_id", "token_ids", "logprobs", "sent_unix_ns")
     MICRO_BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     micro_batch_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.PositionLogprobs]
-    def __init__(self, micro_batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.PositionLogprobs, _Mapping]]] = ...) -> None: ...
+    sent_unix_ns: int
+    def __init__(self, micro_batch_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.PositionLogprobs, _Mapping]]] = ..., sent_unix_ns: _Optional[int] = ...) -> None: ...
 
 class StageReport(_message.Message):
-    __slots__ = ("interval", "busy", "starved", "wire", "serialise", "batch_rows", "batch_compute_us", "kv_blocks_used")
+    __slots__ = ("interval", "busy", "starved", "wire", "serialise", "batch_rows", "batch_compute_us", "kv_blocks_used", "stolen", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     STARVED_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +165,11 @@ class StageReport(_message.Message):
     BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     BATCH_COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    STOLEN_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FOR_SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FOR_UPSTREAM_FIELD_NUMBER: _ClassVar[int]
+    STARVED_BY_WIRE_FIELD_NUMBER: _ClassVar[int]
+    STARVED_BY_SERIALISING_FIELD_NUMBER: _ClassVar[int]
     interval: _duration_pb2.Duration
     busy: _duration_pb2.Duration
     starved: _duration_pb2.Duration
@@ -167,7 +178,12 @@ class StageReport(_message.Message):
     batch_rows: _containers.RepeatedScalarFieldContainer[int]
     batch_compute_us: _containers.RepeatedScalarFieldContainer[int]
     kv_blocks_used: int
-    def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., serialise: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_rows: _Optional[_Iterable[int]] = ..., batch_compute_us: _Optional[_Iterable[int]] = ..., kv_blocks_used: _Optional[int] = ...) -> None: ...
+    stolen: _duration_pb2.Duration
+    starved_for_schedule: _duration_pb2.Duration
+    starved_for_upstream: _duration_pb2.Duration
+    starved_by_wire: _duration_pb2.Duration
+    starved_by_serialising: _duration_pb2.Duration
+    def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., serialise: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_rows: _Optional[_Iterable[int]] = ..., batch_compute_us: _Optional[_Iterable[int]] = ..., kv_blocks_used: _Optional[int] = ..., stolen: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved_for_schedule: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved_for_upstream: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved_by_wire: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., starved_by_serialising: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ActivateRequest(_message.Message):
     __slots__ = ("frame", "open")
@@ -184,7 +200,9 @@ class OpenLink(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class ActivateResponse(_message.Message):
-    __slots__ = ("credits",)
+    __slots__ = ("credits", "shortcut")
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    SHORTCUT_FIELD_NUMBER: _ClassVar[int]
     credits: int
-    def __init__(self, credits: _Optional[int] = ...) -> None: ...
+    shortcut: str
+    def __init__(self, credits: _Optional[int] = ..., shortcut: _Optional[str] = ...) -> None: ...

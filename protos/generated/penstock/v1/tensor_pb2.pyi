@@ -15,7 +15,7 @@ CODEC_F32: Codec
 CODEC_BF16: Codec
 
 class ActivationFrame(_message.Message):
-    __slots__ = ("epoch", "micro_batch_id", "sequence_number", "codec", "first_row", "num_rows", "hidden_size", "data", "checksum", "serialise_ns")
+    __slots__ = ("epoch", "micro_batch_id", "sequence_number", "codec", "first_row", "num_rows", "hidden_size", "data", "checksum", "serialise_ns", "sent_unix_ns")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class ActivationFrame(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     SERIALISE_NS_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     micro_batch_id: int
     sequence_number: int
@@ -36,4 +37,5 @@ class ActivationFrame(_message.Message):
     data: bytes
     checksum: int
     serialise_ns: int
-    def __init__(self, epoch: _Optional[int] = ..., micro_batch_id: _Optional[int] = ..., sequence_number: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., serialise_ns: _Optional[int] = ...) -> None: ...
+    sent_unix_ns: int
+    def __init__(self, epoch: _Optional[int] = ..., micro_batch_id: _Optional[int] = ..., sequence_number: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ...) -> None: ...
