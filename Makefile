@@ -70,7 +70,7 @@ protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto file
 bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE=
 	@$(PYTHON) -m tests.benchmarks
 
-bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=45 JSON=path
+bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
 	@$(PYTHON) -m tests.benchmarks.peers
 
 quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=

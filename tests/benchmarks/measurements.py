@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,15 +80,15 @@ class Bench:
 
     async def prefill(self, seconds: float) -> Figures:
         """A few clients with long prompts and one new token each."""
-        endless = (self._request(PREFILL_REQUEST, SEED + number) for number in itertools.count())
         load = f"prompts of {PREFILL_REQUEST.num_prompt_tokens:,}"
+        endless = self._requests(itertools.repeat(PREFILL_REQUEST), load)
         return await self._run([endless] * PREFILL_CLIENTS, load=load, seconds=seconds)
 
     async def saturated(self, traced: Sequence[TracedRequest], seconds: float) -> Figures:
         """The trace's lengths, with as many clients as keep the system full."""
-        endless = (self._request(one, seed) for seed, one in enumerate(itertools.cycle(traced)))
-        workers = [endless] * SATURATING_CLIENTS
-        return await self._run(workers, load="trace, saturated", seconds=seconds)
+        load = "trace, saturated"
+        workers = [self._requests(itertools.cycle(traced), load)] * SATURATING_CLIENTS
+        return await self._run(workers, load=load, seconds=seconds)
 
     async def arriving(
         self, traced: Sequence[TracedRequest], *, requests_per_s: float, seconds: float
@@ -96,9 +96,9 @@ class Bench:
         """The trace's lengths and pattern of arrivals, at this mean rate."""
         arrivals = scale(traced, requests_per_s=requests_per_s)
         due = [one for one in arrivals if one.at_s < seconds]
-        requests = [self._request(one, seed) for seed, one in enumerate(due)]
-        generator = LoadGenerator(self.answers)
         load = f"trace, {requests_per_s:.2f} requests/s"
+        requests = list(self._requests(due, load))
+        generator = LoadGenerator(self.answers)
         return await self._measured(generator, generator.open_loop(requests), load)
 
     async def _run(
@@ -124,19 +124,22 @@ class Bench:
             load, generator.tally, from_s=from_s, to_s=to_s, before=before, after=after
         )
 
-    def _request(self, lengths: TracedRequest, seed: str) -> Request:
-        return make_request(
-            random.Random(seed),
-            vocab_size=self.vocab_size,
-            num_prompt_tokens=lengths.num_prompt_tokens,
-            num_new_tokens=lengths.num_new_tokens,
-            at_s=lengths.at_s,
-            encode=self.encode,
-        )
+    def _requests(self, lengths: Iterable[TracedRequest], load: str) -> Iterator[Request]:
+        """Requests of these lengths; each load has prompts of its own, or they would be found in
+        a cache of prefixes."""
+        for number, one in enumerate(lengths):
+            yield make_request(
+                random.Random(f"{SEED} {load} {number}"),
+                vocab_size=self.vocab_size,
+                num_prompt_tokens=one.num_prompt_tokens,
+                num_new_tokens=one.num_new_tokens,
+                at_s=one.at_s,
+                encode=self.encode,
+            )
 
     def _short(self, client: int, num_streams: int, plan: Plan) -> Iterator[Request]:
         """One client's requests: endless, or its part of `plan.requests`."""
-        rng = random.Random(SEED + client)
+        rng = random.Random(f"{SEED} {num_streams} {client}")
         total = plan.requests
         turns = itertools.count() if total is None else range(client, total, num_streams)
         for turn, _ in enumerate(turns):

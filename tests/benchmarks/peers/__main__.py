@@ -58,7 +58,7 @@ def main(
         typer.Option(
             envvar="PENSTOCK_SECONDS", help="Length of each load of the trace; 0 leaves it out."
         ),
-    ] = 45.0,
+    ] = 60.0,
     json_path: Annotated[
         Path | None, typer.Option("--json", envvar="PENSTOCK_JSON", help="Where to write JSON.")
     ] = None,
