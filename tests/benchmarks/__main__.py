@@ -53,6 +53,13 @@ def main(
     dtype: Annotated[str | None, typer.Option(envvar="PENSTOCK_DTYPE")] = None,
     split: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPLIT")] = None,
     speculation: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPECULATION")] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_PREFIX_CACHE",
+            help="It changes little here: no two prompts of the loads begin alike.",
+        ),
+    ] = True,
 ) -> None:
     """Measures and prints a table."""
     plan = Plan(
@@ -64,6 +71,7 @@ def main(
     chosen = {"--model": model, "--stages": stages, "--dtype": dtype, "--split": split}
     chosen |= {"--speculation": speculation}
     options = [part for name, value in chosen.items() if value for part in (name, value)]
+    options.append("--prefix-cache" if prefix_cache else "--no-prefix-cache")
     running = (
         nullcontext(System(name="penstock", address=address)) if address else started_mesh(options)
     )
