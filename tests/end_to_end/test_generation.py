@@ -179,3 +179,23 @@ def a_mixed_request(rng: random.Random, index: int) -> pb.GenerateRequest:
         sampling |= {"logprobs": 2, "top_k": 40}
     token_ids = [rng.randrange(1000, 40000) for _ in range(rng.randint(1, 120))]
     return make_request(token_ids=token_ids, sampling=sampling)
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 5}])
+def test_guessed_tokens_are_those_that_come_one_at_a_time(
+    client: Client, drawn: dict[str, float]
+) -> None:
+    prompt = "a river, a lake, a sea, a river, a lake, a sea, a river, a"
+    ids = list(client.generation.Tokenize(pb.TokenizeRequest(prompt=prompt)).token_ids)
+    before = client.mesh()
+    sampling = drawn | {"ignore_eos": True}
+    answer = client.generate(token_ids=ids, sampling=sampling | {"max_tokens": 24})
+    after = client.mesh()
+    assert after.tokens_guessed > before.tokens_guessed
+    assert after.tokens_guessed_right > before.tokens_guessed_right
+    for token_id in answer.token_ids:
+        # With the only token that it may generate a request leaves nothing to guess.
+        one = client.generate(token_ids=ids, sampling=sampling | {"max_tokens": 1})
+        assert list(one.token_ids) == [token_id]
+        ids.append(token_id)
+    assert client.mesh().tokens_guessed == after.tokens_guessed
