@@ -123,6 +123,8 @@ class Path:
             self._policy.observe_round_trip(
                 now_s - flight.launched_s, rows=flight.rows, pairs=flight.pairs
             )
+        if not flight.overlapped and flight.rows == num_samples:
+            self._policy.observe_decode(now_s - flight.launched_s, rows=flight.rows)
         return self._verify(flight, event)
 
     def _verify(self, flight: Flight, event: TokensSampled) -> list[Landed]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
+from core.pipeline.row_cost import RowCost
 from core.pipeline.speculation import Stakes
 
 Array = npt.NDArray[np.float64]
@@ -66,6 +67,7 @@ class InFlightPolicy:
         self._overlapped = [BatchTimeCurve(contended) for _ in range(num_stages)]
         self._alone_since_S = [0] * num_stages  # observations since the last under overlap
         self._hop_prior_s = self._hops_s = settings.hop_prior_s * (num_stages + 1)
+        self._row_cost = RowCost()
         self._round_trips: deque[tuple[float, float, float]] = deque(maxlen=16)
         self._context = 64.0
         self._decode_targets: dict[int, int] = {}
@@ -103,6 +105,10 @@ class InFlightPolicy:
         """
         self._round_trips.append((seconds, rows, pairs))
         self._is_stale = True
+
+    def observe_decode(self, seconds: float, *, rows: int) -> None:
+        """Takes in the life of a micro-batch of decodes that was alone in the pipeline."""
+        self._row_cost.observe(rows, seconds)
 
     def _estimate_hops(self) -> None:
         """With today's curves: early round trips were made before their times were known.
@@ -226,7 +232,9 @@ class InFlightPolicy:
         if target > 1 and work_s >= way_s:
             row_s = float(row_s_S[self._slowest])
             return Stakes(tokens=num_sequences, seconds=work_s, row_s=row_s)
-        return Stakes(tokens=rows, seconds=max(way_s, work_s), row_s=float(row_s_S.sum()))
+        learned_s = self._row_cost.row_s if target == 1 else None
+        row_s = float(row_s_S.sum()) if learned_s is None else learned_s
+        return Stakes(tokens=rows, seconds=max(way_s, work_s), row_s=row_s)
 
     # --- prefill
 

@@ -23,7 +23,7 @@ from core.pipeline.token_index import LONGEST_MATCH, TokenIndex
 _LEARNING_RATE = 0.01
 # Shares of agreement by length of match, from 1 on, as seen in chat and code answered by a
 # small model; they are soon learned anew.
-_FIRST_SHARES = (0.2, 0.45, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
+_FIRST_SHARES = (0.15, 0.4, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
 # No match is believed to be surer than this.
 _SUREST = 0.99
 
@@ -33,8 +33,8 @@ class SpeculationSettings:
     """Bounds of speculation."""
 
     max_draft_tokens: int = 16  # guesses of one sequence in a micro-batch; 0: none ever
-    # A row must promise to yield this many times what it costs.
-    margin: float = 1.1
+    # A row must promise to yield this many times what it costs: both are estimates.
+    margin: float = 1.3
 
     def __post_init__(self) -> None:
         if self.max_draft_tokens < 0:
