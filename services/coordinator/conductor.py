@@ -89,6 +89,7 @@ class Conductor:
         self.mesh = MeshView(settings.stages, clock())
         self.link = PipelineLink(settings, self)
         self._events: list[Event] = []
+        self._is_turn_due = False
         self._requests: dict[int, OpenRequest] = {}
         self._next_request_id = 1
         self._gateways: set[GatewayStream] = set()
@@ -112,8 +113,8 @@ class Conductor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._count_tokens()
-            if self._requests:
+            has_progress = self._count_tokens()
+            if self._requests and not has_progress:
                 self.post(Tick())
 
     async def _watch(self) -> None:
@@ -217,11 +218,13 @@ class Conductor:
         if message.sent_unix_ns:
             wire_ns = time.time_ns() - message.sent_unix_ns
             self.mesh.return_wire_s += max(0, wire_ns) * 1e-9
-        self.post(messages.tokens_sampled(message))
+        self._events.append(messages.tokens_sampled(message))
+        self._guarded_turn()  # at once: stages may be waiting for what comes next
 
     def on_report(self, stage_index: int, report: stage_pb2.StageReport) -> None:
         self.mesh.stages[stage_index].add(report, self._clock())
-        self.post(messages.stage_reported(stage_index, report))
+        # Nothing to act upon: it waits for the next turn.
+        self._events.append(messages.stage_reported(stage_index, report))
 
     def on_pipeline_lost(self, stage_index: int | None, reason: str) -> None:
         self.mesh.pipeline_lost(stage_index, reason)
@@ -238,7 +241,8 @@ class Conductor:
 
     def post(self, event: Event) -> None:
         """Adds an event to this turn of the loop."""
-        if not self._events:
+        if not self._is_turn_due:
+            self._is_turn_due = True
             asyncio.get_running_loop().call_soon(self._guarded_turn)
         self._events.append(event)
 
@@ -250,6 +254,7 @@ class Conductor:
                 self._failed.set_exception(error)
 
     def _turn(self) -> None:
+        self._is_turn_due = False
         events, self._events = self._events, []
         actions = self.scheduler.handle_all(events, self._clock())
         # Stages wait for their orders, and gateways for nothing: the two do not meet.
@@ -283,8 +288,11 @@ class Conductor:
     def _emit(self, action: EmitTokens) -> None:
         request = self._requests[action.request_id]
         gateway = request.gateway
-        messages.write_news(gateway.add_update(request.gateway_request_id), action)
         self._touched.add(gateway)
+        if action.finish_reason is None and not action.logprobs:
+            gateway.add_tokens(request.gateway_request_id, action.token_ids)
+            return
+        messages.write_news(gateway.add_update(request.gateway_request_id), action)
         if action.finish_reason is not None:
             self._end(action.request_id, action.usage, action.finish_reason.value)
 
@@ -310,11 +318,14 @@ class Conductor:
 
     # --- what people see
 
-    def _count_tokens(self) -> None:
+    def _count_tokens(self) -> bool:
+        """Whether there are any since it was last asked."""
         total = self.scheduler.num_tokens
-        if total != self._tokens_counted:
-            self._tokens.add(self._clock(), total - self._tokens_counted)
-            self._tokens_counted = total
+        if total == self._tokens_counted:
+            return False
+        self._tokens.add(self._clock(), total - self._tokens_counted)
+        self._tokens_counted = total
+        return True
 
     def describe(self) -> coordinator_pb2.GetMeshResponse:
         """The mesh as it is now."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from penstock.v1 import coordinator_pb2
 
 from core.errors import Exhausted
 
-# Updates that a gateway has not yet taken: at 64 bytes each some megabytes. A gateway that
-# is so far behind has stopped reading.
+# Updates and tokens that a gateway has not yet taken: at 64 bytes each some megabytes. A
+# gateway that is so far behind has stopped reading.
 _MAX_UPDATES = 65_536
 
 
@@ -19,8 +20,18 @@ class GatewayStream:
     def __init__(self) -> None:
         self.request_ids: dict[int, int] = {}  # the gateway's number to ours, open ones
         self._pending = coordinator_pb2.ConnectResponse()
+        self._token_request_ids: list[int] = []
+        self._token_ids: list[int] = []
         self._has_news = asyncio.Event()
         self._is_closed = False
+
+    def add_tokens(self, request_id: int, token_ids: Sequence[int]) -> None:
+        """Adds tokens with nothing to say of them; call `wake` when the turn is over.
+
+        None may follow an update of the same request: tokens are read first.
+        """
+        self._token_ids += token_ids
+        self._token_request_ids += [request_id] * len(token_ids)
 
     def add_update(self, request_id: int) -> coordinator_pb2.RequestUpdate:
         """Begins an update of a request, to be filled in; call `wake` when the turn is over."""
@@ -46,12 +57,22 @@ class GatewayStream:
 
         Raises Exhausted when the gateway has fallen hopelessly behind.
         """
-        while not self._pending.updates and not self._pending.HasField("mesh"):
+        while not self._has_pending:
             if self._is_closed:
                 return None
             self._has_news.clear()
             await self._has_news.wait()
         message, self._pending = self._pending, coordinator_pb2.ConnectResponse()
-        if len(message.updates) > _MAX_UPDATES:
-            raise Exhausted(f"{len(message.updates)} updates were not read")
+        message.token_request_ids.extend(self._token_request_ids)
+        message.token_ids.extend(self._token_ids)
+        self._token_request_ids.clear()
+        self._token_ids.clear()
+        num_news = len(message.updates) + len(message.token_ids)
+        if num_news > _MAX_UPDATES:
+            raise Exhausted(f"{num_news} updates were not read")
         return message
+
+    @property
+    def _has_pending(self) -> bool:
+        pending = self._pending
+        return bool(self._token_ids or pending.updates or pending.HasField("mesh"))

@@ -157,7 +157,7 @@ def sampling_parameters(message: generation_pb2.SamplingParameters) -> SamplingP
 
 
 def write_news(update: coordinator_pb2.RequestUpdate, action: EmitTokens) -> None:
-    """Fills an update in; what is on the path of every token comes first."""
+    """Fills an update in."""
     update.token_ids.extend(action.token_ids)
     if action.logprobs:
         update.logprobs.extend(_logprobs_message(entry) for entry in action.logprobs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core.tokens.stop_strings import StopStrings
 from core.tokens.tokenizer import Tokenizer
+from services.gateway.coordinator_link import News
 from services.gateway.validation import PreparedRequest
 
 _STOP = generation_pb2.FINISH_REASON_STOP
@@ -28,30 +29,31 @@ class Completion:
         self._stops = StopStrings(request.stops) if request.stops else None
         self._silent_ids = {*request.sampling.stop_token_ids, *tokenizer.eos_token_ids}
         self._num_prompt_tokens = len(request.token_ids)
+        # Noted only where there are stop strings, which alone may end it here.
         self._first_token_at = self._last_token_at = 0.0
         self.num_tokens = 0
         self.stopped = False  # a stop string was completed; the request shall be cancelled
         self.usage: generation_pb2.Usage | None = None  # the coordinator's, at the end
 
-    def take(
-        self, updates: Iterable[coordinator_pb2.RequestUpdate]
-    ) -> generation_pb2.GenerateResponse:
+    def take(self, news: News) -> generation_pb2.GenerateResponse:
         """Takes news and returns what to send; its `finish_reason` is set when that is the last.
 
         Where a stop string was completed, `stopped` is set, the reason is STOP, and `usage`
-        is missing until `finish` adds it.
+        is missing unless the news had it; `finish` adds it.
         """
         response = generation_pb2.GenerateResponse()
-        for update in updates:
-            if update.token_ids:
-                self._take_tokens(update, response)
-            if self.stopped:
-                response.finish_reason = _STOP
-                break
+        if news.token_ids:
+            self._take_tokens(news.token_ids, response)
+        for update in news.updates:
+            if update.token_ids and not self.stopped:
+                self._take_tokens(update.token_ids, response, update)
             if update.finish_reason:
-                response.text += self._rest()
-                response.finish_reason = update.finish_reason
                 self.usage = update.usage
+                if not self.stopped:
+                    response.text += self._rest()
+                    response.finish_reason = update.finish_reason
+        if self.stopped:
+            response.finish_reason = _STOP
         return response
 
     def finish(self, response: generation_pb2.GenerateResponse) -> None:
@@ -66,14 +68,13 @@ class Completion:
 
     def _take_tokens(
         self,
-        update: coordinator_pb2.RequestUpdate,
+        token_ids: Sequence[int],
         response: generation_pb2.GenerateResponse,
+        update: coordinator_pb2.RequestUpdate | None = None,
     ) -> None:
-        self._last_token_at = time.monotonic()
-        if not self.num_tokens:
-            self._first_token_at = self._last_token_at
-        token_ids = update.token_ids
-        ends_silently = update.finish_reason == _STOP and token_ids[-1] in self._silent_ids
+        """Adds tokens to the response; `update` is what came with them, if anything did."""
+        ends = update is not None and update.finish_reason == _STOP
+        ends_silently = ends and token_ids[-1] in self._silent_ids
         spoken = token_ids[:-1] if ends_silently else token_ids
         if self._stops is None:
             num_taken = len(token_ids)
@@ -84,11 +85,15 @@ class Completion:
             if ends_silently and not self.stopped:
                 num_taken += 1
         response.token_ids.extend(token_ids[:num_taken])
-        response.logprobs.extend(update.logprobs[:num_taken])
+        if update is not None and update.logprobs:
+            response.logprobs.extend(update.logprobs[:num_taken])
         self.num_tokens += num_taken
 
     def _push_until_stop(self, stops: StopStrings, token_ids: Sequence[int]) -> tuple[str, int]:
         """Text to show, and how many tokens were taken for it."""
+        self._last_token_at = time.monotonic()
+        if not self.num_tokens:
+            self._first_token_at = self._last_token_at
         pieces = []
         for count, token_id in enumerate(token_ids, start=1):
             result = stops.push(self._detokenizer.push((token_id,)))

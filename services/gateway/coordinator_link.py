@@ -12,12 +12,13 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
-from core.errors import PenstockError, Unavailable
+from core.errors import PenstockError, ProtocolViolation, Unavailable
 from services.common.cancellation import in_own_task
 
 _LOG = logging.getLogger(__name__)
@@ -26,37 +27,50 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 1.0
 _MAX_TOKENS_A_MESSAGE = 256 * 1024
 
 
+class News(NamedTuple):
+    """What has come for a request: tokens with nothing to say of them, then updates."""
+
+    token_ids: list[int]
+    updates: list[coordinator_pb2.RequestUpdate]
+
+
 class OpenRequest:
     """A request on its way. `receive` is for one task at a time.
 
-    The queue of updates needs no bound of its own: a request never has more than its
+    What waits to be received needs no bound of its own: a request never has more than its
     `max_tokens` tokens, and its reader takes everything that has come at once.
     """
 
-    __slots__ = ("_error", "_link", "_updates", "_waiter", "ended", "request_id")
+    __slots__ = ("_error", "_link", "_token_ids", "_updates", "_waiter", "ended", "request_id")
 
     def __init__(self, link: CoordinatorLink, request_id: int) -> None:
         self.request_id = request_id
         self.ended = False
         self._link = link
         self._error: PenstockError | None = None
+        self._token_ids: list[int] = []
         self._updates: list[coordinator_pb2.RequestUpdate] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    async def receive(self) -> list[coordinator_pb2.RequestUpdate]:
+    async def receive(self) -> News:
         """Waits for news and returns all there is; raises Unavailable when the link broke."""
-        while not self._updates:
+        while not self._token_ids and not self._updates:
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        updates, self._updates = self._updates, []
-        return updates
+        news = News(self._token_ids, self._updates)
+        self._token_ids, self._updates = [], []
+        return news
 
     def cancel(self) -> None:
         """Tells the coordinator to drop the request, unless it has ended. Idempotent."""
         if not self.ended:
             self._link.cancel(self)
+
+    def deliver_token(self, token_id: int) -> None:
+        self._token_ids.append(token_id)
+        self._wake()
 
     def deliver(self, update: coordinator_pb2.RequestUpdate) -> None:
         self._updates.append(update)
@@ -125,7 +139,7 @@ class CoordinatorLink:
         while True:
             try:
                 await in_own_task(self._serve_stream())
-            except* (grpc.RpcError, Unavailable) as group:
+            except* (grpc.RpcError, Unavailable, ProtocolViolation) as group:
                 reasons = "; ".join(_reason(error) for error in group.exceptions)
                 _LOG.warning("coordinator lost", extra={"why": reasons})
             finally:
@@ -152,8 +166,17 @@ class CoordinatorLink:
             if response.HasField("mesh"):
                 self._connected = True
                 await self._on_mesh(response.mesh)
+            self._route_tokens(response.token_request_ids, response.token_ids)
             for update in response.updates:
                 self._route(update)
+
+    def _route_tokens(self, request_ids: Sequence[int], token_ids: Sequence[int]) -> None:
+        if len(request_ids) != len(token_ids):
+            raise ProtocolViolation(f"{len(token_ids)} tokens for {len(request_ids)} requests")
+        for request_id, token_id in zip(request_ids, token_ids, strict=True):
+            request = self._open.get(request_id)
+            if request is not None:
+                request.deliver_token(token_id)
 
     def _route(self, update: coordinator_pb2.RequestUpdate) -> None:
         request = self._open.get(update.request_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
 from opentelemetry.context import Context
@@ -81,9 +80,21 @@ class TextGenerator:
             record.model = model.name
             prepared = await prepare(request, model, self.tokenizer)
             record.describe(prepared)
-            async with aclosing(self._stream(prepared, record, timeout_s)) as responses:
-                async for response in responses:
-                    yield response
+            completion = Completion(prepared, self.tokenizer)
+            submitted = self._link.submit(_submission(prepared, timeout_s, record.span))
+            try:
+                response = await _next_response(submitted, completion, record)
+                while not response.finish_reason:
+                    if response.token_ids:
+                        yield response
+                    response = await _next_response(submitted, completion, record)
+                if not submitted.ended:  # a stop string ended it here
+                    await self._cancel_and_await_usage(submitted, completion)
+                completion.finish(response)
+                record.outcome = _REASON_LABELS[response.finish_reason]
+                yield response
+            finally:
+                submitted.cancel()
         except PenstockError as error:
             record.outcome = status_from_error(error).code.name.lower()
             raise
@@ -93,42 +104,30 @@ class TextGenerator:
         finally:
             record.end()
 
-    async def _stream(
-        self, prepared: PreparedRequest, record: _Record, timeout_s: float | None
-    ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        completion = Completion(prepared, self.tokenizer)
-        request = self._link.submit(_submission(prepared, timeout_s, record.span))
-        try:
-            while True:
-                updates = await request.receive()
-                response = completion.take(updates)
-                record.count(len(response.token_ids))
-                _raise_refusal(updates[-1])
-                if response.finish_reason:
-                    break
-                if response.token_ids:
-                    yield response
-            if completion.stopped and not request.ended:
-                await self._cancel_and_await_usage(request, completion)
-            elif completion.stopped:
-                completion.usage = updates[-1].usage
-            completion.finish(response)
-            record.outcome = _REASON_LABELS[response.finish_reason]
-            yield response
-        finally:
-            request.cancel()
-
     async def _cancel_and_await_usage(self, request: OpenRequest, completion: Completion) -> None:
         request.cancel()
         try:
             async with asyncio.timeout(_USAGE_TIMEOUT_S):
                 while not request.ended:
-                    updates = await request.receive()
-                    if updates[-1].finish_reason:
-                        completion.usage = updates[-1].usage
+                    for update in (await request.receive()).updates:
+                        if update.finish_reason:
+                            completion.usage = update.usage
         except (TimeoutError, Unavailable):
             # The text is complete; only the queue's and the prefill's durations are missing.
             self._link.forget(request)
+
+
+async def _next_response(
+    request: OpenRequest, completion: Completion, record: _Record
+) -> generation_pb2.GenerateResponse:
+    """Waits for news and returns what they say; raises the error that the coordinator ended
+    the request with, if it did."""
+    news = await request.receive()
+    response = completion.take(news)
+    record.count(len(response.token_ids))
+    if news.updates:
+        _raise_refusal(news.updates[-1])
+    return response
 
 
 class _Record:

@@ -91,13 +91,21 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._outgoing.put_nowait(message)
 
     def send(self, request_id: int, *updates: Update) -> None:
-        """Sends updates of a request in one message."""
+        """Sends updates of a request in one message, bare tokens as a coordinator does."""
         message = coordinator_pb2.ConnectResponse()
         for update in updates:
             update.request_id = request_id
+            if not (update.logprobs or update.finish_reason or message.updates):
+                message.token_request_ids.extend([request_id] * len(update.token_ids))
+                message.token_ids.extend(update.token_ids)
+                continue
             message.updates.append(update)
             if update.finish_reason:
                 self._open.discard(request_id)
+        self._outgoing.put_nowait(message)
+
+    def send_message(self, message: coordinator_pb2.ConnectResponse) -> None:
+        """Sends a message as it is."""
         self._outgoing.put_nowait(message)
 
     def end_stream(self, code: grpc.StatusCode) -> None:

@@ -48,6 +48,10 @@ class Gateway:
                 async with self._mesh_changed:
                     self.mesh = response.mesh
                     self._mesh_changed.notify_all()
+            bare = zip(response.token_request_ids, response.token_ids, strict=True)
+            for request_id, token_id in bare:
+                update = coordinator_pb2.RequestUpdate(token_ids=[token_id])
+                self._queues[request_id].put_nowait(update)
             for update in response.updates:
                 self._queues[update.request_id].put_nowait(update)
 

@@ -1,0 +1,46 @@
+"""What waits for a gateway becomes one message."""
+
+from __future__ import annotations
+
+import asyncio
+
+from penstock.v1 import coordinator_pb2
+
+from services.coordinator.gateway_stream import GatewayStream
+
+
+async def next_message(stream: GatewayStream) -> coordinator_pb2.ConnectResponse | None:
+    async with asyncio.timeout(10):
+        return await stream.next_message()
+
+
+async def test_tokens_of_several_requests_travel_packed_and_in_order() -> None:
+    stream = GatewayStream()
+    stream.add_tokens(7, [1])
+    stream.add_tokens(8, [2, 3])
+    stream.add_update(7).token_ids.append(4)
+    message = await next_message(stream)
+    assert message is not None
+    assert list(message.token_request_ids) == [7, 8, 8]
+    assert list(message.token_ids) == [1, 2, 3]
+    assert [list(update.token_ids) for update in message.updates] == [[4]]
+
+
+async def test_what_was_taken_is_not_sent_again() -> None:
+    stream = GatewayStream()
+    stream.add_tokens(7, [1])
+    await next_message(stream)
+    stream.add_tokens(7, [2])
+    message = await next_message(stream)
+    assert message is not None
+    assert list(message.token_ids) == [2]
+
+
+async def test_a_closed_stream_sends_its_last_tokens_first() -> None:
+    stream = GatewayStream()
+    stream.add_tokens(7, [1])
+    stream.close()
+    message = await next_message(stream)
+    assert message is not None
+    assert list(message.token_ids) == [1]
+    assert await next_message(stream) is None
