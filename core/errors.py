@@ -38,7 +38,14 @@ class InvalidInput(PenstockError):
 
 
 class NotFound(PenstockError):
-    """What was named does not exist; the message lists what does."""
+    """What was named does not exist; the message lists what does.
+
+    `field` is the field of a request that named it; empty where no request did.
+    """
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        self.field = field
+        super().__init__(message)
 
 
 class Exhausted(PenstockError):

@@ -1,7 +1,7 @@
 """The one table between our errors and gRPC statuses with google.rpc details.
 
     InvalidInput       INVALID_ARGUMENT     BadRequest: the field, its value, what is allowed
-    NotFound           NOT_FOUND
+    NotFound           NOT_FOUND            BadRequest: the field, where a request named it
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help
     Unavailable        UNAVAILABLE          RetryInfo
     DeadlineExceeded   DEADLINE_EXCEEDED
@@ -96,6 +96,8 @@ def error_from_rpc(error: grpc.RpcError) -> errors.PenstockError:
         return errors.Exhausted(message, retry_after_s=details.retry_after_s)
     if kind is errors.Unavailable:
         return errors.Unavailable(message, retry_after_s=details.retry_after_s)
+    if kind is errors.NotFound:
+        return errors.NotFound(message, field=(details.metadata or {}).get("field", ""))
     return kind(message)
 
 
@@ -118,24 +120,28 @@ def _error_info(reason: str, error: errors.PenstockError) -> Any:
     metadata = {}
     if isinstance(error, errors.InvalidInput):
         metadata = {"field": error.field, "value": error.value, "allowed": error.allowed}
+    elif isinstance(error, errors.NotFound) and error.field:
+        metadata = {"field": error.field}
     return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
 
 
 def _details(error: errors.PenstockError) -> Iterable[Any]:
     if isinstance(error, errors.InvalidInput):
-        yield error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(
-                    field=error.field,
-                    description=f"value {error.value}; allowed: {error.allowed}",
-                    reason="INVALID_INPUT",
-                )
-            ]
-        )
+        description = f"value {error.value}; allowed: {error.allowed}"
+        yield _bad_request(error.field, description, reason="INVALID_INPUT")
+    if isinstance(error, errors.NotFound) and error.field:
+        yield _bad_request(error.field, str(error), reason="NOT_FOUND")
     if isinstance(error, errors.Exhausted | errors.Unavailable) and error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _bad_request(field: str, description: str, *, reason: str) -> Any:
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=field, description=description, reason=reason
+    )
+    return error_details_pb2.BadRequest(field_violations=[violation])
 
 
 def _unpack(status: Any) -> _Details:

@@ -148,9 +148,11 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     def _model(self, name: str, asked_version: str) -> generation_pb2.Model:
         model = self._generator.mesh.model(name)
         if not name:
-            raise NotFound(f"the request names no model; served: {model.name!r}")
+            message = f"the request names no model; served: {model.name!r}"
+            raise NotFound(message, field="model_name")
         if asked_version not in ("", _VERSION):
-            raise NotFound(f"{name!r} has no version {asked_version!r}; served: {_VERSION!r}")
+            message = f"{name!r} has no version {asked_version!r}; served: {_VERSION!r}"
+            raise NotFound(message, field="model_version")
         return model
 
     def _respond(

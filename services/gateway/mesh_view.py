@@ -54,7 +54,8 @@ class MeshView:
         if self._model is None:
             raise Unavailable("the coordinator cannot be reached yet")
         if name not in ("", self._model.name):
-            raise NotFound(f"there is no model {name!r}; served: {self._model.name!r}")
+            message = f"there is no model {name!r}; served: {self._model.name!r}"
+            raise NotFound(message, field="model")
         return self._model
 
     def _own(self, told: generation_pb2.Model) -> generation_pb2.Model:

@@ -73,7 +73,8 @@ async def failure_of(error: Exception) -> grpc.aio.AioRpcError:
     ("error", "code"),
     [
         (errors.InvalidInput("sampling.top_p", 7, "(0, 1]"), grpc.StatusCode.INVALID_ARGUMENT),
-        (errors.NotFound("no model x"), grpc.StatusCode.NOT_FOUND),
+        (errors.NotFound("no model x", field="model"), grpc.StatusCode.NOT_FOUND),
+        (errors.NotFound("no file x"), grpc.StatusCode.NOT_FOUND),
         (errors.Exhausted("full", retry_after_s=1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.Exhausted("too long"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.Unavailable("stage 1 is down"), grpc.StatusCode.UNAVAILABLE),

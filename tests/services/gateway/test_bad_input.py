@@ -110,6 +110,7 @@ async def test_an_unknown_model_is_not_found(setup: Setup, method: str) -> None:
     error = await refused(call.read() if method == "Generate" else call)
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert "'gpt-7'" in (error.details() or "")
+    assert violation(error).field == "model"
 
 
 async def test_tokenize_and_detokenize_refuse_what_generate_would(setup: Setup) -> None:
