@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 
 from google.protobuf.duration_pb2 import Duration
 from opentelemetry.context import Context
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, use_span
 from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core import telemetry as names
@@ -28,6 +29,7 @@ from services.gateway.coordinator_link import CoordinatorLink, OpenRequest
 from services.gateway.mesh_view import MeshView
 from services.gateway.validation import PreparedRequest, prepare
 
+_LOG = logging.getLogger(__name__)
 # How long the coordinator has to tell what a request cost after a stop string ended it.
 _USAGE_TIMEOUT_S = 1.0
 # Recording a value costs 10 us and more, too much for every token: each value stands for the
@@ -92,6 +94,7 @@ class TextGenerator:
                     await self._cancel_and_await_usage(submitted, completion)
                 completion.finish(response)
                 record.outcome = _REASON_LABELS[response.finish_reason]
+                record.log(submitted.request_id)
                 yield response
             finally:
                 submitted.cancel()
@@ -134,13 +137,15 @@ class _Record:
     """Span and metrics of one request."""
 
     __slots__ = (
-        *("_arrived", "_generator", "_num_in_window", "_num_tokens", "_window_began"),
+        *("_arrived", "_first_token_s", "_generator"),
+        *("_num_in_window", "_num_tokens", "_window_began"),
         *("model", "outcome", "span"),
     )
 
     def __init__(self, generator: TextGenerator, parent: Context | None) -> None:
         self._generator = generator
         self._arrived = self._window_began = time.perf_counter()
+        self._first_token_s = 0.0
         self._num_tokens = self._num_in_window = 0
         self.model = ""
         self.outcome = "internal"
@@ -169,8 +174,8 @@ class _Record:
             return
         if not self._num_tokens:
             self._window_began = time.perf_counter()
-            waited_s = self._window_began - self._arrived
-            self._generator._first_token.record(waited_s, {names.MODEL: self.model})
+            self._first_token_s = self._window_began - self._arrived
+            self._generator._first_token.record(self._first_token_s, {names.MODEL: self.model})
         else:
             self._num_in_window += num_tokens
             if self._num_in_window >= _TOKENS_A_RECORD:
@@ -182,6 +187,14 @@ class _Record:
         gap_s = (now - self._window_began) / self._num_in_window
         self._generator._token_gap.record(gap_s, {names.MODEL: self.model})
         self._window_began, self._num_in_window = now, 0
+
+    def log(self, request_id: int) -> None:
+        """Leaves a line of a request that was answered."""
+        facts = {"request_id": request_id, "outcome": self.outcome, "tokens": self._num_tokens}
+        facts["first_token_s"] = round(self._first_token_s, 4)
+        facts["total_s"] = round(time.perf_counter() - self._arrived, 4)
+        with use_span(self.span, record_exception=False):  # for the line's trace id
+            _LOG.info("request answered", extra=facts)
 
     def end(self) -> None:
         if self._num_in_window:

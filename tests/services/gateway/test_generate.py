@@ -144,6 +144,19 @@ async def test_a_character_cut_by_the_length_is_replaced(setup: Setup) -> None:
     assert text_of(responses) == "\ufffd"
 
 
+async def test_an_answered_request_leaves_one_line_in_the_log(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    await generate(setup, prompt="ab")
+    lines = [record for record in caplog.records if record.message == "request answered"]
+    facts = [vars(line) for line in lines]
+    assert [(fact["request_id"], fact["tokens"], fact["outcome"]) for fact in facts] == [
+        (setup.coordinator.submissions[0].request_id, 2, "length")
+    ]
+    assert 0 < facts[0]["first_token_s"] <= facts[0]["total_s"]
+
+
 async def test_a_client_that_cancels_cancels_at_the_coordinator(setup: Setup) -> None:
     setup.coordinator.script = lambda _: [tokens(65)]
     call = setup.generation.Generate(pb.GenerateRequest(prompt="a"))
