@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from core.errors import InvalidInput
 from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
@@ -46,6 +47,9 @@ def pull(
     ],
 ) -> None:
     """Fetches a model of the catalogue into the cache folder, and prints where it lies."""
+    if not name:
+        names = ", ".join(model.name for model in CATALOGUE)
+        raise InvalidInput("NAME", name, f"a model of the catalogue: {names}")
     with fetch_display() as report:
         path = fetch(name, progress=report)
     console.say(str(path))

@@ -163,3 +163,10 @@ def test_the_python_example_is_python_and_names_the_address() -> None:
     code = "\n".join(line.removeprefix("    ") for line in python.splitlines())
     compile(code, "example", "exec")
     assert text.count("127.0.0.1:8001") == 3
+
+
+def test_pull_without_a_name_says_which_names_there_are() -> None:
+    done = penstock("pull", "--", "")
+    assert done.returncode == 2
+    assert "NAME is ''" in done.stderr
+    assert "smollm2-135m-instruct" in done.stderr
