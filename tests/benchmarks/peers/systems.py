@@ -43,8 +43,8 @@ class Contestant:
 
 
 def mesh_options(number_format: str, model: str | None, stages: str | None) -> list[str]:
-    """What `penstock mesh` is started with."""
-    options = ["--dtype", number_format, "--kv-memory", f"{KV_GIB}GiB"]
+    """What `penstock mesh` is started with; as for vLLM, without looking for known prefixes."""
+    options = ["--dtype", number_format, "--kv-memory", f"{KV_GIB}GiB", "--no-prefix-cache"]
     for flag, value in (("--model", model), ("--stages", stages)):
         options += [flag, value] if value else []
     return options
@@ -115,6 +115,7 @@ def vllm_server(model: Path, contestant: str, logs: Path) -> Server:
     sizes = {"dtype": "bfloat16", "max-model-len": config.context_length, "max-num-seqs": 64}
     options = {"model": folder, "host": "127.0.0.1", "port": port} | sizes
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    command.append("--no-enable-prefix-caching")
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     start = ServerCommand(
