@@ -80,7 +80,8 @@ class CudaBackend:
                 number_format=settings.number_format,
             )
             self._stage = self._make_stage(num_positions)
-            self._allocate_host_buffers(num_positions)
+            self._allocate_host_buffers()
+            self._send_tables(1)  # compiles its kernel, which no graph holds
         with _refusing_what_does_not_fit(settings):
             self._capture(num_positions)
 
@@ -151,7 +152,7 @@ class CudaBackend:
             self._device, self._config, self._weights, capacity, windows=windows[first:end]
         )
 
-    def _allocate_host_buffers(self, num_positions: int) -> None:
+    def _allocate_host_buffers(self) -> None:
         """Pinned memory that copies to and from the device start or end in."""
         settings, pinned = self._settings, self._device.pinned
         self._pinned_inputs_3T = pinned((3, settings.max_rows), torch.int32)
@@ -213,6 +214,10 @@ class CudaBackend:
         self._known_tables_RM[slots_R] = wanted_RM
         self._pinned_slots_R.numpy()[:count] = slots_R
         self._pinned_tables_RM.numpy()[:count] = wanted_RM
+        self._send_tables(count)
+
+    def _send_tables(self, count: int) -> None:
+        """The first pinned tables to the slots that are named beside them."""
         sent_RM, sent_slots_R = self._sent_tables_RM[:count], self._sent_slots_R[:count]
         sent_RM.copy_(self._pinned_tables_RM[:count], non_blocking=True)
         sent_slots_R.copy_(self._pinned_slots_R[:count], non_blocking=True)

@@ -43,6 +43,13 @@ class CudaSampler(Sampler):
             shape = (len(RowParameters._fields) + 1, MOST_ROWS_AT_A_TIME)
             self._pinned_PS = device.pinned(shape, torch.int64)
             self._device_PS = device.zeros(shape, torch.int64)
+            self._compile(vocab_size)
+
+    def _compile(self, vocab_size: int) -> None:
+        """Draws once, so that no request waits for the compiler."""
+        zeros, slot = self._device.zeros, np.zeros(1, np.int32)
+        logits = DeviceLogits(zeros((1, vocab_size), torch.float32), zeros((1,), torch.int64))
+        self._draw(logits, slot, slot)
 
     def sample(
         self,

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
+from numba.cuda import config
+
+# A step of one row has small grids, knowingly.
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 
 
 class NumberFormat(NamedTuple):

@@ -53,6 +53,13 @@ def mesh(
             help="Number format: bf16, fp32, int8, or auto: int8 where the file is quantised.",
         ),
     ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_DEVICE",
+            help="Where stages compute: cpu, cuda, or auto: a GPU where one can be used.",
+        ),
+    ] = "cpu",
     split: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +115,7 @@ def mesh(
         model=model,
         stages=stages,
         dtype=dtype,
+        device=device,
         split=split,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,

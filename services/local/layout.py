@@ -29,6 +29,7 @@ class MeshLayout:
     model_name: str
     model_path: str
     number_format: str
+    device: str
     kv_blocks: int
     prefix_cache: bool
     max_sequences: int
@@ -69,6 +70,7 @@ class MeshLayout:
                 "--name": self.model_name,
                 "--layers": stage.layers,
                 "--dtype": self.number_format,
+                "--device": self.device,
                 "--kv-blocks": str(self.kv_blocks),
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),

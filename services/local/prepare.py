@@ -43,7 +43,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     """
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
-    model = read_model(path, dtype=settings.dtype)
+    model = read_model(path, dtype=_chosen_dtype(settings))
     plan = plan_stages(
         model.config,
         number_format=model.number_format,
@@ -56,6 +56,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         model_name=model_name(settings.model, path),
         model_path=str(path),
         number_format=model.number_format,
+        device=settings.device,
         kv_blocks=kv_blocks,
         prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
@@ -76,6 +77,11 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
     )
+
+
+def _chosen_dtype(settings: MeshSettings) -> str:
+    # What is best on a CPU, a GPU may not compute at all.
+    return "bf16" if (settings.device, settings.dtype) == ("cuda", "auto") else settings.dtype
 
 
 class ModelFacts(NamedTuple):

@@ -9,6 +9,8 @@ from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.number_format import NUMBER_FORMATS
 
+DEVICES = ("auto", "cpu", "cuda")
+
 _UNITS = {"": 1}
 _UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
 _UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", start=1)}
@@ -23,6 +25,8 @@ class MeshSettings:
     stages: int = 2
     # Of weights, activations and KV cache; "auto": by the model's file, see `number_format`.
     dtype: str = "auto"
+    # Where stages compute: "cpu", "cuda", or "auto": a GPU where one can be used.
+    device: str = "cpu"
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
     # KV cache of all stages together; None: a share of the memory that is free.
@@ -43,6 +47,8 @@ class MeshSettings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):
             raise InvalidInput("dtype", self.dtype, " or ".join(("auto", *NUMBER_FORMATS)))
+        if self.device not in DEVICES:
+            raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if self.speculation < 0:
             raise InvalidInput("speculation", self.speculation, "0 or more")
         if self.stages < 1:

@@ -53,6 +53,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
 
     if settings.kernel_cache is not None:
         use_kernel_cache(settings.kernel_cache)
+    from core.engine.devices import choose_backend
     from core.engine.engine import Engine, EngineSettings
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
@@ -81,6 +82,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
             max_rows=settings.max_rows,
             wire=settings.wire,
         ),
+        make_backend=choose_backend(settings.device, number_format=settings.number_format),
     )
     note_compiled(settings.number_format)
     identity = f"{checkpoint.digest}\n{config!r}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from core.errors import InvalidInput
 
 NUMBER_FORMATS = ("fp32", "bf16", "int8")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class StageSettings:
     listen: str  # host:port; port 0 takes a free one
     metrics_port: int | None = None  # None: no metrics; 0: a free one
     number_format: str = "bf16"
+    device: str = "cpu"  # "cuda", or "auto": a GPU where one can be used
     wire: str = "f32"  # activations between stages: "f32", or "bf16" unless weights are fp32
     num_kv_blocks: int = 1024
     max_rows: int = 512  # of a micro-batch
@@ -32,6 +34,8 @@ class StageSettings:
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:
             raise InvalidInput("dtype", self.number_format, " or ".join(NUMBER_FORMATS))
+        if self.device not in DEVICES:
+            raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if not self.name:
             raise InvalidInput("name", self.name, "a name that is not empty")
         if not 0 <= self.first_layer < self.end_layer:

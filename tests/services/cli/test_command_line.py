@@ -28,7 +28,7 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--kv-memory", "--prefix-cache", "--speculation"),
+        *(*SHARED, "--device", "--kv-memory", "--prefix-cache", "--speculation"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
     "stop": [],
