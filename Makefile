@@ -8,7 +8,7 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # What `make mesh MODEL=... STAGES=...` takes. The values reach the programs as
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
-OPTIONS := MODEL STAGES DTYPE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
+OPTIONS := MODEL STAGES DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
 	ROUNDS PEERS
@@ -18,7 +18,7 @@ $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status stop plan models pull test check format protos bench bench-peers quality simulate clean
+.PHONY: help mesh generate status stop plan models pull test check format protos bench gpu bench-peers quality simulate clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -28,7 +28,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 DTYPE=auto SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
@@ -72,6 +72,9 @@ bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" S
 
 bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
 	@$(PYTHON) -m tests.benchmarks.peers
+
+gpu: $(DEV_STAMP) ## tests and measures the CUDA engine on this machine's GPU: JSON=path
+	@$(PYTHON) -m tests.benchmarks.gpu
 
 quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
 	@$(PYTHON) -m tests.benchmarks.quality

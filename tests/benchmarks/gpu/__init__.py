@@ -1,0 +1,1 @@
+"""What one GPU does: run on a machine that has one."""
