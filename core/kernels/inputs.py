@@ -18,6 +18,7 @@ from numba import types
 
 from core.kernels.arithmetic import GROUP, LANES, input_bytes, input_group_bytes, unquantised
 from core.kernels.compile import intrinsic, kernel
+from core.kernels.elements import emit_store_inputs, load_inputs
 from core.kernels.vectors import (
     F32,
     I32,
@@ -25,10 +26,8 @@ from core.kernels.vectors import (
     emit_call,
     emit_splat,
     emit_store,
-    emit_store_inputs,
     float32x16,
     index,
-    load_inputs,
     splat_constant,
     splat_word,
 )

@@ -16,6 +16,7 @@ from typing import Any
 from llvmlite import ir
 
 from core.kernels.arithmetic import LANES, MAX_TILE_ROWS, PANEL_COLUMNS, Arithmetic
+from core.kernels.elements import BFloat16
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
@@ -23,7 +24,6 @@ from core.kernels.vectors import (
     I32,
     I64,
     WORDS,
-    BFloat16,
     emit_call,
     emit_fma,
     emit_load,

@@ -29,6 +29,7 @@ from core.kernels.arithmetic import (
 )
 from core.kernels.attention.tiles import scores_tile, values_tile
 from core.kernels.compile import kernel
+from core.kernels.elements import store_inputs
 from core.kernels.exponential import power_of_two
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
@@ -43,7 +44,6 @@ from core.kernels.vectors import (
     multiply,
     splat,
     store_float,
-    store_inputs,
     sum_of_lanes,
 )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from core.kernels.arithmetic import GROUP, LANES, input_group_bytes
 from core.kernels.compile import kernel
+from core.kernels.elements import round_elements
 from core.kernels.inputs import input_row_bytes, store_input_group
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
@@ -19,7 +20,6 @@ from core.kernels.vectors import (
     fused_multiply_add,
     load_floats,
     multiply,
-    round_elements,
     splat,
     store_floats,
     sum_of_lanes,

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from core.kernels.arithmetic import LANES, element_bytes
 from core.kernels.compile import kernel
+from core.kernels.elements import load_elements, store_elements
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     address,
-    load_elements,
     load_floats,
-    store_elements,
     store_floats,
 )
 

@@ -16,14 +16,13 @@ import numpy as np
 
 from core.kernels.arithmetic import LANES, element_bytes, elements_per_word
 from core.kernels.compile import kernel
+from core.kernels.elements import merge_elements, store_elements
 from core.kernels.norm.cpu import norm_head
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     address,
     load_floats,
     load_word,
-    merge_elements,
-    store_elements,
     store_word,
 )
 
