@@ -10,12 +10,12 @@ from penstock.v1 import generation_pb2 as pb
 from tests.support.client import Client, make_request
 
 GREEDY = {"temperature": 0.0}
-CAPITAL = "What is the capital of France?"
+CAPITAL = "What is the capital of Germany?"
 
 
 def test_a_question_is_answered_sensibly(client: Client) -> None:
     answer = client.generate(chat=CAPITAL, sampling=GREEDY | {"max_tokens": 40})
-    assert "Paris" in answer.text
+    assert "Berlin" in answer.text
     assert answer.finish_reason == pb.FINISH_REASON_STOP
 
 
