@@ -129,9 +129,12 @@ def multiply_panel(
     most_rows = most_tile_rows(arithmetic) if num_rows > MAX_TILE_ROWS else MAX_TILE_ROWS
     num_tiles = (num_rows + most_rows - 1) // most_rows
     columns = tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
+    # Every tile fetches its share of the next panel, so that memory never rests.
+    size = panel_bytes(arithmetic, num_inputs)
+    num_shares = num_tiles * (PANEL_COLUMNS // columns)
+    fetch = panel + size
     for first in range(0, PANEL_COLUMNS, columns):
         row = 0
-        fetch_offset = panel_bytes(arithmetic, num_inputs)
         for tile in range(num_tiles):
             rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
             product_tile(
@@ -145,10 +148,11 @@ def multiply_panel(
                 outputs + row * output_stride + first * 4,
                 output_stride,
                 accumulates,
-                fetch_offset,
+                fetch,
+                PANEL_ROW_BYTES // num_shares,
             )
             row += rows
-            fetch_offset = 0
+            fetch += size // num_shares
 
 
 @kernel

@@ -55,7 +55,8 @@ def emit_integer_tiles(
     outputs: Any,
     output_stride: Any,
     accumulates: Any,
-    fetch_offset: Any,
+    fetch: Any,
+    fetch_step: Any,
 ) -> None:
     """Code for a tile of any number of rows; see `core.kernels.linear.tiles.product_tile`."""
     num_groups = builder.udiv(num_inputs, index(GROUP))
@@ -74,7 +75,9 @@ def emit_integer_tiles(
             offset = builder.mul(group, index(kind.input_group_bytes))
             groups = [builder.add(row, offset) for row in input_rows]
             panel = builder.add(weights, builder.mul(group, index(kind.weight_group_bytes)))
-            sums = _emit_group(builder, kind, groups, panel, fetch_offset, vectors)
+            rows_before = builder.mul(group, index(STEPS + 1))
+            ahead = builder.add(fetch, builder.mul(rows_before, fetch_step))
+            sums = _emit_group(builder, kind, groups, panel, ahead, fetch_step, vectors)
             return _emit_scaled(builder, groups, panel, sums, floats, vectors)
 
         biases = [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)]
@@ -91,7 +94,13 @@ def emit_integer_tiles(
 
 
 def _emit_group(
-    builder: Any, kind: Arithmetic, groups: list[Any], panel: Any, fetch_offset: Any, vectors: int
+    builder: Any,
+    kind: Arithmetic,
+    groups: list[Any],
+    panel: Any,
+    fetch: Any,
+    fetch_step: Any,
+    vectors: int,
 ) -> list[Any]:
     """The integer sums of one group, row by row."""
     sums = []
@@ -103,7 +112,8 @@ def _emit_group(
         for word in range(STEPS_AT_A_TIME):
             number = builder.add(builder.mul(step, index(STEPS_AT_A_TIME)), index(word))
             row = builder.add(panel, builder.mul(number, index(PANEL_ROW_BYTES)))
-            emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
+            ahead = builder.add(fetch, builder.mul(number, fetch_step))
+            emit_prefetch(builder, ahead, vectors)
             weights = [
                 emit_load(builder, at, WORDS) for at in vector_addresses(builder, row, vectors)
             ]
@@ -116,6 +126,8 @@ def _emit_group(
             sums = results
         return sums
 
+    scales = builder.add(fetch, builder.mul(fetch_step, index(STEPS)))
+    emit_prefetch(builder, scales, vectors)
     return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
 
 

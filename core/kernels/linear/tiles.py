@@ -38,7 +38,8 @@ def product_tile(
     outputs,
     output_stride,
     accumulates,
-    fetch_offset,
+    fetch,
+    fetch_step,
 ):
     """outputs = bias + inputs x weights for some rows and the columns of a tile of as many rows.
 
@@ -47,8 +48,8 @@ def product_tile(
     Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
     packed panel, `bias` and `outputs` float32; `num_inputs` is a multiple of 64. Where
     `accumulates` is not 0, what `outputs` holds is added.
-    Meanwhile what lies `fetch_offset` bytes behind the weights is fetched, such as the next panel:
-    few rows are bound by memory.
+    Meanwhile memory from the address `fetch` on is fetched, for each word of weights `fetch_step`
+    bytes further, such as a share of the next panel: few rows are bound by memory.
     """
     kind = arithmetic.arithmetic
 
@@ -57,7 +58,7 @@ def product_tile(
             emit_integer_tiles(builder, kind, *args[1:])
             return context.get_dummy_value()
         _, num_rows, inputs, input_stride, weights, num_inputs, bias, outputs, *rest = args
-        output_stride, accumulates, fetch_offset = rest
+        output_stride, accumulates, fetch, fetch_step = rest
         num_words = builder.udiv(num_inputs, index(kind.elements_per_word))
 
         def emit(rows: int) -> None:
@@ -69,7 +70,8 @@ def product_tile(
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
-                emit_prefetch(builder, builder.add(row, fetch_offset), vectors)
+                ahead = builder.add(fetch, builder.mul(step, fetch_step))
+                emit_prefetch(builder, ahead, vectors)
                 panel = [
                     emit_weights(builder, kind, at)
                     for at in vector_addresses(builder, row, vectors)
@@ -91,7 +93,7 @@ def product_tile(
         emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, *[types.intp] * 10), codegen
+    return types.void(arithmetic, *[types.intp] * 11), codegen
 
 
 def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None:
