@@ -121,6 +121,12 @@ class Chain:
         del self._lengths[slot]
         self._ended.append(slot)
 
+    def flush(self) -> None:
+        """Tells the engines what has ended, which the next micro-batch would do otherwise."""
+        for engine in self.engines:
+            engine.apply(SequenceUpdates(ended_slots=tuple(self._ended)))
+        self._ended = []
+
     def step(self, runs: Sequence[Run]) -> tuple[int, ...]:
         """Computes one micro-batch through all stages and returns the sampled tokens."""
         batch = self._micro_batch(runs)

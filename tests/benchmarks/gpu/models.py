@@ -76,6 +76,9 @@ class RandomCheckpoint:
             return np.ones(shape, np.float32)
         return np.resize(self._block, shape) / np.float32(math.sqrt(shape[1]))
 
+    def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
+        return self.read(name)[first : first + count]
+
     def close(self) -> None:
         return
 

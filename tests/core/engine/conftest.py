@@ -65,6 +65,7 @@ class OpenModel:
                 wire=wire,
                 arithmetic=arithmetic,
             )
+        self._chains[key].flush()
         return self._chains[key]
 
 
