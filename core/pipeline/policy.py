@@ -32,6 +32,8 @@ _ENOUGH = 32
 _OUT_OF_DATE = 400
 # A cut is kept while another one promises no more than this.
 _KEEP = 0.02
+# Times that vary more do not follow the fitted line: that is no chance that slack would absorb.
+_MOST_VARIATION = 0.15
 # A loss to variation that is worth no further micro-batch.
 _SMALL_LOSS = 0.03
 
@@ -46,7 +48,7 @@ class PolicySettings:
     # (on one machine they share the memory's bandwidth).
     contention_prior: float = 1.3
     # Two or more in flight must promise to be this much faster than one.
-    overlap_gain: float = 0.05
+    overlap_gain: float = 0.02
     # Longest that a micro-batch with decodes may take on the slowest stage because of prefill.
     decode_stall_s: float = 0.05
     # Fewest prompt tokens in a chunk, unless the prompt ends with it.
@@ -143,7 +145,8 @@ class InFlightPolicy:
             curve.fit()
         self._alone_S3 = np.array([c.coefficients for c in self._alone])
         self._overlapped_S3 = np.array([c.coefficients for c in self._overlapped_curves()])
-        self._variation = float(np.mean([c.variation for c in self._overlapped_curves()]))
+        variation = float(np.mean([c.variation for c in self._overlapped_curves()]))
+        self._variation = min(variation, _MOST_VARIATION)
         typical = np.array([1.0, 64.0, 64.0 * self._context])
         self._slowest = int(np.argmax(self._overlapped_S3 @ typical))
         self._slowest_s = Coefficients(*(float(x) for x in self._overlapped_S3[self._slowest]))
