@@ -52,7 +52,7 @@ def num_right(draft: list[int], sampled: list[int]) -> int:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
 def test_verified_tokens_are_those_that_come_one_at_a_time(
     number_format: str, num_stages: int, open_model: OpenOne
 ) -> None:
