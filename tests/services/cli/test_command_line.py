@@ -28,11 +28,20 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--device", "--kv-memory", "--prefix-cache", "--speculation"),
+        *(
+            *SHARED,
+            "--replicas",
+            "--spares",
+            "--device",
+            "--kv-memory",
+            "--prefix-cache",
+            "--speculation",
+        ),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
     "stop": [],
     "status": [],
+    "update": ["--stage", "--model"],
     "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
     "tokenize": ["--model", "--address"],
     "models": [],

@@ -24,21 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/local.proto\x12\x0bpenstock.v1\"M\n\x13StartReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\"G\n\x14StartReplicaResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08log_path\x18\x03 \x01(\t\"%\n\x12StopReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse2\xba\x01\n\x11SupervisorService\x12S\n\x0cStartReplica\x12 .penstock.v1.StartReplicaRequest\x1a!.penstock.v1.StartReplicaResponse\x12P\n\x0bStopReplica\x12\x1f.penstock.v1.StopReplicaRequest\x1a .penstock.v1.StopReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/local.proto\x12\x0bpenstock.v1\"K\n\x11TryReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\"3\n\x12TryReplicaResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"%\n\x12KeepReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13KeepReplicaResponse\"%\n\x12StopReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse2\x88\x02\n\x11SupervisorService\x12O\n\nTryReplica\x12\x1e.penstock.v1.TryReplicaRequest\x1a\x1f.penstock.v1.TryReplicaResponse0\x01\x12P\n\x0bKeepReplica\x12\x1f.penstock.v1.KeepReplicaRequest\x1a .penstock.v1.KeepReplicaResponse\x12P\n\x0bStopReplica\x12\x1f.penstock.v1.StopReplicaRequest\x1a .penstock.v1.StopReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.local_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STARTREPLICAREQUEST']._serialized_start=40
-  _globals['_STARTREPLICAREQUEST']._serialized_end=117
-  _globals['_STARTREPLICARESPONSE']._serialized_start=119
-  _globals['_STARTREPLICARESPONSE']._serialized_end=190
-  _globals['_STOPREPLICAREQUEST']._serialized_start=192
-  _globals['_STOPREPLICAREQUEST']._serialized_end=229
-  _globals['_STOPREPLICARESPONSE']._serialized_start=231
-  _globals['_STOPREPLICARESPONSE']._serialized_end=252
-  _globals['_SUPERVISORSERVICE']._serialized_start=255
-  _globals['_SUPERVISORSERVICE']._serialized_end=441
+  _globals['_TRYREPLICAREQUEST']._serialized_start=40
+  _globals['_TRYREPLICAREQUEST']._serialized_end=115
+  _globals['_TRYREPLICARESPONSE']._serialized_start=117
+  _globals['_TRYREPLICARESPONSE']._serialized_end=168
+  _globals['_KEEPREPLICAREQUEST']._serialized_start=170
+  _globals['_KEEPREPLICAREQUEST']._serialized_end=207
+  _globals['_KEEPREPLICARESPONSE']._serialized_start=209
+  _globals['_KEEPREPLICARESPONSE']._serialized_end=230
+  _globals['_STOPREPLICAREQUEST']._serialized_start=232
+  _globals['_STOPREPLICAREQUEST']._serialized_end=269
+  _globals['_STOPREPLICARESPONSE']._serialized_start=271
+  _globals['_STOPREPLICARESPONSE']._serialized_end=292
+  _globals['_SUPERVISORSERVICE']._serialized_start=295
+  _globals['_SUPERVISORSERVICE']._serialized_end=559
 # @@protoc_insertion_point(module_scope)

@@ -35,10 +35,15 @@ class SupervisorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.StartReplica = channel.unary_unary(
-                '/penstock.v1.SupervisorService/StartReplica',
-                request_serializer=penstock_dot_v1_dot_local__pb2.StartReplicaRequest.SerializeToString,
-                response_deserializer=penstock_dot_v1_dot_local__pb2.StartReplicaResponse.FromString,
+        self.TryReplica = channel.unary_stream(
+                '/penstock.v1.SupervisorService/TryReplica',
+                request_serializer=penstock_dot_v1_dot_local__pb2.TryReplicaRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_local__pb2.TryReplicaResponse.FromString,
+                _registered_method=True)
+        self.KeepReplica = channel.unary_unary(
+                '/penstock.v1.SupervisorService/KeepReplica',
+                request_serializer=penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.FromString,
                 _registered_method=True)
         self.StopReplica = channel.unary_unary(
                 '/penstock.v1.SupervisorService/StopReplica',
@@ -51,16 +56,26 @@ class SupervisorServiceServicer:
     """Changes which processes a running local mesh has. What they do is the coordinator's.
     """
 
-    def StartReplica(self, request, context):
-        """Starts one more replica of a stage on a free port, and keeps it alive from now on. It computes
-        once the coordinator has been told of it. Errors: INVALID_ARGUMENT (no such stage).
+    def TryReplica(self, request, context):
+        """Starts one more replica of a stage on a free port, on trial: when the stream ends before
+        KeepReplica, the process is ended. One message comes, once the process runs; it may still load
+        its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
+        message has its last words).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepReplica(self, request, context):
+        """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
+        told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopReplica(self, request, context):
-        """Ends a replica's process for good. Idempotent. Errors: NOT_FOUND (no replica has the address).
+        """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,10 +84,15 @@ class SupervisorServiceServicer:
 
 def add_SupervisorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'StartReplica': grpc.unary_unary_rpc_method_handler(
-                    servicer.StartReplica,
-                    request_deserializer=penstock_dot_v1_dot_local__pb2.StartReplicaRequest.FromString,
-                    response_serializer=penstock_dot_v1_dot_local__pb2.StartReplicaResponse.SerializeToString,
+            'TryReplica': grpc.unary_stream_rpc_method_handler(
+                    servicer.TryReplica,
+                    request_deserializer=penstock_dot_v1_dot_local__pb2.TryReplicaRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_local__pb2.TryReplicaResponse.SerializeToString,
+            ),
+            'KeepReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepReplica,
+                    request_deserializer=penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.SerializeToString,
             ),
             'StopReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.StopReplica,
@@ -92,7 +112,34 @@ class SupervisorService:
     """
 
     @staticmethod
-    def StartReplica(request,
+    def TryReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.v1.SupervisorService/TryReplica',
+            penstock_dot_v1_dot_local__pb2.TryReplicaRequest.SerializeToString,
+            penstock_dot_v1_dot_local__pb2.TryReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepReplica(request,
             target,
             options=(),
             channel_credentials=None,
@@ -105,9 +152,9 @@ class SupervisorService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/penstock.v1.SupervisorService/StartReplica',
-            penstock_dot_v1_dot_local__pb2.StartReplicaRequest.SerializeToString,
-            penstock_dot_v1_dot_local__pb2.StartReplicaResponse.FromString,
+            '/penstock.v1.SupervisorService/KeepReplica',
+            penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.SerializeToString,
+            penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,36 +35,60 @@ class SupervisorServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SupervisorServiceAsyncStub: ...
-    StartReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.StartReplicaRequest, _local_pb2.StartReplicaResponse]
-    """Starts one more replica of a stage on a free port, and keeps it alive from now on. It computes
-    once the coordinator has been told of it. Errors: INVALID_ARGUMENT (no such stage).
+    TryReplica: _grpc.UnaryStreamMultiCallable[_local_pb2.TryReplicaRequest, _local_pb2.TryReplicaResponse]
+    """Starts one more replica of a stage on a free port, on trial: when the stream ends before
+    KeepReplica, the process is ended. One message comes, once the process runs; it may still load
+    its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
+    message has its last words).
+    """
+    KeepReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]
+    """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
+    told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
     """
     StopReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]
-    """Ends a replica's process for good. Idempotent. Errors: NOT_FOUND (no replica has the address)."""
+    """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
 
 @_typing.type_check_only
 class SupervisorServiceAsyncStub(SupervisorServiceStub):
     """Changes which processes a running local mesh has. What they do is the coordinator's."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    StartReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.StartReplicaRequest, _local_pb2.StartReplicaResponse]  # type: ignore[assignment]
-    """Starts one more replica of a stage on a free port, and keeps it alive from now on. It computes
-    once the coordinator has been told of it. Errors: INVALID_ARGUMENT (no such stage).
+    TryReplica: _aio.UnaryStreamMultiCallable[_local_pb2.TryReplicaRequest, _local_pb2.TryReplicaResponse]  # type: ignore[assignment]
+    """Starts one more replica of a stage on a free port, on trial: when the stream ends before
+    KeepReplica, the process is ended. One message comes, once the process runs; it may still load
+    its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
+    message has its last words).
+    """
+    KeepReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]  # type: ignore[assignment]
+    """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
+    told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
     """
     StopReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]  # type: ignore[assignment]
-    """Ends a replica's process for good. Idempotent. Errors: NOT_FOUND (no replica has the address)."""
+    """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
 
 class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Changes which processes a running local mesh has. What they do is the coordinator's."""
 
     @_abc_1.abstractmethod
-    def StartReplica(
+    def TryReplica(
         self,
-        request: _local_pb2.StartReplicaRequest,
+        request: _local_pb2.TryReplicaRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_local_pb2.StartReplicaResponse, _abc.Awaitable[_local_pb2.StartReplicaResponse]]:
-        """Starts one more replica of a stage on a free port, and keeps it alive from now on. It computes
-        once the coordinator has been told of it. Errors: INVALID_ARGUMENT (no such stage).
+    ) -> _typing.Union[_abc.Iterator[_local_pb2.TryReplicaResponse], _abc.AsyncIterator[_local_pb2.TryReplicaResponse]]:
+        """Starts one more replica of a stage on a free port, on trial: when the stream ends before
+        KeepReplica, the process is ended. One message comes, once the process runs; it may still load
+        its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
+        message has its last words).
+        """
+
+    @_abc_1.abstractmethod
+    def KeepReplica(
+        self,
+        request: _local_pb2.KeepReplicaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.KeepReplicaResponse, _abc.Awaitable[_local_pb2.KeepReplicaResponse]]:
+        """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
+        told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
         """
 
     @_abc_1.abstractmethod
@@ -73,6 +97,6 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _local_pb2.StopReplicaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.StopReplicaResponse, _abc.Awaitable[_local_pb2.StopReplicaResponse]]:
-        """Ends a replica's process for good. Idempotent. Errors: NOT_FOUND (no replica has the address)."""
+        """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
 
 def add_SupervisorServiceServicer_to_server(servicer: SupervisorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
