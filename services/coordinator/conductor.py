@@ -31,7 +31,7 @@ from services.common.telemetry import Telemetry
 from services.coordinator import messages
 from services.coordinator.gateway_stream import GatewayStream
 from services.coordinator.mesh import MeshView, Window, window_s
-from services.coordinator.replica_link import Incarnation
+from services.coordinator.replica_link import Incarnation, ReplicaLink
 from services.coordinator.replicas import Replicas
 from services.coordinator.requests import Requests
 from services.coordinator.settings import CoordinatorSettings
@@ -90,6 +90,12 @@ class Conductor:
                 self.post(Tick())
             elif self._events:
                 self._be_due()  # reports of an idle mesh
+            self._let_drained_leave()
+
+    def _let_drained_leave(self) -> None:
+        for link in list(self.replicas.links):
+            if link.is_draining and not self.num_sequences(link):
+                self.replicas.remove(link)
 
     async def _watch(self) -> None:
         """A failed turn is our own bug: it ends the process rather than leaving it dumb."""
@@ -230,6 +236,26 @@ class Conductor:
             tokens_per_second=max(self._tokens.sums(now_s)[0], 0.0) / rate_s,
             tokens_guessed=scheduler.speculation.num_drafted,
             tokens_guessed_right=scheduler.speculation.num_accepted,
+            sequences_moved=scheduler.num_failovers,
+            positions_restored=scheduler.num_restored,
         )
         response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))
         return response
+
+    def _replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:
+        state = self.mesh.replica_state(link, now_s)
+        state.kv_blocks_used = self.num_kv_blocks_used(link)
+        state.sequences = self.num_sequences(link)
+        return state
+
+    def num_kv_blocks_used(self, link: ReplicaLink) -> int:
+        """KV blocks that sequences hold on a replica."""
+        if link.incarnation is None:
+            return 0
+        return self.scheduler.num_kv_blocks_used(link.incarnation.replica_id)
+
+    def num_sequences(self, link: ReplicaLink) -> int:
+        """Sequences that hold blocks on a replica."""
+        if link.incarnation is None:
+            return 0
+        return self.scheduler.num_sequences_on(link.incarnation.replica_id)

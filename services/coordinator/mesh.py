@@ -125,9 +125,11 @@ class MeshView:
             address=place.address,
             spare=place.is_spare,
             draining=link.is_draining,
-            ready=link.incarnation is not None,
             problem=link.problem,
         )
+        if link.incarnation is not None:
+            state.ready = self.replicas.is_connected(link.incarnation)
+            state.problem = "" if state.ready else "not connected with its neighbours"
         if ready is not None:
             state.first_layer = ready.first_layer
             state.end_layer = ready.end_layer

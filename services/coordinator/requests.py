@@ -87,7 +87,7 @@ class Requests:
         """Takes what a gateway asks for; requests that are wrong are refused one by one."""
         for submission in request.submissions:
             try:
-                self._submit(gateway, submission)
+                self.submit(gateway, submission)
             except PenstockError as error:
                 update = gateway.add_update(submission.request_id)
                 messages.write_refusal(update, Refuse(request_id=0, error=error))
@@ -97,7 +97,15 @@ class Requests:
             if request_id is not None:
                 self._post(RequestCancelled(request_id=request_id))
 
-    def _submit(self, gateway: GatewayStream, submission: coordinator_pb2.Submission) -> None:
+    def submit(
+        self,
+        gateway: GatewayStream,
+        submission: coordinator_pb2.Submission,
+        *,
+        probed_id: int | None = None,
+    ) -> None:
+        """Hands a request to the scheduler; raises InvalidInput. One that probes a replica takes
+        its weights."""
         if submission.request_id in gateway.request_ids:
             raise InvalidInput("request_id", submission.request_id, "unique within the stream")
         token_ids = list(submission.token_ids)
@@ -128,6 +136,7 @@ class Requests:
                 cache_salt=submission.cache_salt,
                 tenant=submission.tenant,
                 priority=submission.priority,
+                probed_id=probed_id,
             )
         )
 

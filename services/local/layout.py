@@ -66,7 +66,7 @@ class MeshLayout:
             for index, stage in enumerate(self.stages)
             for one in stage.replicas
         )
-        return (*stages, self.coordinator_command(), self._gateway_command())
+        return (*stages, self.coordinator_command(), self.gateway_command())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -146,7 +146,8 @@ class MeshLayout:
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
-    def _gateway_command(self) -> ProcessCommand:
+    def gateway_command(self) -> ProcessCommand:
+        """Runs the gateway."""
         return _command(
             "gateway",
             "services.gateway",

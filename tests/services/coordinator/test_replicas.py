@@ -24,6 +24,7 @@ from core.pipeline.events import (
 from services.coordinator.replica_link import Incarnation
 from services.coordinator.replicas import Replicas
 from services.coordinator.settings import CoordinatorSettings
+from tests.services.coordinator.conftest import by_stage
 from tests.support.changes import Changes
 from tests.support.fake_stages import FakeStage, fake_stages
 
@@ -66,15 +67,10 @@ class Running:
 
     def __init__(self, stages: Sequence[FakeStage], spares: Sequence[int], **settings: Any) -> None:
         self.listener = Listener()
-        num_stages = stages[0].num_stages
-        addresses = tuple(
-            tuple(stage.address for stage in stages if stage.index == index)
-            for index in range(num_stages)
-        )
         self.replicas = Replicas(
             CoordinatorSettings(
                 listen="127.0.0.1:0",
-                stages=addresses,
+                stages=by_stage(stages),
                 spares=frozenset(stages[spare].address for spare in spares),
                 **settings,
             ),
