@@ -26,5 +26,5 @@ class Readings:
 
     def add(self, raw: npt.NDArray[Any]) -> None:
         """Notes bytes that have been read."""
-        self._hash.update(raw)
+        self._hash.update(raw.data)
         self.num_bytes += raw.nbytes
