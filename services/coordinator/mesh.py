@@ -121,8 +121,11 @@ class MeshView:
 
     def state(self) -> coordinator_pb2.MeshState:
         """What gateways must know."""
+        ready = self.stages[0].ready
         return coordinator_pb2.MeshState(
-            model=self.model(), stages_ready=[stage.is_ready for stage in self.stages]
+            model=self.model(),
+            stages_ready=[stage.is_ready for stage in self.stages],
+            eos_token_ids=ready.eos_token_ids if ready is not None else (),
         )
 
     def stage_state(

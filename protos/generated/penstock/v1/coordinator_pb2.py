@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from penstock.v1 import generation_pb2 as penstock_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"p\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\"\xbb\x01\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x92\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\xe3\x01\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\"\x10\n\x0eGetMeshRequest\"\xbb\x02\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\"\xda\x03\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x32\xa4\x01\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"p\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\"\xf8\x01\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x92\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\xe3\x01\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\"\x10\n\x0eGetMeshRequest\"\xbb\x02\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\"\xb7\x04\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x12\x0f\n\x07replica\x18\x14 \x01(\r\x12\r\n\x05spare\x18\x15 \x01(\x08\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x11\n\tsequences\x18\x17 \x01(\r\x12\x16\n\x0eweights_digest\x18\x18 \x01(\t2\xa4\x01\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,23 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTREQUEST']._serialized_start=108
   _globals['_CONNECTREQUEST']._serialized_end=220
   _globals['_SUBMISSION']._serialized_start=223
-  _globals['_SUBMISSION']._serialized_end=410
-  _globals['_CANCELLATION']._serialized_start=412
-  _globals['_CANCELLATION']._serialized_end=446
-  _globals['_CONNECTRESPONSE']._serialized_start=449
-  _globals['_CONNECTRESPONSE']._serialized_end=595
-  _globals['_REQUESTUPDATE']._serialized_start=598
-  _globals['_REQUESTUPDATE']._serialized_end=825
-  _globals['_REFUSAL']._serialized_start=827
-  _globals['_REFUSAL']._serialized_end=915
-  _globals['_MESHSTATE']._serialized_start=917
-  _globals['_MESHSTATE']._serialized_end=985
-  _globals['_GETMESHREQUEST']._serialized_start=987
-  _globals['_GETMESHREQUEST']._serialized_end=1003
-  _globals['_GETMESHRESPONSE']._serialized_start=1006
-  _globals['_GETMESHRESPONSE']._serialized_end=1321
-  _globals['_STAGESTATE']._serialized_start=1324
-  _globals['_STAGESTATE']._serialized_end=1798
-  _globals['_COORDINATORSERVICE']._serialized_start=1801
-  _globals['_COORDINATORSERVICE']._serialized_end=1965
+  _globals['_SUBMISSION']._serialized_end=471
+  _globals['_CANCELLATION']._serialized_start=473
+  _globals['_CANCELLATION']._serialized_end=507
+  _globals['_CONNECTRESPONSE']._serialized_start=510
+  _globals['_CONNECTRESPONSE']._serialized_end=656
+  _globals['_REQUESTUPDATE']._serialized_start=659
+  _globals['_REQUESTUPDATE']._serialized_end=886
+  _globals['_REFUSAL']._serialized_start=888
+  _globals['_REFUSAL']._serialized_end=976
+  _globals['_MESHSTATE']._serialized_start=978
+  _globals['_MESHSTATE']._serialized_end=1069
+  _globals['_GETMESHREQUEST']._serialized_start=1071
+  _globals['_GETMESHREQUEST']._serialized_end=1087
+  _globals['_GETMESHRESPONSE']._serialized_start=1090
+  _globals['_GETMESHRESPONSE']._serialized_end=1405
+  _globals['_STAGESTATE']._serialized_start=1408
+  _globals['_STAGESTATE']._serialized_end=1975
+  _globals['_COORDINATORSERVICE']._serialized_start=1978
+  _globals['_COORDINATORSERVICE']._serialized_end=2142
 # @@protoc_insertion_point(module_scope)

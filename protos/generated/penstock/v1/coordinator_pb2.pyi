@@ -19,20 +19,26 @@ class ConnectRequest(_message.Message):
     def __init__(self, submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling", "timeout", "traceparent", "cache_salt")
+    __slots__ = ("request_id", "token_ids", "sampling", "timeout", "traceparent", "cache_salt", "num_output_tokens", "tenant", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _generation_pb2.SamplingParameters
     timeout: _duration_pb2.Duration
     traceparent: str
     cache_salt: str
-    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    num_output_tokens: int
+    tenant: str
+    priority: int
+    def __init__(self, request_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[str] = ..., num_output_tokens: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Cancellation(_message.Message):
     __slots__ = ("request_id",)
@@ -79,12 +85,14 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class MeshState(_message.Message):
-    __slots__ = ("model", "stages_ready")
+    __slots__ = ("model", "stages_ready", "eos_token_ids")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_READY_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages_ready: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ...) -> None: ...
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetMeshRequest(_message.Message):
     __slots__ = ()
@@ -115,7 +123,7 @@ class GetMeshResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ...) -> None: ...
 
 class StageState(_message.Message):
-    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising")
+    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +143,11 @@ class StageState(_message.Message):
     STARVED_FOR_UPSTREAM_FIELD_NUMBER: _ClassVar[int]
     STARVED_BY_WIRE_FIELD_NUMBER: _ClassVar[int]
     STARVED_BY_SERIALISING_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    SPARE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     index: int
     address: str
     first_layer: int
@@ -154,4 +167,9 @@ class StageState(_message.Message):
     starved_for_upstream: float
     starved_by_wire: float
     starved_by_serialising: float
-    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ...) -> None: ...
+    replica: int
+    spare: bool
+    draining: bool
+    sequences: int
+    weights_digest: str
+    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ..., replica: _Optional[int] = ..., spare: _Optional[bool] = ..., draining: _Optional[bool] = ..., sequences: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...

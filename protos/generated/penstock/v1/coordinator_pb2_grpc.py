@@ -54,7 +54,7 @@ class CoordinatorServiceServicer:
     def Connect(self, request_iterator, context):
         """Carries all requests of one gateway. The first response describes the mesh;
         later ones are sent when anything changes. When the stream ends, its open
-        requests are cancelled.
+        requests are cancelled; the gateway submits them again to the next coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class CoordinatorServiceStub:
     Connect: _grpc.StreamStreamMultiCallable[_coordinator_pb2.ConnectRequest, _coordinator_pb2.ConnectResponse]
     """Carries all requests of one gateway. The first response describes the mesh;
     later ones are sent when anything changes. When the stream ends, its open
-    requests are cancelled.
+    requests are cancelled; the gateway submits them again to the next coordinator.
     """
     GetMesh: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetMeshRequest, _coordinator_pb2.GetMeshResponse]
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
@@ -52,7 +52,7 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     Connect: _aio.StreamStreamMultiCallable[_coordinator_pb2.ConnectRequest, _coordinator_pb2.ConnectResponse]  # type: ignore[assignment]
     """Carries all requests of one gateway. The first response describes the mesh;
     later ones are sent when anything changes. When the stream ends, its open
-    requests are cancelled.
+    requests are cancelled; the gateway submits them again to the next coordinator.
     """
     GetMesh: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetMeshRequest, _coordinator_pb2.GetMeshResponse]  # type: ignore[assignment]
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
@@ -68,7 +68,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.ConnectResponse], _abc.AsyncIterator[_coordinator_pb2.ConnectResponse]]:
         """Carries all requests of one gateway. The first response describes the mesh;
         later ones are sent when anything changes. When the stream ends, its open
-        requests are cancelled.
+        requests are cancelled; the gateway submits them again to the next coordinator.
         """
 
     @_abc_1.abstractmethod
