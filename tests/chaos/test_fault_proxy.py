@@ -145,3 +145,13 @@ async def test_where_nobody_listens_connections_are_reset() -> None:
         reader, _ = await connect(proxy)
         with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(reader.read(), DEADLINE_S)
+
+
+async def test_corruption_can_be_of_certain_calls_alone() -> None:
+    async with echo_behind_a_proxy() as wire:
+        wire.proxy.faults = Faults(corrupts_every_bytes=2.0, corrupts_calls=b"/Activate")
+        assert await wire.send(b"a call of /Control") == b"a call of /Control"
+        reader, writer = await connect(wire.proxy)
+        other = Echo(wire.proxy, reader, writer)
+        assert await other.send(b"a call of /Activate and more") != b"a call of /Activate and more"
+        writer.transport.abort()

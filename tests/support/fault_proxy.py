@@ -17,6 +17,8 @@ from typing import Any
 _CHUNK_BYTES = 64 * 1024
 # A wire holds little: a writer feels it when its bytes do not arrive.
 _CHUNKS_ON_THE_WIRE = 16
+# Where the call that a connection is made for is named.
+_BEGINNING_BYTES = 4096
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -33,7 +35,9 @@ class Faults:
     refuses: bool = False
     """A partition: new connections are reset. `cut` ends those that stand."""
     corrupts_every_bytes: float | None = None
-    """Mean distance of bytes whose bits are all turned."""
+    """Mean distance of bytes whose bits are all turned ..."""
+    corrupts_calls: bytes = b""
+    """... where not empty, only in what a connection sends to the target after it sent this."""
     loses_every_bytes: float | None = None
     """Mean distance of packets that are sent again, which holds up all behind them ..."""
     resend_s: float = 0.2
@@ -103,7 +107,8 @@ class FaultProxy:
             await _first_of(there, self._forward(far_reader, writer, f"{number} back"))
             far_writer.close()
             writer.close()
-        except OSError:
+        except (OSError, asyncio.CancelledError):
+            # Cancelled by `cut` alone; asyncio takes a cancelled handler for a failed one.
             for one in self._open[task]:
                 _reset(one)
         finally:
@@ -137,6 +142,7 @@ class FaultProxy:
     ) -> None:
         loop = asyncio.get_running_loop()
         corrupted, lost = _Events(f"{seed} corrupted"), _Events(f"{seed} lost")
+        beginning = bytearray()
         while True:
             sent_s, data = await wire.get()
             faults = self._faults
@@ -148,8 +154,11 @@ class FaultProxy:
             await self._flows.wait()
             if not data:
                 return
+            if len(beginning) < _BEGINNING_BYTES:
+                beginning += data
+            every = faults.corrupts_every_bytes if faults.corrupts_calls in beginning else None
             damaged = bytearray(data)
-            for index in corrupted.within(len(data), every=faults.corrupts_every_bytes):
+            for index in corrupted.within(len(data), every=every):
                 damaged[index] ^= 0xFF
             writer.write(damaged)
             await writer.drain()
