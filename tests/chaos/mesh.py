@@ -50,6 +50,7 @@ class ChaosMesh:
         self.shape = shape
         self.parts: dict[str, Part] = {}
         self.wires: dict[str, FaultProxy] = {}
+        self.metrics_ports: dict[str, int] = {}  # of gateways
         self._folder = folder
         self._stack = AsyncExitStack()
 
@@ -71,8 +72,10 @@ class ChaosMesh:
                 ("--max-waiting", str(self.shape.max_waiting)),
             )
             for index in range(self.shape.num_gateways):
+                self.metrics_ports[f"gateway-{index}"] = free_ports(1)[0]
                 await self._add(
                     f"gateway-{index}",
+                    ("--metrics-port", str(self.metrics_ports[f"gateway-{index}"])),
                     ("--coordinator", coordinator, "--model", str(self.shape.model)),
                     ("--resume-limit-s", str(self.shape.resume_limit_s)),
                 )
