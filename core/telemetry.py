@@ -56,6 +56,7 @@ RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS = "rpc.response.status_code"
 STAGE = "penstock.stage.index"
+REPLICA = "penstock.replica"  # number of a stage's replica, from 0
 CAUSE = "penstock.cause"  # "schedule", "upstream", "wire" or "serialise"
 REQUEST_ID = "penstock.request.id"
 TOKEN_TYPE = "gen_ai.token.type"  # "input" or "output"
@@ -169,19 +170,33 @@ TOKENS_GUESSED_RIGHT = Metric(
     description="Guessed tokens that were those that follow",
     labels=(MODEL,),
 )
+SEQUENCES_MOVED = Metric(
+    name="penstock.sequences.moved",
+    kind=Kind.COUNTER,
+    unit="{sequence}",
+    description="Times that a running sequence went on over another path",
+    labels=(MODEL,),
+)
+POSITIONS_RESTORED = Metric(
+    name="penstock.positions.restored",
+    kind=Kind.COUNTER,
+    unit="{position}",
+    description="Positions computed anew on replicas that had lost, or never had, them",
+    labels=(MODEL,),
+)
 KV_BLOCKS_USED = Metric(
     name="penstock.kv.blocks.used",
     kind=Kind.GAUGE,
     unit="{block}",
     description="KV blocks that live sequences hold",
-    labels=(MODEL, STAGE),
+    labels=(MODEL, STAGE, REPLICA),
 )
 KV_BLOCKS_TOTAL = Metric(
     name="penstock.kv.blocks.total",
     kind=Kind.GAUGE,
     unit="{block}",
     description="KV blocks in all",
-    labels=(MODEL, STAGE),
+    labels=(MODEL, STAGE, REPLICA),
 )
 STAGE_BUSY = Metric(
     name="penstock.stage.busy",

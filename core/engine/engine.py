@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from core.engine.activation_log import ActivationLog
 from core.engine.backend import MakeBackend, StageOutputs, StageRows
 from core.engine.cpu_backend import CpuBackend
 from core.engine.sequences import BLOCK_SIZE, SequenceTable
@@ -68,6 +69,7 @@ class Engine:
             checkpoint, config, stage_slice, settings, num_positions=num_positions
         )
         self._sampler = self._backend.make_sampler() if stage_slice.is_last else None
+        self._log = _make_log(config, settings) if self.keeps_log else None
         self._can_sample_S = np.zeros(settings.num_slots, np.bool_)
         self._is_greedy_S = np.zeros(settings.num_slots, np.bool_)
         self._counts_tokens_S = np.zeros(settings.num_slots, np.bool_)
@@ -84,13 +86,18 @@ class Engine:
 
     @property
     def kv_block_bytes(self) -> int:
-        """Bytes of one KV block over all layers of the stage."""
-        return kv_bytes_per_block(self.config, self.stage_slice, self.settings.number_format)
+        """Bytes of one KV block over all layers of the stage, and in its log."""
+        return kv_bytes_per_block(self.config, self.stage_slice, self.settings)
 
     @property
     def kv_block_size(self) -> int:
         """Positions in a KV block."""
         return BLOCK_SIZE
+
+    @property
+    def keeps_log(self) -> bool:
+        """Whether what it sends can be sent again."""
+        return self.settings.keeps_log and not self.stage_slice.is_last
 
     @property
     def codec(self) -> str:
@@ -103,7 +110,7 @@ class Engine:
         return self._backend.fingerprint
 
     def apply(self, updates: SequenceUpdates) -> None:
-        """Ends and starts sequences and gives them blocks.
+        """Ends and starts sequences, gives them blocks and rewinds them.
 
         Raises ProtocolViolation, with nothing changed, where that does not fit.
         """
@@ -129,16 +136,22 @@ class Engine:
                 )
 
     def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
-        """Applies the batch's updates and computes it.
+        """Applies the batch's updates and computes it, or returns what is to be sent again.
 
-        `hidden_TH` is None on the first stage; else float32, or uint16 bit patterns where the
-        wire is bf16. The result's array is valid until the next step. Raises ProtocolViolation.
+        `hidden_TH` is None on the first stage, and for what is replayed; else float32, or uint16
+        bit patterns where the wire is bf16. The result's array is valid until the next step.
+        Raises ProtocolViolation.
         """
+        if batch.replays:
+            return StepResult(hidden_TH=self._replay(batch))
         num_rows = self._prepare(batch, hidden_TH)
         if self._sampler is None:
             self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
             self._sequences.advance(batch)
-            return StepResult(hidden_TH=self._backend.give(num_rows))
+            rows_TH = self._backend.give(num_rows)
+            if self._log is not None:
+                self._log.write(self._places(num_rows), rows_TH)
+            return StepResult(hidden_TH=rows_TH)
         slots_S = np.repeat(batch.slots_R, batch.num_samples_R)
         if not self._can_sample_S[slots_S].all():
             raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
@@ -176,12 +189,28 @@ class Engine:
             self._take_token_ids(batch, num_rows)
         else:
             self._backend.take(hidden_TH, num_rows=num_rows)
+        self._lay_out(batch, num_rows)
+        return num_rows
+
+    def _replay(self, batch: MicroBatch) -> npt.NDArray[Any]:
+        """The rows that were sent when the batch's positions were computed."""
+        if self._log is None:
+            raise ProtocolViolation("this stage keeps no log to send anything again from")
+        self.apply(batch.updates)
+        num_rows = self._sequences.check_replay(batch, max_rows=self.settings.max_rows)
+        self._lay_out(batch, num_rows)
+        return self._log.read(self._places(num_rows))
+
+    def _lay_out(self, batch: MicroBatch, num_rows: int) -> None:
+        """Notes slot and position of each row."""
         num_rows_R = batch.num_rows_R
         start_R = np.cumsum(num_rows_R) - num_rows_R
         self._slots_T[:num_rows] = np.repeat(batch.slots_R, num_rows_R)
         self._positions_T[:num_rows] = np.repeat(batch.first_positions_R - start_R, num_rows_R)
         self._positions_T[:num_rows] += self._all_rows[:num_rows]
-        return num_rows
+
+    def _places(self, num_rows: int) -> npt.NDArray[np.int64]:
+        return self._sequences.places(self._slots_T[:num_rows], self._positions_T[:num_rows])
 
     def _take_token_ids(self, batch: MicroBatch, num_rows: int) -> None:
         token_ids_T = np.asarray(batch.token_ids_T)
@@ -248,6 +277,14 @@ def _sampled_rows(batch: MicroBatch) -> npt.NDArray[np.int32]:
     before_R = np.cumsum(batch.num_rows_R) - np.cumsum(num_samples_R)
     rows_S = np.repeat(before_R, num_samples_R) + np.arange(num_samples_R.sum())
     return rows_S.astype(np.int32)
+
+
+def _make_log(config: LlamaConfig, settings: EngineSettings) -> ActivationLog:
+    return ActivationLog(
+        num_places=settings.num_kv_blocks * BLOCK_SIZE,
+        hidden_size=config.hidden_size,
+        wire=settings.wire,
+    )
 
 
 def _check_slice(stage_slice: StageSlice, config: LlamaConfig) -> None:

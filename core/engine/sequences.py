@@ -8,7 +8,7 @@ Letters: S slots, B blocks of a sequence, R runs, T rows, N new blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,23 @@ from core.kernels.arithmetic import LANES
 from core.pipeline.batch import MicroBatch, SequenceUpdates
 
 BLOCK_SIZE = LANES  # positions in a KV block
+_NOTHING = SequenceUpdates()
+
+
+class _Runs(NamedTuple):
+    """Runs that could be right in some state."""
+
+    slots_R: npt.NDArray[np.int64]
+    first_R: npt.NDArray[np.int64]
+    num_rows_R: npt.NDArray[np.int64]
+
+    @property
+    def end_R(self) -> npt.NDArray[np.int64]:
+        return self.first_R + self.num_rows_R
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.num_rows_R.sum())
 
 
 class SequenceTable:
@@ -36,8 +53,11 @@ class SequenceTable:
         self._num_blocks_S = np.zeros(num_slots, np.int64)
 
     def apply(self, updates: SequenceUpdates) -> None:
-        """Ends, starts, blocks. Raises ProtocolViolation, changing nothing, if one does not fit."""
-        if not (updates.ended_slots or updates.starts or updates.block_slots or updates.block_ids):
+        """Ends, starts, blocks, rewinds.
+
+        Raises ProtocolViolation, changing nothing, if one does not fit.
+        """
+        if updates == _NOTHING:
             return
         ended = self._slots(updates.ended_slots, "ended_slots")
         started = self._slots([start.slot for start in updates.starts], "starts")
@@ -50,12 +70,15 @@ class SequenceTable:
         num_blocks_S[ended] = 0
         positions = self._place_blocks(updates, is_live_S, num_blocks_S)
         cached = self._cached_positions(updates, num_blocks_S[started])
+        rewound = self._rewound(updates, is_live_S)
         self._is_live_S = is_live_S
         self._num_blocks_S = num_blocks_S
         self._lengths_S[started] = cached
         self._certain_S[started] = cached
         if len(positions):
             self.block_tables_SB[updates.block_slots, positions] = updates.block_ids
+        for known_S in (self._lengths_S, self._certain_S):
+            known_S[rewound] = np.minimum(known_S[rewound], updates.rewind_positions)
 
     def _slots(self, slots: Sequence[int], name: str) -> npt.NDArray[np.int64]:
         """Slots as an array; they must exist and be distinct."""
@@ -75,6 +98,21 @@ class SequenceTable:
         are_covered = cached <= num_blocks * BLOCK_SIZE
         _require(bool(are_covered.all()), "cached positions have no KV block", cached)
         return cached
+
+    def _rewound(
+        self, updates: SequenceUpdates, is_live_S: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
+        """Slots that forget what they computed from a position on."""
+        slots = self._slots(updates.rewind_slots, "rewind_slots")
+        positions = np.array(updates.rewind_positions, np.int64)
+        _require(
+            len(slots) == len(positions),
+            "rewind_slots and rewind_positions differ in length",
+            positions,
+        )
+        _require(bool((positions >= 0).all()), "a rewind to before the first position", positions)
+        _require(bool(is_live_S[slots].all()), "a sequence that is rewound is not live", slots)
+        return slots
 
     def _place_blocks(
         self,
@@ -102,8 +140,33 @@ class SequenceTable:
         np.add.at(num_blocks_S, slots_N, 1)
         return positions_N
 
+    def places(
+        self, slots_T: npt.NDArray[np.int32], positions_T: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int64]:
+        """Where in the cache each row's position is, counted over all blocks."""
+        blocks_T = self.block_tables_SB[slots_T, positions_T // BLOCK_SIZE].astype(np.int64)
+        return blocks_T * BLOCK_SIZE + positions_T % BLOCK_SIZE
+
     def check(self, batch: MicroBatch, *, max_rows: int) -> int:
         """Checks that every run continues its sequence and has blocks; returns the rows."""
+        runs = self._check_runs(batch, max_rows=max_rows)
+        self._check_samples(batch.num_samples_R, runs.num_rows_R)
+        self._check_firsts(runs.slots_R, runs.first_R)
+        in_context = bool((runs.end_R <= self.context_length).all())
+        _require(in_context, f"the context is {self.context_length} positions", runs.end_R)
+        covered = bool((runs.end_R <= self._num_blocks_S[runs.slots_R] * BLOCK_SIZE).all())
+        _require(covered, "a run's positions have no KV block", runs.slots_R)
+        return runs.num_rows
+
+    def check_replay(self, batch: MicroBatch, *, max_rows: int) -> int:
+        """Checks that every run has been computed; returns the rows."""
+        runs = self._check_runs(batch, max_rows=max_rows)
+        known = (runs.first_R >= 0) & (runs.end_R <= self._lengths_S[runs.slots_R])
+        _require(bool(known.all()), "positions to replay were not computed", runs.first_R)
+        return runs.num_rows
+
+    def _check_runs(self, batch: MicroBatch, *, max_rows: int) -> _Runs:
+        """Checks what holds for runs of any kind."""
         runs = (batch.slots_R, batch.first_positions_R, batch.num_rows_R, batch.num_samples_R)
         shapes = {np.shape(run) for run in runs}
         _require(len(shapes) == 1 and len(shapes.pop()) == 1, "runs differ in number", batch.id)
@@ -115,14 +178,7 @@ class SequenceTable:
         num_rows = int(num_rows_R.sum())
         _require(num_rows <= max_rows, f"a micro-batch has at most {max_rows} rows", num_rows)
         _require(bool(self._is_live_S[slots_R].all()), "a run's slot is not live", slots_R)
-        self._check_samples(batch.num_samples_R, num_rows_R)
-        self._check_firsts(slots_R, first_R)
-        end_R = first_R + num_rows_R
-        in_context = bool((end_R <= self.context_length).all())
-        _require(in_context, f"the context is {self.context_length} positions", end_R)
-        covered = bool((end_R <= self._num_blocks_S[slots_R] * BLOCK_SIZE).all())
-        _require(covered, "a run's positions have no KV block", slots_R)
-        return num_rows
+        return _Runs(slots_R, first_R, num_rows_R)
 
     def _check_samples(
         self, num_samples_R: npt.NDArray[np.int32], num_rows_R: npt.NDArray[np.int64]

@@ -23,6 +23,8 @@ class EngineSettings:
     # their bytes, and rounds the residual stream after every layer, so that a cut still changes
     # nothing; see docs/decisions.md for what that costs.
     wire: str = "f32"
+    # Keeps the rows that are sent, so that they can be sent again. A last stage sends none.
+    keeps_log: bool = False
 
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from core.engine.activation_log import log_row_bytes
 from core.engine.settings import EngineSettings
 from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
@@ -83,11 +84,16 @@ def allocate_cache(layout: StageLayout, num_layers: int, num_kv_blocks: int) -> 
     return aligned_zeros(shape, np.uint32)
 
 
-def kv_bytes_per_block(config: LlamaConfig, stage_slice: StageSlice, number_format: str) -> int:
-    """Bytes of one KV block of 16 positions over all layers of the stage."""
-    layout = StageLayout(config, Arithmetic(number_format, "portable"))
+def kv_bytes_per_block(
+    config: LlamaConfig, stage_slice: StageSlice, settings: EngineSettings
+) -> int:
+    """Bytes of one KV block of 16 positions over all layers of the stage, and in its log."""
+    layout = StageLayout(config, Arithmetic(settings.number_format, "portable"))
     num_layers = stage_slice.end_layer - stage_slice.first_layer
-    return num_layers * config.num_kv_heads * layout.block_words * 4
+    kv_bytes = num_layers * config.num_kv_heads * layout.block_words * 4
+    if not settings.keeps_log or stage_slice.is_last:
+        return kv_bytes
+    return kv_bytes + LANES * log_row_bytes(config.hidden_size, settings.wire)
 
 
 def allocate_workspace(

@@ -1,6 +1,6 @@
 """What the scheduler wants done, in the order given.
 
-Letters: R runs, T rows (tokens) in all, S stages.
+Letters: R runs, T rows (tokens) in all, P replicas of a path.
 """
 
 from __future__ import annotations
@@ -36,38 +36,57 @@ class Usage:
 
 @dataclass(kw_only=True, slots=True)
 class RunMicroBatch:
-    """Compute a micro-batch on every stage of the path.
+    """Compute a micro-batch on the replicas of `path`, first to last.
 
-    The runs are the same for all stages; `updates_S` has each stage's own (its block ids; the
-    last stage's starts carry sampling). Plain lists, because they go straight into messages.
+    The path is one replica of each of several neighbouring stages, from `first_stage` on: of all of
+    them, or, to restore what a replica lost, of those that take part. Activations go from one to the
+    next; the last one answers. Where `replays`, the first one computes nothing and sends from its
+    log. The runs are the same for all; `updates_P` has each replica's own (its block ids; a last
+    stage's starts carry sampling). Plain lists, because they go straight into messages.
     """
 
     micro_batch_id: int
+    path: tuple[int, ...]  # replica ids
+    first_stage: int
+    replays: bool
     slots_R: list[int]
     first_positions_R: list[int]
     num_rows_R: list[int]
     num_samples_R: list[int]
-    token_ids_T: list[int]  # for the first stage
-    updates_S: list[SequenceUpdates]
+    token_ids_T: list[int]  # for the model's first stage; empty where it does not take part
+    updates_P: list[SequenceUpdates]
 
-    def for_stage(self, stage_index: int) -> MicroBatch:
-        """The micro-batch as that stage's engine takes it."""
+    def for_replica(self, number: int) -> MicroBatch:
+        """The micro-batch as the engine of the path's replica `number`, from 0, takes it."""
         return MicroBatch(
             id=self.micro_batch_id,
             slots_R=np.array(self.slots_R, np.int32),
             first_positions_R=np.array(self.first_positions_R, np.int32),
             num_rows_R=np.array(self.num_rows_R, np.int32),
             num_samples_R=np.array(self.num_samples_R, np.int32),
-            token_ids_T=np.array(self.token_ids_T if stage_index == 0 else [], np.int32),
-            updates=self.updates_S[stage_index],
+            token_ids_T=np.array(
+                self.token_ids_T if self.first_stage + number == 0 else [], np.int32
+            ),
+            updates=self.updates_P[number],
+            replays=self.replays and number == 0,
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class FlushUpdates:
-    """Send these updates by themselves: there is nothing to compute."""
+    """Send these updates to a replica by themselves: there is nothing to compute."""
 
-    updates_S: list[SequenceUpdates]
+    replica_id: int
+    updates: SequenceUpdates
+
+
+@dataclass(kw_only=True, slots=True)
+class AbandonMicroBatches:
+    """Have a replica drop these: their activations will not come. Goes out before all orders that
+    follow."""
+
+    replica_id: int
+    micro_batch_ids: list[int]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,10 +110,12 @@ class Refuse:
 
 
 @dataclass(kw_only=True, slots=True)
-class DropPipeline:
-    """The pipeline makes no progress: close its streams and open it again."""
+class DropReplica:
+    """A replica makes no progress: end its streams and open it again. The scheduler has given it up
+    already."""
 
+    replica_id: int
     reason: str
 
 
-Action = RunMicroBatch | FlushUpdates | EmitTokens | Refuse | DropPipeline
+Action = RunMicroBatch | FlushUpdates | AbandonMicroBatches | EmitTokens | Refuse | DropReplica

@@ -36,12 +36,18 @@ class SequenceStart:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceUpdates:
-    """Changes to mirrored sequences, applied in this order: ends, starts, blocks."""
+    """Changes to mirrored sequences, applied in this order: ends, starts, blocks, rewinds.
+
+    A rewind makes a sequence forget what it computed from a position on; where it has not come so
+    far, it forgets nothing.
+    """
 
     ended_slots: tuple[int, ...] = ()
     starts: tuple[SequenceStart, ...] = ()
     block_slots: tuple[int, ...] = ()
     block_ids: tuple[int, ...] = ()  # same length as block_slots, in order of position
+    rewind_slots: tuple[int, ...] = ()
+    rewind_positions: tuple[int, ...] = ()  # same length as rewind_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,8 @@ class MicroBatch:
     """Runs of consecutive rows of several sequences.
 
     `num_samples_R[r]` asks for a token after each of the last rows of run r; more than one
-    verify guessed tokens. `token_ids_T` is empty except on the first stage.
+    verify guessed tokens. `token_ids_T` is empty except on the first stage. One that `replays`
+    computes nothing: the stage sends the activations of these rows again, from its log.
     """
 
     id: int
@@ -59,6 +66,7 @@ class MicroBatch:
     num_samples_R: npt.NDArray[np.int32]
     token_ids_T: npt.NDArray[np.int32]
     updates: SequenceUpdates = field(default_factory=SequenceUpdates)
+    replays: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -10,51 +10,113 @@ from core.sampling.parameters import SamplingParameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StageFacts:
-    """What the scheduler must know of one stage."""
-
-    num_kv_blocks: int
-    max_rows: int  # most rows of a micro-batch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineFacts:
-    """What the scheduler must know of an opened pipeline; first stage first."""
+    """What the scheduler must know of the model and of all stages alike."""
 
-    stages: tuple[StageFacts, ...]
+    num_stages: int
     num_slots: int  # most sequences at a time; slots are below this
     context_length: int  # most positions of a sequence
     kv_block_size: int = 16  # positions in a KV block
     eos_token_ids: tuple[int, ...] = ()
-    # Names weights and arithmetic: what was computed with others is of no use.
-    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineReady:
-    """All stages are open, empty and fit each other."""
+class ReplicaFacts:
+    """What the scheduler must know of one replica of a stage."""
+
+    num_kv_blocks: int
+    max_rows: int  # most rows of a micro-batch
+    # Names its weights and arithmetic. What was computed with others is of no use: a sequence
+    # ends with the weights that it began with, and replicas that differ never share it.
+    weights: str = ""
+    # It takes sequences only where no other replica of its stage and weights can.
+    is_spare: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineKnown:
+    """The model is known: comes once, before all replicas."""
 
     facts: PipelineFacts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaReady:
+    """A replica of a stage is open and empty.
+
+    `replica_id` stands for this incarnation: a process that is opened again gets another one.
+    """
+
+    replica_id: int
+    stage_index: int
+    facts: ReplicaFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaLost:
+    """A replica is gone with all it held. Unknown ids are ignored."""
+
+    replica_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaDraining:
+    """A replica shall get no new sequences. `moves`: those it has leave it now for others of the
+    same weights, where there are any; else they end where they are."""
+
+    replica_id: int
+    moves: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkReady:
+    """Activations can travel from one replica to another, of the next stage."""
+
+    upstream_id: int
+    downstream_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkLost:
+    """What was on its way from one replica to another will not arrive. Both may live on."""
+
+    upstream_id: int
+    downstream_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsChosen:
+    """New sequences take replicas with these weights on this stage. Until one says so, the weights
+    of the stage's first replica."""
+
+    stage_index: int
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineLost:
-    """A stage or its stream is gone; nothing in flight will return."""
+    """The coordinator stops: every request ends with Unavailable."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestArrived:
-    """A request. `token_ids` is the prompt; the scheduler keeps it and does not change it."""
+    """A request. `token_ids` is the prompt, and output that was generated elsewhere behind it; the
+    scheduler does not change it."""
 
     request_id: int  # unique for the life of the scheduler
     token_ids: Sequence[int]
+    num_output_tokens: int = 0  # of `token_ids`, the last ones: output, and not emitted again
     sampling: SamplingParameters
     deadline_s: float | None = None  # on the clock of `now_s`
     traceparent: str = ""
     # Only requests of equal salt share what was computed for their prompts: a tenant's secret.
     cache_salt: str = ""
+    tenant: str = ""  # all of one tenant share what is its share of the mesh
+    priority: int = 0  # all of a higher one are admitted first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +128,8 @@ class RequestCancelled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokensSampled:
-    """A micro-batch has left the last stage: one token for each sampled row, in order."""
+    """A micro-batch has left the last replica that takes part in it: one token for each sampled
+    row, in order."""
 
     micro_batch_id: int
     token_ids: Sequence[int]
@@ -76,11 +139,12 @@ class TokensSampled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageReported:
-    """How long a stage took for its latest micro-batches, in the order it computed them."""
+    """How long a replica took for its latest micro-batches, in the order it computed them."""
 
-    stage_index: int
+    replica_id: int
     batch_rows: Sequence[int]
     batch_seconds: Sequence[float]
+    performed_id: int = 0  # the latest micro-batch that it has performed or abandoned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +153,14 @@ class Tick:
 
 
 Event = (
-    PipelineReady
+    PipelineKnown
     | PipelineLost
+    | ReplicaReady
+    | ReplicaLost
+    | ReplicaDraining
+    | LinkReady
+    | LinkLost
+    | WeightsChosen
     | RequestArrived
     | RequestCancelled
     | TokensSampled

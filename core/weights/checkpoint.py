@@ -31,12 +31,6 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def digest(self) -> str:
-        """SHA-256 (hex) over headers, sizes and a few bytes of weights: equal for equal models,
-        cheap to make."""
-        ...
-
-    @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names as the file has them."""
         ...
@@ -44,6 +38,12 @@ class Checkpoint(Protocol):
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data that `read` has touched so far."""
+        ...
+
+    @property
+    def read_digest(self) -> str:
+        """Digest (hex) of these bytes, in the order of reading: equal for equal weights, whatever
+        else the file holds."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:

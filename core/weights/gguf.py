@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from core.errors import CorruptWeights
 from core.weights.dequantise import dequantise
-from core.weights.digest import digest_of
 from core.weights.finite import require_finite
 from core.weights.gguf_header import GgufMetadata, read_header
 from core.weights.mapped_file import MappedFile
+from core.weights.readings import Readings
 
 
 class GgufCheckpoint:
@@ -24,7 +24,7 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises NotFound or CorruptWeights."""
         self.path = path
-        self.bytes_read = 0
+        self._readings = Readings()
         self._file = MappedFile(path)
         try:
             self._header = read_header(self._file)
@@ -36,9 +36,13 @@ class GgufCheckpoint:
     def metadata(self) -> GgufMetadata:
         return self._header.metadata
 
-    @cached_property
-    def digest(self) -> str:
-        return digest_of([(self._file, self._header.size_bytes)])
+    @property
+    def bytes_read(self) -> int:
+        return self._readings.num_bytes
+
+    @property
+    def read_digest(self) -> str:
+        return self._readings.digest
 
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:
@@ -69,9 +73,9 @@ class GgufCheckpoint:
         tensor = self._header.tensors[name]
         raw = self._file.view(tensor.offset + first_byte, num_bytes)
         values = dequantise(raw, block_type=tensor.block_type, shape=shape)
+        self._readings.add(raw)
         del raw
         self._file.release(tensor.offset + first_byte, num_bytes)
-        self.bytes_read += num_bytes
         require_finite(values, path=self.path, name=name)
         return values
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import CorruptWeights
-from core.weights.digest import digest_of
 from core.weights.finite import require_finite
 from core.weights.mapped_file import MappedFile
+from core.weights.readings import Readings
 
 _HEADER = struct.Struct("<7i")
 _FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
@@ -38,7 +37,7 @@ class Llama2cCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises NotFound or CorruptWeights."""
         self.path = path
-        self.bytes_read = 0
+        self._readings = Readings()
         self._file = MappedFile(path)
         try:
             self.metadata: Mapping[str, int] = _read_header(self._file)
@@ -47,9 +46,13 @@ class Llama2cCheckpoint:
             self._file.close()
             raise
 
-    @cached_property
-    def digest(self) -> str:
-        return digest_of([(self._file, _HEADER.size)])
+    @property
+    def bytes_read(self) -> int:
+        return self._readings.num_bytes
+
+    @property
+    def read_digest(self) -> str:
+        return self._readings.digest
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -74,9 +77,9 @@ class Llama2cCheckpoint:
         num_bytes = 4 * prod(shape)
         raw = self._file.view(offset, num_bytes)
         values = raw.view("<f4").reshape(shape).astype(np.float32)
+        self._readings.add(raw)
         del raw
         self._file.release(offset, num_bytes)
-        self.bytes_read += num_bytes
         require_finite(values, path=self.path, name=name)
         return values
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -21,9 +20,9 @@ import numpy.typing as npt
 
 from core.errors import CorruptWeights, NotFound
 from core.weights.dequantise import bf16_to_f32
-from core.weights.digest import digest_of
 from core.weights.finite import require_finite
 from core.weights.mapped_file import MappedFile
+from core.weights.readings import Readings
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
 _MAX_JSON_BYTES = 100_000_000
@@ -98,7 +97,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         """Raises NotFound or CorruptWeights."""
         self.path = path
-        self.bytes_read = 0
+        self._readings = Readings()
         self.metadata: Mapping[str, Any] = read_json(path / "config.json")
         self._files: list[tuple[MappedFile, int]] = []
         self._tensors: dict[str, _Tensor] = {}
@@ -109,13 +108,13 @@ class SafetensorsCheckpoint:
             self.close()
             raise
 
-    @cached_property
-    def digest(self) -> str:
-        config = MappedFile(self.path / "config.json")
-        try:
-            return digest_of([(config, config.size_bytes), *self._files])
-        finally:
-            config.close()
+    @property
+    def bytes_read(self) -> int:
+        return self._readings.num_bytes
+
+    @property
+    def read_digest(self) -> str:
+        return self._readings.digest
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -143,9 +142,9 @@ class SafetensorsCheckpoint:
         offset = tensor.offset + first_byte
         raw = tensor.file.view(offset, num_bytes)
         values = _widen(raw, tensor.dtype, f"{tensor.file.path}: {name!r}").reshape(shape)
+        self._readings.add(raw)
         del raw
         tensor.file.release(offset, num_bytes)
-        self.bytes_read += num_bytes
         require_finite(values, path=tensor.file.path, name=name)
         return values
 

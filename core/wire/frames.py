@@ -28,7 +28,7 @@ MAX_FRAME_BYTES = 1024 * 1024
 def encode_frames(
     hidden_TH: Activations,
     *,
-    epoch: int,
+    link_id: int,
     micro_batch_id: int,
     first_sequence_number: int,
     codec: str,
@@ -51,7 +51,7 @@ def encode_frames(
         data = hidden_TH[first:end].tobytes()
         request = stage_pb2.ActivateRequest()
         frame = request.frame  # filled in place: a frame set as a whole is copied again
-        frame.epoch = epoch
+        frame.link_id = link_id
         frame.micro_batch_id = micro_batch_id
         frame.sequence_number = first_sequence_number + number
         frame.codec = form.number
@@ -76,11 +76,15 @@ class CompleteActivations:
 
 @dataclass
 class _Partial:
-    """What has come of a micro-batch so far; `num_rows` is None until it is scheduled."""
+    """What has come of a micro-batch so far; `num_rows` is None until it is scheduled.
+
+    Of one that is abandoned the rows are counted, and not kept.
+    """
 
     num_rows: int | None = None
     num_rows_seen: int = 0
     parts: list[Activations] = field(default_factory=list)
+    is_abandoned: bool = False
 
 
 class FrameAssembler:
@@ -88,17 +92,19 @@ class FrameAssembler:
 
     Schedule and frames come over different streams: a frame may be there before its
     micro-batch is expected, and is then kept. (Credits bound how many.) Micro-batches
-    may interleave on a link; the rows of each come in order. After an error the
-    assembler is of no more use: its link ends.
+    may interleave on a link, but begin in the order of their ids; the rows of each come in
+    order. After an error the assembler is of no more use: its link ends.
     """
 
-    def __init__(self, hidden_size: int, codec: str, *, epoch: int = 0) -> None:
+    def __init__(self, hidden_size: int, codec: str, *, link_id: int) -> None:
         self._hidden_size = hidden_size
         self._codec = codec_named(codec)
-        self._epoch = epoch
+        self._link_id = link_id
         self._next_sequence_number = 0
         self._open: dict[int, _Partial] = {}
+        self._abandoned: set[int] = set()  # of those that are open
         self._last_expected = -1
+        self._num_dropped = 0
 
     @property
     def num_open(self) -> int:
@@ -120,15 +126,30 @@ class FrameAssembler:
         partial.num_rows = num_rows
         return self._complete(micro_batch_id, partial)
 
+    def abandon(self, micro_batch_id: int) -> None:
+        """Drops what has come of a micro-batch that is expected, and what will come.
+
+        Others are left alone.
+        """
+        partial = self._open.get(micro_batch_id)
+        if partial is None or partial.num_rows is None or partial.is_abandoned:
+            return
+        partial.is_abandoned = True
+        self._abandoned.add(micro_batch_id)
+        self._num_dropped += len(partial.parts)
+        partial.parts.clear()
+
+    def take_dropped(self) -> int:
+        """Returns how many frames have been dropped since the last call."""
+        num_dropped, self._num_dropped = self._num_dropped, 0
+        return num_dropped
+
     def add(self, frame: tensor_pb2.ActivationFrame) -> CompleteActivations | None:
         """Takes a frame; returns its micro-batch's activations when it was the last one missing.
 
-        A frame of an older epoch is dropped. Raises MalformedMessage (the frame does
-        not fit the manifest or itself), ChecksumMismatch, or ProtocolViolation (it does
-        not fit the state of the link).
+        Raises MalformedMessage (the frame does not fit the manifest or itself),
+        ChecksumMismatch, or ProtocolViolation (it does not fit the state of the link).
         """
-        if frame.epoch < self._epoch:
-            return None
         data = frame.data
         self._check_form(frame, len(data))
         partial = self._check_place(frame)
@@ -137,7 +158,10 @@ class FrameAssembler:
                 f"the bytes of frame {frame.sequence_number} changed on their way"
             )
         part = np.frombuffer(data, self._codec.dtype).reshape(frame.num_rows, self._hidden_size)
-        partial.parts.append(part)
+        if partial.is_abandoned:
+            self._num_dropped += 1
+        else:
+            partial.parts.append(part)
         partial.num_rows_seen += frame.num_rows
         self._open[frame.micro_batch_id] = partial
         self._next_sequence_number += 1
@@ -160,9 +184,11 @@ class FrameAssembler:
                 )
 
     def _check_place(self, frame: tensor_pb2.ActivationFrame) -> _Partial:
-        """Checks epoch, order and schedule; returns the state of the frame's micro-batch."""
-        if frame.epoch > self._epoch:
-            raise ProtocolViolation(f"epoch {frame.epoch} has not begun; it is {self._epoch}")
+        """Checks link, order and schedule; returns the state of the frame's micro-batch."""
+        if frame.link_id != self._link_id:
+            raise ProtocolViolation(
+                f"a frame of link {frame.link_id} came over link {self._link_id}"
+            )
         if frame.sequence_number != self._next_sequence_number:
             raise ProtocolViolation(
                 f"frame {frame.sequence_number} came where {self._next_sequence_number} was due"
@@ -189,11 +215,23 @@ class FrameAssembler:
         if partial.num_rows_seen > partial.num_rows:
             raise _too_many(micro_batch_id, partial.num_rows_seen, partial)
         del self._open[micro_batch_id]
+        if self._abandoned:
+            self._forget_abandoned(micro_batch_id)
+        if partial.is_abandoned:
+            return None
         parts = partial.parts
         hidden_TH = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return CompleteActivations(
             micro_batch_id=micro_batch_id, hidden_TH=hidden_TH, num_frames=len(parts)
         )
+
+    def _forget_abandoned(self, complete_id: int) -> None:
+        """Forgets those that will not come any more: later ones have begun."""
+        self._abandoned.discard(complete_id)
+        for id in [id for id in self._abandoned if id < complete_id]:
+            if self._open[id].num_rows_seen == 0:
+                self._abandoned.remove(id)
+                del self._open[id]
 
 
 def _cuts(hidden_TH: Activations, max_frame_bytes: int) -> Iterator[tuple[int, int]]:

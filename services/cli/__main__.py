@@ -8,7 +8,7 @@ import grpc
 import typer
 
 from core.errors import PenstockError
-from services.cli import asking, console, planning, serving
+from services.cli import asking, console, planning, serving, updating
 
 app = typer.Typer(
     name="penstock",
@@ -21,6 +21,7 @@ for command in (
     serving.mesh,
     serving.stop,
     serving.status,
+    updating.update,
     asking.generate,
     asking.tokenize,
     planning.models,

@@ -11,7 +11,6 @@ import typer
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 from penstock.v1.generation_pb2 import SamplingParameters
-from rich.table import Table
 
 from core.errors import NotFound
 from services.cli import console
@@ -19,14 +18,15 @@ from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
 from services.cli.how_to_call import QUESTION, how_to_call
 from services.cli.starting import StartDisplay
+from services.cli.status import headline, status_table
 from services.common.channels import open_channel
 from services.local.background import start_in_background
 from services.local.background import stop as stop_mesh
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.layout import MeshLayout
 from services.local.prepare import prepare
-from services.local.run_folder import MeshRecord, RunFolder, default_folder
-from services.local.settings import MeshSettings, parse_bytes
+from services.local.run_folder import RunFolder, default_folder
+from services.local.settings import MeshSettings, parse_bytes, parse_counts
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
@@ -46,6 +46,20 @@ def mesh(
     stages: Annotated[
         int, typer.Option(envvar="PENSTOCK_STAGES", help="How many processes share the layers.")
     ] = 2,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_REPLICAS",
+            help="Processes of each stage that share its sequences: 2, or 1,2 stage by stage.",
+        ),
+    ] = "1",
+    spares: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_SPARES",
+            help="Processes of each stage that wait until one fails: 1, or 0,1 stage by stage.",
+        ),
+    ] = "0",
     dtype: Annotated[
         str,
         typer.Option(
@@ -114,6 +128,8 @@ def mesh(
     settings = MeshSettings(
         model=model,
         stages=stages,
+        replicas=parse_counts("replicas", replicas),
+        spares=parse_counts("spares", spares),
         dtype=dtype,
         device=device,
         split=split,
@@ -145,8 +161,8 @@ def status() -> None:
     if record is None:
         raise NotFound("no mesh is running: start one with `make mesh`")
     mesh = asyncio.run(_ask_mesh(record.coordinator))
-    console.say(_headline(record, mesh))
-    console.out.print(status_table(mesh))
+    console.say(headline(record, mesh))
+    console.out.print(status_table(record, mesh))
 
 
 async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> None:
@@ -202,44 +218,3 @@ async def _ask_mesh(coordinator: str) -> pb.GetMeshResponse:
         )
     finally:
         await channel.close()
-
-
-def _headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
-    uptime_s = int(mesh.uptime.ToTimedelta().total_seconds())
-    return (
-        f"{record.model} ({record.number_format}) at {record.gateway}, up {uptime_s} s: "
-        f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
-        f"{mesh.tokens_per_second:.0f} tokens/s, "
-        f"{mesh.cached_tokens / max(mesh.prompt_tokens, 1):.0%} of {mesh.prompt_tokens} prompt "
-        f"tokens cached{_guesses(mesh)}"
-    )
-
-
-def _guesses(mesh: pb.GetMeshResponse) -> str:
-    if not mesh.tokens_guessed:
-        return ""
-    share = mesh.tokens_guessed_right / mesh.tokens_guessed
-    return f", {mesh.tokens_guessed} tokens guessed, {share:.0%} right"
-
-
-def status_table(mesh: pb.GetMeshResponse) -> Table:
-    """One row a stage."""
-    columns = ("stage", "layers", "address", "health", "weights", "read from file")
-    shares = ("busy (stolen)", "starved: schedule, upstream, wire, serialise")
-    table = Table(*columns, "KV blocks", "tokens/s", *shares, box=None)
-    for stage in mesh.stages:
-        table.add_row(
-            str(stage.index),
-            f"{stage.first_layer}:{stage.end_layer}",
-            stage.address,
-            "ready" if stage.ready else (stage.problem or "not ready"),
-            console.format_bytes(stage.weights_bytes),
-            console.format_bytes(stage.bytes_read),
-            f"{stage.kv_blocks_used}/{stage.kv_blocks_total}",
-            f"{stage.rows_per_second:.0f}",
-            f"{stage.busy_fraction:.0%} ({stage.stolen_fraction:.0%})",
-            f"{stage.starved_fraction:.0%}: {stage.starved_for_schedule:.0%}, "
-            f"{stage.starved_for_upstream:.0%}, {stage.starved_by_wire:.0%}, "
-            f"{stage.starved_by_serialising:.0%}",
-        )
-    return table

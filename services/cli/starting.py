@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli import console
-from services.local.layout import MeshLayout
+from services.local.layout import MeshLayout, replica_suffix
 from services.local.progress import StageProgress
 
 # For stages whose kernels are in no cache: after a change, or for a new number format.
@@ -22,7 +22,7 @@ class StartDisplay:
 
     def __init__(self, layout: MeshLayout) -> None:
         self._layout = layout
-        self._stages: dict[int, StageProgress] = {}
+        self._stages: dict[str, StageProgress] = {}  # by the process's name
         self._started_at = time.monotonic()
         self._live = Live(console=console.out, get_renderable=self._table, refresh_per_second=8)
         self._is_live = console.out.is_terminal
@@ -39,14 +39,14 @@ class StartDisplay:
     def update(self, stages: list[StageProgress]) -> None:
         """Takes the newest state of all stages."""
         for stage in stages:
-            before = self._stages.get(stage.index, StageProgress(index=stage.index, ready=False))
-            self._stages[stage.index] = stage
+            before = self._stages.get(stage.name)
+            self._stages[stage.name] = stage
             if self._is_live:
                 continue
-            if stage.ready and not before.ready:
+            if stage.ready and not (before and before.ready):
                 console.say(self._line(stage))
-            elif stage.compiling and not before.compiling:
-                console.say(f"stage {stage.index}: {COMPILING}")
+            elif stage.compiling and not (before and before.compiling):
+                console.say(f"{_title(stage)}: {COMPILING}")
 
     @property
     def seconds(self) -> float:
@@ -56,13 +56,16 @@ class StartDisplay:
     def _line(self, stage: StageProgress) -> str:
         layers = self._layout.stages[stage.index].layers
         size = console.format_bytes(stage.weights_bytes)
-        return f"stage {stage.index} ready: layers {layers}, {size}, {stage.load_s:.1f} s"
+        return f"{_title(stage)} ready: layers {layers}, {size}, {stage.load_s:.1f} s"
 
     def _table(self) -> Table:
         table = Table("stage", "layers", "weights", "read", "seconds", "state", box=None)
         for index, layout in enumerate(self._layout.stages):
-            stage = self._stages.get(index, StageProgress(index=index, ready=False))
-            table.add_row(str(index), layout.layers, *self._cells(stage))
+            for one in layout.replicas:
+                stage = StageProgress(index=index, replica=one.number, ready=False)
+                stage = self._stages.get(stage.name, stage)
+                suffix = replica_suffix(one.number) + (" (spare)" if one.is_spare else "")
+                table.add_row(f"{index}{suffix}", layout.layers, *self._cells(stage))
         return table
 
     def _cells(self, stage: StageProgress) -> tuple[Text | Spinner, ...]:
@@ -75,6 +78,10 @@ class StartDisplay:
             Text(f"{stage.load_s:.1f}"),
             Text("ready", style="green"),
         )
+
+
+def _title(stage: StageProgress) -> str:
+    return f"stage {stage.index}{replica_suffix(stage.replica)}"
 
 
 def _doing(stage: StageProgress) -> str:

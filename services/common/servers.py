@@ -13,11 +13,14 @@ from typing import Any, NoReturn
 import grpc
 
 from core.errors import InvalidInput, PenstockError
-from services.common.channels import KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S, MAX_MESSAGE_BYTES
+from services.common.channels import MAX_MESSAGE_BYTES, PING_INTERVAL_MS
 from services.common.interceptors import ServerInterceptor
 from services.common.telemetry import Telemetry
 
 _LOG = logging.getLogger(__name__)
+# Of servers, whose clients may be anywhere: silent ones are noticed after both.
+_PING_INTERVAL_MS = 10_000
+_PING_TIMEOUT_MS = 5_000
 
 
 def create_server(
@@ -35,12 +38,12 @@ def create_server(
         ("grpc.max_send_message_length", max_send_bytes),
         # Two servers on one port would share its connections between them, silently.
         ("grpc.so_reuseport", 0),
-        ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_S * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+        ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Clients that ping as often as our channels do are welcome.
-        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_S * 500),
+        ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
     return grpc.aio.server(interceptors=[ServerInterceptor(telemetry)], options=options)
 

@@ -1,4 +1,4 @@
-"""Starts a coordinator: `python -m services.coordinator --listen ... --stages A,B`."""
+"""Starts a coordinator: `python -m services.coordinator --listen ... --stages 'A|B,C'`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.common.telemetry import start_telemetry
 from services.coordinator.conductor import Conductor
 from services.coordinator.metrics import register_metrics
 from services.coordinator.servicer import CoordinatorServicer
-from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.settings import CoordinatorSettings, parse_stages
 
 
 async def serve(settings: CoordinatorSettings) -> None:
@@ -24,7 +24,7 @@ async def serve(settings: CoordinatorSettings) -> None:
     try:
         health = HealthService()
         conductor = Conductor(settings, telemetry, health)
-        register_metrics(telemetry, conductor.scheduler, conductor.mesh)
+        register_metrics(telemetry, conductor)
         server = create_server(telemetry)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
             CoordinatorServicer(conductor), server
@@ -46,7 +46,12 @@ async def serve(settings: CoordinatorSettings) -> None:
 
 def main(
     listen: Annotated[str, typer.Option(help="host:port to serve on")],
-    stages: Annotated[str, typer.Option(help="addresses of the stages, first first, with commas")],
+    stages: Annotated[
+        str, typer.Option(help="addresses: commas between stages, | between replicas of one")
+    ],
+    spares: Annotated[
+        str, typer.Option(help="of these, with commas, those used only when others fail")
+    ] = "",
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     max_sequences: Annotated[int, typer.Option(help="most requests running at a time")] = 256,
     max_waiting: Annotated[int, typer.Option(help="most requests waiting")] = 1024,
@@ -54,13 +59,16 @@ def main(
         int, typer.Option(help="most guessed tokens of a request in a micro-batch; 0: none")
     ] = 16,
     micro_batch_timeout_s: Annotated[
-        float, typer.Option(help="seconds without a result after which the pipeline has hung")
+        float, typer.Option(help="seconds without a result after which a stage has hung")
     ] = 30.0,
+    pulse_timeout_s: Annotated[
+        float, typer.Option(help="seconds without a word after which a stage is lost")
+    ] = 2.0,
     prefix_cache: Annotated[
         bool, typer.Option(help="compute prompts that begin alike once, as far as they do")
     ] = True,
     open_timeout_s: Annotated[
-        float, typer.Option(help="seconds that stages have for loading their weights")
+        float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
@@ -72,12 +80,14 @@ def main(
     try:
         settings = CoordinatorSettings(
             listen=listen,
-            stages=tuple(address.strip() for address in stages.split(",")),
+            stages=parse_stages(stages),
+            spares=frozenset(filter(None, (address.strip() for address in spares.split(",")))),
             metrics_port=metrics_port,
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             speculation=speculation,
             micro_batch_timeout_s=micro_batch_timeout_s,
+            pulse_timeout_s=pulse_timeout_s,
             prefix_cache=prefix_cache,
             open_timeout_s=open_timeout_s,
             log_level=log_level,

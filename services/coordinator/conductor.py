@@ -8,56 +8,35 @@ tasks here: `post` and the turn run on the loop's thread, one after the other.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from penstock.v1 import coordinator_pb2, stage_pb2
 
 from core import telemetry as names
-from core.errors import InvalidInput, PenstockError
 from core.pipeline.actions import (
+    AbandonMicroBatches,
     Action,
-    DropPipeline,
+    DropReplica,
     EmitTokens,
     FlushUpdates,
     Refuse,
     RunMicroBatch,
-    Usage,
 )
-from core.pipeline.events import (
-    Event,
-    PipelineLost,
-    PipelineReady,
-    RequestArrived,
-    RequestCancelled,
-    Tick,
-)
+from core.pipeline.events import Event, PipelineLost, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
 from services.coordinator import messages
-from services.coordinator.fit import pipeline_facts
 from services.coordinator.gateway_stream import GatewayStream
-from services.coordinator.mesh import MeshView, Window
-from services.coordinator.pipeline_link import PipelineLink
+from services.coordinator.mesh import MeshView, Window, window_s
+from services.coordinator.replica_link import Incarnation, ReplicaLink
+from services.coordinator.replicas import Replicas
+from services.coordinator.requests import Requests
 from services.coordinator.settings import CoordinatorSettings
-from services.coordinator.spans import RequestSpans
 
-_LOG = logging.getLogger(__name__)
 _TICK_S = 0.05
-
-
-@dataclass(slots=True, eq=False)
-class OpenRequest:
-    """A request of a gateway that has not ended."""
-
-    gateway: GatewayStream
-    gateway_request_id: int
-    traceparent: str
-    arrived_ns: int  # Unix time
 
 
 class Conductor:
@@ -71,13 +50,9 @@ class Conductor:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
         self._health = health
         self._clock = clock
-        self._spans = RequestSpans(telemetry)
         self._rows_histogram = telemetry.histogram(names.MICRO_BATCH_ROWS)
-        self._queue_histogram = telemetry.histogram(names.QUEUE_DURATION)
-        self._labels: dict[str, str] = {}  # of both histograms
         self.scheduler = Scheduler(
             SchedulerSettings(
                 max_waiting=settings.max_waiting,
@@ -86,26 +61,23 @@ class Conductor:
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
-        self.mesh = MeshView(settings.stages, clock())
-        self.link = PipelineLink(settings, self)
+        self.replicas = Replicas(settings, self)
+        self.requests = Requests(telemetry, post=self.post, clock=clock)
+        self.mesh = MeshView(self.replicas, clock())
         self._events: list[Event] = []
         self._is_turn_due = False
-        self._requests: dict[int, OpenRequest] = {}
-        self._next_request_id = 1
-        self._gateways: set[GatewayStream] = set()
-        self._touched: set[GatewayStream] = set()
+        self._has_mesh_changed = False
         self._tokens = Window(1)
         self._tokens_counted = 0
-        self._is_stopping = False
         self._health_changed = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- tasks of the process
 
     async def run(self) -> None:
-        """Keeps the pipeline open and time passing; ends by raising only."""
+        """Keeps the replicas open and time passing; ends by raising only."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.link.run())
+            group.create_task(self.replicas.run())
             group.create_task(self._tick())
             group.create_task(self._keep_health())
             group.create_task(self._watch())
@@ -114,8 +86,16 @@ class Conductor:
         while True:
             await asyncio.sleep(_TICK_S)
             has_progress = self._count_tokens()
-            if self._requests and not has_progress:
+            if self.requests.are_there_any and not has_progress:
                 self.post(Tick())
+            elif self._events:
+                self._be_due()  # reports of an idle mesh
+            self._let_drained_leave()
+
+    def _let_drained_leave(self) -> None:
+        for link in list(self.replicas.links):
+            if link.is_draining and not self.num_sequences(link):
+                self.replicas.remove(link)
 
     async def _watch(self) -> None:
         """A failed turn is our own bug: it ends the process rather than leaving it dumb."""
@@ -130,89 +110,21 @@ class Conductor:
             if not model:
                 continue
             await self._health.set(model, serving=self.mesh.is_ready)
-            for index, stage in enumerate(self.mesh.stages):
-                await self._health.set(f"{model}/stage/{index}", serving=stage.is_ready)
+            for index, is_ready in enumerate(self.mesh.stages_ready()):
+                await self._health.set(f"{model}/stage/{index}", serving=is_ready)
 
     async def stop(self) -> None:
         """Refuses what is open and lets every gateway's stream end."""
-        self._is_stopping = True
         await self._health.stop_serving()
         self._events.append(PipelineLost(reason="the coordinator is stopping"))
         self._turn()
-        for gateway in self._gateways:
-            gateway.close()
-
-    # --- gateways
+        self.requests.close()
 
     def connect(self) -> GatewayStream:
         """Takes a gateway in."""
-        gateway = GatewayStream()
-        gateway.set_mesh(self.mesh.state())
-        self._gateways.add(gateway)
-        if self._is_stopping:
-            gateway.close()
-        return gateway
+        return self.requests.connect(self.mesh.state())
 
-    def disconnect(self, gateway: GatewayStream) -> None:
-        """Lets a gateway go; its open requests are cancelled."""
-        self._gateways.discard(gateway)
-        for request_id in gateway.request_ids.values():
-            self.post(RequestCancelled(request_id=request_id))
-
-    def receive(self, gateway: GatewayStream, request: coordinator_pb2.ConnectRequest) -> None:
-        """Takes what a gateway asks for; requests that are wrong are refused one by one."""
-        for submission in request.submissions:
-            try:
-                self._submit(gateway, submission)
-            except PenstockError as error:
-                update = gateway.add_update(submission.request_id)
-                messages.write_refusal(update, Refuse(request_id=0, error=error))
-                gateway.wake()
-        for cancellation in request.cancellations:
-            request_id = gateway.request_ids.get(cancellation.request_id)
-            if request_id is not None:
-                self.post(RequestCancelled(request_id=request_id))
-
-    def _submit(self, gateway: GatewayStream, submission: coordinator_pb2.Submission) -> None:
-        if submission.request_id in gateway.request_ids:
-            raise InvalidInput("request_id", submission.request_id, "unique within the stream")
-        token_ids = list(submission.token_ids)
-        vocab_size = self.mesh.vocab_size
-        if vocab_size and token_ids and max(token_ids) >= vocab_size:
-            raise InvalidInput("token_ids", max(token_ids), f"ids below {vocab_size}")
-        sampling = messages.sampling_parameters(submission.sampling)
-        deadline_s = None
-        if submission.HasField("timeout"):
-            deadline_s = self._clock() + messages.seconds(submission.timeout)
-        request_id = self._next_request_id
-        self._next_request_id += 1
-        gateway.request_ids[submission.request_id] = request_id
-        self._requests[request_id] = OpenRequest(
-            gateway, submission.request_id, submission.traceparent, time.time_ns()
-        )
-        self.post(
-            RequestArrived(
-                request_id=request_id,
-                token_ids=token_ids,
-                sampling=sampling,
-                deadline_s=deadline_s,
-                traceparent=submission.traceparent,
-                cache_salt=submission.cache_salt,
-            )
-        )
-
-    # --- the pipeline (PipelineListener)
-
-    def on_stage_ready(self, stage_index: int, ready: stage_pb2.StageReady) -> None:
-        self.mesh.stage_ready(stage_index, ready)
-        self._tell_mesh()
-
-    def on_pipeline_ready(self, stages: Sequence[stage_pb2.StageReady]) -> None:
-        self.mesh.pipeline_ready(self._clock())
-        self._labels = {names.MODEL: self.mesh.model_name}
-        facts = pipeline_facts(stages, num_slots=self._settings.max_sequences)
-        self.post(PipelineReady(facts=facts))
-        self._tell_mesh()
+    # --- replicas (MeshListener)
 
     def on_sampled(self, message: stage_pb2.SampledTokens) -> None:
         if message.sent_unix_ns:
@@ -221,30 +133,37 @@ class Conductor:
         self._events.append(messages.tokens_sampled(message))
         self._guarded_turn()  # at once: stages may be waiting for what comes next
 
-    def on_report(self, stage_index: int, report: stage_pb2.StageReport) -> None:
-        self.mesh.stages[stage_index].add(report, self._clock())
+    def on_report(self, replica: Incarnation, report: stage_pb2.StageReport) -> None:
+        self.mesh.add_report(replica, report, self._clock())
         # Nothing to act upon: it waits for the next turn.
-        self._events.append(messages.stage_reported(stage_index, report))
+        self._events.append(messages.stage_reported(replica.replica_id, report))
 
-    def on_pipeline_lost(self, stage_index: int | None, reason: str) -> None:
-        self.mesh.pipeline_lost(stage_index, reason)
-        self.post(PipelineLost(reason=reason))
-        self._tell_mesh()
+    def on_mesh_changed(self) -> None:
+        """Gateways hear of it when the scheduler has: it says what can be served."""
+        self._has_mesh_changed = True
+        self._be_due()
 
     def _tell_mesh(self) -> None:
-        state = self.mesh.state()
-        for gateway in self._gateways:
-            gateway.set_mesh(state)
+        self._has_mesh_changed = False
+        self.mesh.is_ready = self.scheduler.is_ready
+        manifest = self.replicas.manifest
+        if manifest is not None:
+            self.requests.vocab_size = manifest.vocab_size
+            self.requests.labels = {names.MODEL: manifest.model}
+        self.requests.tell_mesh(self.mesh.state())
         self._health_changed.set()
 
     # --- turns
 
     def post(self, event: Event) -> None:
         """Adds an event to this turn of the loop."""
+        self._be_due()
+        self._events.append(event)
+
+    def _be_due(self) -> None:
         if not self._is_turn_due:
             self._is_turn_due = True
             asyncio.get_running_loop().call_soon(self._guarded_turn)
-        self._events.append(event)
 
     def _guarded_turn(self) -> None:
         try:
@@ -261,60 +180,34 @@ class Conductor:
         for action in actions:
             if isinstance(action, RunMicroBatch):
                 self._launch(action)
-        for action in actions:
-            if not isinstance(action, RunMicroBatch):
-                self._perform(action)
-        for gateway in self._touched:
-            gateway.wake()
-        self._touched.clear()
+            elif not isinstance(action, EmitTokens | Refuse):
+                self._order(action)
+        self._tell_news(actions)
+        if self._has_mesh_changed:
+            self._tell_mesh()
 
     def _launch(self, action: RunMicroBatch) -> None:
-        for stage, request in enumerate(messages.micro_batch_requests(action)):
-            self.link.send(stage, request)
-        self._rows_histogram.record(len(action.token_ids_T), self._labels)
+        requests = messages.micro_batch_requests(action, self.replicas.neighbours.id_of)
+        for replica_id, request in zip(action.path, requests, strict=True):
+            self.replicas.send(replica_id, request)
+        self._rows_histogram.record(sum(action.num_rows_R), self.requests.labels)
 
-    def _perform(self, action: Action) -> None:
+    def _order(self, action: Action) -> None:
         match action:
-            case EmitTokens():
-                self._emit(action)
-            case Refuse():
-                self._refuse(action)
             case FlushUpdates():
-                for stage, updates in enumerate(action.updates_S):
-                    self.link.send(stage, messages.updates_request(updates))
-            case DropPipeline():
-                self.link.drop(action.reason)
+                self.replicas.send(action.replica_id, messages.updates_request(action.updates))
+            case AbandonMicroBatches():
+                self.replicas.send(action.replica_id, messages.abandon_request(action))
+            case DropReplica():
+                self.replicas.drop(action.replica_id, action.reason)
 
-    def _emit(self, action: EmitTokens) -> None:
-        request = self._requests[action.request_id]
-        gateway = request.gateway
-        self._touched.add(gateway)
-        if action.finish_reason is None and not action.logprobs:
-            gateway.add_tokens(request.gateway_request_id, action.token_ids)
-            return
-        messages.write_news(gateway.add_update(request.gateway_request_id), action)
-        if action.finish_reason is not None:
-            self._end(action.request_id, action.usage, action.finish_reason.value)
-
-    def _refuse(self, action: Refuse) -> None:
-        request = self._requests[action.request_id]
-        update = request.gateway.add_update(request.gateway_request_id)
-        messages.write_refusal(update, action)
-        self._touched.add(request.gateway)
-        self._end(action.request_id, action.usage, "error")
-
-    def _end(self, request_id: int, usage: Usage | None, finish_reason: str) -> None:
-        request = self._requests.pop(request_id)
-        del request.gateway.request_ids[request.gateway_request_id]
-        if usage is not None:
-            self._queue_histogram.record(usage.queue_s, self._labels)
-            self._spans.record(
-                traceparent=request.traceparent,
-                request_id=request_id,
-                arrived_ns=request.arrived_ns,
-                usage=usage,
-                finish_reason=finish_reason,
-            )
+    def _tell_news(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, EmitTokens):
+                self.requests.emit(action)
+            elif isinstance(action, Refuse):
+                self.requests.refuse(action)
+        self.requests.wake()
 
     # --- what people see
 
@@ -332,20 +225,37 @@ class Conductor:
         now_s = self._clock()
         self._count_tokens()
         scheduler, mesh = self.scheduler, self.mesh
-        used_S = scheduler.kv_blocks_used_S or [0] * len(mesh.stages)
+        rate_s = window_s(mesh.started_s, now_s)
         response = coordinator_pb2.GetMeshResponse(
             model=mesh.model(),
-            stages=[
-                mesh.stage_state(index, now_s=now_s, kv_blocks_used=used)
-                for index, used in enumerate(used_S)
-            ],
+            stages=[self._replica_state(link, now_s) for link in self.replicas.links],
             requests_waiting=scheduler.num_waiting,
             requests_running=scheduler.num_running,
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_tokens=scheduler.num_cached_tokens,
-            tokens_per_second=max(self._tokens.sums(now_s)[0], 0.0) / mesh.window_s(now_s),
+            tokens_per_second=max(self._tokens.sums(now_s)[0], 0.0) / rate_s,
             tokens_guessed=scheduler.speculation.num_drafted,
             tokens_guessed_right=scheduler.speculation.num_accepted,
+            sequences_moved=scheduler.num_failovers,
+            positions_restored=scheduler.num_restored,
         )
         response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))
         return response
+
+    def _replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:
+        state = self.mesh.replica_state(link, now_s)
+        state.kv_blocks_used = self.num_kv_blocks_used(link)
+        state.sequences = self.num_sequences(link)
+        return state
+
+    def num_kv_blocks_used(self, link: ReplicaLink) -> int:
+        """KV blocks that sequences hold on a replica."""
+        if link.incarnation is None:
+            return 0
+        return self.scheduler.num_kv_blocks_used(link.incarnation.replica_id)
+
+    def num_sequences(self, link: ReplicaLink) -> int:
+        """Sequences that hold blocks on a replica."""
+        if link.incarnation is None:
+            return 0
+        return self.scheduler.num_sequences_on(link.incarnation.replica_id)

@@ -1,16 +1,16 @@
-"""Whether the stages that answered make one model."""
+"""Whether a replica that answered makes one model with the others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from penstock.v1 import stage_pb2
 
 from core.errors import ProtocolViolation
-from core.pipeline.events import PipelineFacts, StageFacts
+from core.pipeline.events import PipelineFacts, ReplicaFacts
 
-# What all stages of a pipeline must say alike.
+# What all replicas of a mesh must say alike. Weights may differ: see `weights_digest`.
 _COMMON = (
     "model",
     "model_digest",
@@ -26,48 +26,100 @@ _COMMON = (
 )
 
 
-def check_fit(stages: Sequence[stage_pb2.StageReady]) -> None:
-    """Raises ProtocolViolation, naming the stage and both values, unless the stages hold all
-    layers of one model, in order, in one arithmetic."""
-    first = stages[0]
-    end = 0
-    for index, stage in enumerate(stages):
-        for name in _COMMON:
-            mine, theirs = _value(stage, name), _value(first, name)
-            if mine != theirs:
-                raise ProtocolViolation(
-                    f"stage {index} does not fit stage 0: {name} is {mine!r}, not {theirs!r}"
-                )
-        if stage.first_layer != end or stage.end_layer <= stage.first_layer:
-            raise ProtocolViolation(
-                f"stage {index} holds layers {stage.first_layer}:{stage.end_layer}; "
-                f"layer {end} should be its first"
-            )
-        if stage.num_kv_blocks < 1 or stage.max_rows < 1:
-            raise ProtocolViolation(
-                f"stage {index} has {stage.num_kv_blocks} KV blocks and takes "
-                f"{stage.max_rows} rows; both must be at least 1"
-            )
-        end = stage.end_layer
-    if end != first.num_layers:
-        raise ProtocolViolation(f"the stages hold layers 0:{end}, the model has {first.num_layers}")
+class Manifest(NamedTuple):
+    """What a replica said when it opened; `name` is for people."""
+
+    name: str
+    stage_index: int
+    ready: stage_pb2.StageReady
 
 
-def pipeline_facts(stages: Sequence[stage_pb2.StageReady], *, num_slots: int) -> PipelineFacts:
-    """What the scheduler must know of stages that fit."""
+def check_fit(
+    newcomer: Manifest,
+    others: Iterable[Manifest],
+    *,
+    num_stages: int,
+    model: Manifest | None = None,
+) -> None:
+    """Raises ProtocolViolation, naming the replicas and both values, unless the newcomer holds its
+    part of the model that the others hold theirs of, and `model` did."""
+    _check_sizes(newcomer.name, newcomer.ready)
+    _check_ends(newcomer, num_stages=num_stages)
+    if model is not None:
+        _check_alike(newcomer, model)
+    for other in others:
+        _check_alike(newcomer, other)
+        _check_layers(newcomer, other)
+
+
+def pipeline_facts(
+    ready: stage_pb2.StageReady, *, num_stages: int, num_slots: int
+) -> PipelineFacts:
+    """What the scheduler must know of a model, by any of its replicas."""
     return PipelineFacts(
-        stages=tuple(
-            StageFacts(num_kv_blocks=stage.num_kv_blocks, max_rows=stage.max_rows)
-            for stage in stages
-        ),
+        num_stages=num_stages,
         num_slots=num_slots,
-        context_length=stages[0].context_length,
-        kv_block_size=stages[0].kv_block_size,
-        eos_token_ids=tuple(stages[0].eos_token_ids),
-        weights=f"{stages[0].model_digest} {stages[0].numerics_fingerprint}",
+        context_length=ready.context_length,
+        kv_block_size=ready.kv_block_size,
+        eos_token_ids=tuple(ready.eos_token_ids),
     )
 
 
-def _value(stage: stage_pb2.StageReady, name: str) -> Any:
-    value = getattr(stage, name)
-    return list(value) if name == "eos_token_ids" else value
+def replica_facts(ready: stage_pb2.StageReady, *, is_spare: bool) -> ReplicaFacts:
+    """What the scheduler must know of a replica that fits."""
+    return ReplicaFacts(
+        num_kv_blocks=ready.num_kv_blocks,
+        max_rows=ready.max_rows,
+        weights=ready.weights_digest,
+        is_spare=is_spare,
+    )
+
+
+def _check_sizes(name: str, ready: stage_pb2.StageReady) -> None:
+    if ready.end_layer <= ready.first_layer:
+        raise ProtocolViolation(f"{name} holds layers {ready.first_layer}:{ready.end_layer}")
+    if ready.num_kv_blocks < 1 or ready.max_rows < 1:
+        raise ProtocolViolation(
+            f"{name} has {ready.num_kv_blocks} KV blocks and takes {ready.max_rows} rows; "
+            "both must be at least 1"
+        )
+
+
+def _check_ends(newcomer: Manifest, *, num_stages: int) -> None:
+    name, stage_index, ready = newcomer
+    if stage_index == 0 and ready.first_layer != 0:
+        raise ProtocolViolation(f"{name} begins at layer {ready.first_layer}, not at 0")
+    if stage_index == num_stages - 1 and ready.end_layer != ready.num_layers:
+        raise ProtocolViolation(
+            f"{name} ends at layer {ready.end_layer}; the model has {ready.num_layers}"
+        )
+
+
+def _check_alike(newcomer: Manifest, other: Manifest) -> None:
+    for field in _COMMON:
+        mine, theirs = _value(newcomer.ready, field), _value(other.ready, field)
+        if mine != theirs:
+            raise ProtocolViolation(
+                f"{newcomer.name} does not fit {other.name}: {field} is {mine!r}, not {theirs!r}"
+            )
+
+
+def _check_layers(newcomer: Manifest, other: Manifest) -> None:
+    """Replicas of a stage hold the same layers, and those of the next go on behind them."""
+    mine, theirs = newcomer.ready, other.ready
+    distance = newcomer.stage_index - other.stage_index
+    fits = {
+        0: (mine.first_layer, mine.end_layer) == (theirs.first_layer, theirs.end_layer),
+        1: mine.first_layer == theirs.end_layer,
+        -1: mine.end_layer == theirs.first_layer,
+    }
+    if not fits.get(distance, True):
+        raise ProtocolViolation(
+            f"{newcomer.name} does not fit {other.name}: layers are "
+            f"{mine.first_layer}:{mine.end_layer}, beside {theirs.first_layer}:{theirs.end_layer}"
+        )
+
+
+def _value(ready: stage_pb2.StageReady, field: str) -> Any:
+    value = getattr(ready, field)
+    return list(value) if field == "eos_token_ids" else value

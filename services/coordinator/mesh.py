@@ -1,14 +1,15 @@
-"""What the coordinator knows of its stages, for gateways, people and dashboards."""
+"""What the coordinator knows of its replicas, for gateways, people and dashboards."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
 from services.coordinator.messages import seconds
+from services.coordinator.replica_link import Incarnation, ReplicaLink
+from services.coordinator.replicas import Replicas
 
 WINDOW_S = 10.0
 # Durations of a stage's reports, and the shares of a stage's state that they become.
@@ -47,23 +48,19 @@ class Window:
 
 
 @dataclass
-class StageView:
-    """One stage: what it said when it opened, and its reports."""
+class Reports:
+    """What an incarnation has reported of the last ten seconds."""
 
-    address: str
-    ready: stage_pb2.StageReady | None = None  # what it last said, kept when it is gone
-    is_ready: bool = False
-    problem: str = "starting"
+    since_s: float
     window: Window = field(default_factory=lambda: Window(1 + len(_SHARES)))  # rows, seconds
 
     def add(self, report: stage_pb2.StageReport, now_s: float) -> None:
         durations = (seconds(getattr(report, duration)) for duration in _SHARES)
         self.window.add(now_s, sum(report.batch_rows), *durations)
 
-    def write_rates(
-        self, state: coordinator_pb2.StageState, *, now_s: float, over_s: float
-    ) -> None:
-        """Fills in the rates and shares of the last `over_s` seconds."""
+    def write(self, state: coordinator_pb2.StageState, now_s: float) -> None:
+        """Fills in rates and shares of the last ten seconds, or since it is open."""
+        over_s = window_s(self.since_s, now_s)
         rows, *durations = self.window.sums(now_s)
         state.rows_per_second = max(rows / over_s, 0.0)
         for field_name, duration_s in zip(_SHARES.values(), durations, strict=True):
@@ -71,82 +68,88 @@ class StageView:
 
 
 class MeshView:
-    """All stages, and the model they make."""
+    """All replicas, and the model they make."""
 
-    def __init__(self, addresses: Sequence[str], now_s: float) -> None:
-        self.stages = [StageView(address) for address in addresses]
-        self.is_ready = False
+    def __init__(self, replicas: Replicas, now_s: float) -> None:
+        self.replicas = replicas
+        self.is_ready = False  # whether a request would be served now
         self.started_s = now_s
         self.return_wire_s = 0.0  # of sampled tokens, since the coordinator started
-        self._ready_since_s = now_s
+        self._reports: dict[int, Reports] = {}  # by replica id
 
     @property
     def model_name(self) -> str:
-        """Empty until the pipeline has been ready once."""
-        ready = self.stages[0].ready
-        return ready.model if ready is not None else ""
+        """Empty until a replica has been open."""
+        manifest = self.replicas.manifest
+        return manifest.model if manifest is not None else ""
 
-    @property
-    def vocab_size(self) -> int:
-        ready = self.stages[0].ready
-        return ready.vocab_size if ready is not None else 0
+    def add_report(self, replica: Incarnation, report: stage_pb2.StageReport, now_s: float) -> None:
+        reports = self._reports.get(replica.replica_id)
+        if reports is None:
+            self._forget_the_lost()
+            reports = self._reports[replica.replica_id] = Reports(now_s)
+        reports.add(report, now_s)
 
-    def stage_ready(self, stage_index: int, ready: stage_pb2.StageReady) -> None:
-        stage = self.stages[stage_index]
-        stage.ready, stage.is_ready, stage.problem = ready, True, ""
-
-    def pipeline_ready(self, now_s: float) -> None:
-        self.is_ready = True
-        self._ready_since_s = now_s
-
-    def pipeline_lost(self, stage_index: int | None, reason: str) -> None:
-        """All stages have to be opened again; the one to blame says why."""
-        self.is_ready = False
-        for index, stage in enumerate(self.stages):
-            stage.is_ready = False
-            stage.problem = reason if stage_index in (index, None) else "waits for other stages"
+    def _forget_the_lost(self) -> None:
+        open_ids = {link.incarnation.replica_id for link in self.replicas.links if link.incarnation}
+        for replica_id in self._reports.keys() - open_ids:
+            del self._reports[replica_id]
 
     def model(self) -> generation_pb2.Model:
-        ready = self.stages[0].ready
-        if ready is None:
+        manifest = self.replicas.manifest
+        if manifest is None:
             return generation_pb2.Model()
         return generation_pb2.Model(
-            name=ready.model,
-            context_length=ready.context_length,
-            num_stages=len(self.stages),
-            number_format=ready.number_format,
-            vocab_size=ready.vocab_size,
+            name=manifest.model,
+            context_length=manifest.context_length,
+            num_stages=self.replicas.num_stages,
+            number_format=manifest.number_format,
+            vocab_size=manifest.vocab_size,
             ready=self.is_ready,
         )
 
+    def stages_ready(self) -> list[bool]:
+        """Of each stage, whether it can take part."""
+        return [self.replicas.is_stage_ready(index) for index in range(self.replicas.num_stages)]
+
     def state(self) -> coordinator_pb2.MeshState:
         """What gateways must know."""
-        ready = self.stages[0].ready
+        manifest = self.replicas.manifest
         return coordinator_pb2.MeshState(
             model=self.model(),
-            stages_ready=[stage.is_ready for stage in self.stages],
-            eos_token_ids=ready.eos_token_ids if ready is not None else (),
+            stages_ready=self.stages_ready(),
+            eos_token_ids=manifest.eos_token_ids if manifest is not None else (),
         )
 
-    def stage_state(
-        self, index: int, *, now_s: float, kv_blocks_used: int
-    ) -> coordinator_pb2.StageState:
-        """One stage in full; its shares are of the last ten seconds, or since it is ready."""
-        stage = self.stages[index]
+    def replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:
+        """One replica in full, but for what the scheduler knows of it."""
+        place, ready = link.place, link.ready
         state = coordinator_pb2.StageState(
-            index=index, address=stage.address, ready=stage.is_ready, problem=stage.problem
+            index=place.stage_index,
+            replica=place.number,
+            address=place.address,
+            spare=place.is_spare,
+            draining=link.is_draining,
+            problem=link.problem,
         )
-        if stage.ready is not None:
-            state.first_layer = stage.ready.first_layer
-            state.end_layer = stage.ready.end_layer
-            state.weights_bytes = stage.ready.weights_bytes
-            state.bytes_read = stage.ready.bytes_read
-            state.kv_blocks_total = stage.ready.num_kv_blocks
-            state.load_duration.CopyFrom(stage.ready.load_duration)
-        state.kv_blocks_used = kv_blocks_used
-        stage.write_rates(state, now_s=now_s, over_s=self.window_s(now_s))
+        if link.incarnation is not None:
+            state.ready = self.replicas.is_connected(link.incarnation)
+            state.problem = "" if state.ready else "not connected with its neighbours"
+        if ready is not None:
+            state.first_layer = ready.first_layer
+            state.end_layer = ready.end_layer
+            state.weights_bytes = ready.weights_bytes
+            state.bytes_read = ready.bytes_read
+            state.kv_blocks_total = ready.num_kv_blocks
+            state.load_duration.CopyFrom(ready.load_duration)
+            state.weights_digest = ready.weights_digest
+        if link.incarnation is not None:
+            reports = self._reports.get(link.incarnation.replica_id)
+            if reports is not None:
+                reports.write(state, now_s)
         return state
 
-    def window_s(self, now_s: float) -> float:
-        """Seconds that rates are averaged over."""
-        return min(max(now_s - self._ready_since_s, 0.1), WINDOW_S)
+
+def window_s(since_s: float, now_s: float) -> float:
+    """Seconds that rates are averaged over."""
+    return min(max(now_s - since_s, 0.1), WINDOW_S)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
 from core.errors import Exhausted, InvalidInput, PenstockError, Unavailable
-from core.pipeline.actions import EmitTokens, FinishReason, Refuse, RunMicroBatch, Usage
+from core.pipeline.actions import (
+    AbandonMicroBatches,
+    EmitTokens,
+    FinishReason,
+    Refuse,
+    RunMicroBatch,
+    Usage,
+)
 from core.pipeline.batch import PositionLogprobs, SequenceStart, SequenceUpdates
 from core.pipeline.events import StageReported, TokensSampled
 from core.sampling.parameters import SamplingParameters
@@ -35,8 +43,10 @@ def seconds(message: Duration) -> float:
 # --- to stages
 
 
-def micro_batch_requests(action: RunMicroBatch) -> list[stage_pb2.ControlRequest]:
-    """One order for each stage of the path."""
+def micro_batch_requests(
+    action: RunMicroBatch, link_id: Callable[[int, int], int]
+) -> list[stage_pb2.ControlRequest]:
+    """One order for each replica of the path; `link_id` tells the link between two of them."""
     common = stage_pb2.MicroBatch(
         id=action.micro_batch_id,
         slots=action.slots_R,
@@ -46,13 +56,24 @@ def micro_batch_requests(action: RunMicroBatch) -> list[stage_pb2.ControlRequest
         sent_unix_ns=time.time_ns(),
     )
     requests = []
-    for stage, updates in enumerate(action.updates_S):
+    upstream_link = 0
+    last = len(action.path) - 1
+    for number, updates in enumerate(action.updates_P):
         request = stage_pb2.ControlRequest(micro_batch=common)
-        if stage == 0:
-            request.micro_batch.token_ids.extend(action.token_ids_T)
+        batch = request.micro_batch
+        if upstream_link:
+            batch.upstream_link = upstream_link
+        if number < last:
+            upstream_link = link_id(action.path[number], action.path[number + 1])
+            batch.downstream_link = upstream_link
         if updates is not _NOTHING and updates != _NOTHING:
-            _write_updates(request.micro_batch.updates, updates)
+            _write_updates(batch.updates, updates)
         requests.append(request)
+    first = requests[0].micro_batch
+    if action.replays:
+        first.replays = True
+    elif action.first_stage == 0:
+        first.token_ids.extend(action.token_ids_T)
     return requests
 
 
@@ -63,11 +84,18 @@ def updates_request(updates: SequenceUpdates) -> stage_pb2.ControlRequest:
     return request
 
 
+def abandon_request(action: AbandonMicroBatches) -> stage_pb2.ControlRequest:
+    abandon = stage_pb2.AbandonMicroBatches(ids=action.micro_batch_ids)
+    return stage_pb2.ControlRequest(abandon=abandon)
+
+
 def _write_updates(message: stage_pb2.SequenceUpdates, updates: SequenceUpdates) -> None:
     message.ended_slots.extend(updates.ended_slots)
     message.starts.extend(_start_message(start) for start in updates.starts)
     message.block_slots.extend(updates.block_slots)
     message.block_ids.extend(updates.block_ids)
+    message.rewind_slots.extend(updates.rewind_slots)
+    message.rewind_positions.extend(updates.rewind_positions)
 
 
 def _start_message(start: SequenceStart) -> stage_pb2.SequenceStart:
@@ -123,11 +151,12 @@ def _logprobs(message: generation_pb2.PositionLogprobs) -> PositionLogprobs | No
     )
 
 
-def stage_reported(stage_index: int, message: stage_pb2.StageReport) -> StageReported:
+def stage_reported(replica_id: int, message: stage_pb2.StageReport) -> StageReported:
     return StageReported(
-        stage_index=stage_index,
+        replica_id=replica_id,
         batch_rows=list(message.batch_rows),
         batch_seconds=[us * 1e-6 for us in message.batch_compute_us],
+        performed_id=message.performed_id,
     )
 
 

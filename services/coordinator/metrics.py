@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from core import telemetry as names
-from core.pipeline.scheduler import Scheduler
 from services.common.telemetry import Labels, Telemetry
-from services.coordinator.mesh import MeshView, StageView
+from services.coordinator.conductor import Conductor
+from services.coordinator.replica_link import ReplicaLink
 
 
-def register_metrics(telemetry: Telemetry, scheduler: Scheduler, mesh: MeshView) -> None:
-    """Reports scheduler and stages on the process's meter."""
+def register_metrics(telemetry: Telemetry, conductor: Conductor) -> None:
+    """Reports scheduler and replicas on the process's meter."""
+    scheduler, mesh = conductor.scheduler, conductor.mesh
 
     def model() -> dict[str, str | int]:
         return {names.MODEL: mesh.model_name}
@@ -19,18 +20,19 @@ def register_metrics(telemetry: Telemetry, scheduler: Scheduler, mesh: MeshView)
     def one(read: Callable[[], float]) -> Callable[[], Iterable[tuple[float, Labels]]]:
         return lambda: [(read(), model())]
 
-    def by_stage(
-        read: Callable[[StageView], float],
+    def by_replica(
+        read: Callable[[ReplicaLink], float],
     ) -> Callable[[], Iterable[tuple[float, Labels]]]:
         return lambda: [
-            (read(stage), {**model(), names.STAGE: index})
-            for index, stage in enumerate(mesh.stages)
-        ]
-
-    def kv_used() -> Iterable[tuple[float, Labels]]:
-        return [
-            (used, {**model(), names.STAGE: index})
-            for index, used in enumerate(scheduler.kv_blocks_used_S)
+            (
+                read(link),
+                {
+                    **model(),
+                    names.STAGE: link.place.stage_index,
+                    names.REPLICA: link.place.number,
+                },
+            )
+            for link in conductor.replicas.links
         ]
 
     def tokens() -> Iterable[tuple[float, Labels]]:
@@ -49,5 +51,10 @@ def register_metrics(telemetry: Telemetry, scheduler: Scheduler, mesh: MeshView)
     observe(names.CACHED_TOKENS, one(lambda: scheduler.num_cached_tokens))
     observe(names.TOKENS_GUESSED, one(lambda: scheduler.speculation.num_drafted))
     observe(names.TOKENS_GUESSED_RIGHT, one(lambda: scheduler.speculation.num_accepted))
-    observe(names.KV_BLOCKS_USED, kv_used)
-    observe(names.KV_BLOCKS_TOTAL, by_stage(lambda s: s.ready.num_kv_blocks if s.ready else 0))
+    observe(names.SEQUENCES_MOVED, one(lambda: scheduler.num_failovers))
+    observe(names.POSITIONS_RESTORED, one(lambda: scheduler.num_restored))
+    observe(names.KV_BLOCKS_USED, by_replica(conductor.num_kv_blocks_used))
+    observe(
+        names.KV_BLOCKS_TOTAL,
+        by_replica(lambda link: link.ready.num_kv_blocks if link.ready else 0),
+    )

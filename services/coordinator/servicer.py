@@ -8,6 +8,7 @@ from typing import Any
 
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+from services.coordinator.administration import Administration
 from services.coordinator.conductor import Conductor
 from services.coordinator.gateway_stream import GatewayStream
 
@@ -17,6 +18,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
+        self._requests = conductor.requests
+        self._administration = Administration(conductor)
 
     async def Connect(
         self, requests: AsyncIterator[coordinator_pb2.ConnectRequest], context: Any
@@ -30,7 +33,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 reader.result()
         finally:
             reader.cancel()
-            self._conductor.disconnect(gateway)
+            self._requests.disconnect(gateway)
 
     async def _read(
         self, gateway: GatewayStream, requests: AsyncIterator[coordinator_pb2.ConnectRequest]
@@ -38,7 +41,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         """Ends the stream when the gateway ends its side, or sends what cannot be read."""
         try:
             async for request in requests:
-                self._conductor.receive(gateway, request)
+                self._requests.receive(gateway, request)
         finally:
             gateway.close()
 
@@ -46,3 +49,26 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: coordinator_pb2.GetMeshRequest, context: Any
     ) -> coordinator_pb2.GetMeshResponse:
         return self._conductor.describe()
+
+    async def AddReplica(
+        self, request: coordinator_pb2.AddReplicaRequest, context: Any
+    ) -> coordinator_pb2.AddReplicaResponse:
+        self._administration.add(request)
+        return coordinator_pb2.AddReplicaResponse()
+
+    async def ProbeReplica(
+        self, request: coordinator_pb2.ProbeReplicaRequest, context: Any
+    ) -> coordinator_pb2.ProbeReplicaResponse:
+        return await self._administration.probe(request)
+
+    async def ChooseWeights(
+        self, request: coordinator_pb2.ChooseWeightsRequest, context: Any
+    ) -> coordinator_pb2.ChooseWeightsResponse:
+        self._administration.choose_weights(request)
+        return coordinator_pb2.ChooseWeightsResponse()
+
+    async def DrainReplica(
+        self, request: coordinator_pb2.DrainReplicaRequest, context: Any
+    ) -> AsyncIterator[coordinator_pb2.DrainReplicaResponse]:
+        async for held in self._administration.drain(request):
+            yield coordinator_pb2.DrainReplicaResponse(sequences=held)

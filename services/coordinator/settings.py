@@ -12,28 +12,44 @@ class CoordinatorSettings:
     """Settings of one coordinator process; addresses are `host:port`."""
 
     listen: str
-    stages: tuple[str, ...]  # addresses of the stages, first stage first
+    stages: tuple[tuple[str, ...], ...]  # addresses of each stage's replicas, first stage first
+    spares: frozenset[str] = frozenset()  # of these, those that wait for others to fail
     metrics_port: int | None = None  # None: no metrics
     max_sequences: int = 256  # running at a time
     max_waiting: int = 1024  # waiting for admission; one more is refused
     speculation: int = 16  # most guesses of a sequence in a micro-batch; 0: none
-    micro_batch_timeout_s: float = 30.0  # a pipeline that returns nothing for so long has hung
+    micro_batch_timeout_s: float = 30.0  # a replica that returns nothing for so long has hung
+    pulse_timeout_s: float = 2.0  # a replica that says nothing for so long is lost
     prefix_cache: bool = True  # prompts that begin alike are computed once
-    open_timeout_s: float = 600.0  # for all stages to load their weights and open
+    open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:
-        if not self.stages or not all(self.stages):
-            raise InvalidInput("stages", ",".join(self.stages), "addresses, first stage first")
-        if len(set(self.stages)) != len(self.stages):
-            raise InvalidInput("stages", ",".join(self.stages), "a different address each")
+        self._check_addresses()
         if self.max_sequences < 1:
             raise InvalidInput("max_sequences", self.max_sequences, "at least 1")
         if self.max_waiting < 1:
             raise InvalidInput("max_waiting", self.max_waiting, "at least 1")
         if self.speculation < 0:
             raise InvalidInput("speculation", self.speculation, "0 or more")
-        for name in ("micro_batch_timeout_s", "open_timeout_s"):
+        for name in ("micro_batch_timeout_s", "pulse_timeout_s", "open_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidInput(name, getattr(self, name), "above 0")
+
+    def _check_addresses(self) -> None:
+        text = ",".join("|".join(replicas) for replicas in self.stages)
+        addresses = [address for replicas in self.stages for address in replicas]
+        if not all(self.stages) or not addresses or not all(addresses):
+            raise InvalidInput("stages", text, "addresses of replicas, first stage first")
+        if len(set(addresses)) != len(addresses):
+            raise InvalidInput("stages", text, "a different address each")
+        if strangers := sorted(self.spares.difference(addresses)):
+            raise InvalidInput("spares", ",".join(strangers), f"addresses of {text}")
+
+
+def parse_stages(text: str) -> tuple[tuple[str, ...], ...]:
+    """Reads `h:1|h:2,h:3`: stages part by commas, and replicas of a stage by bars."""
+    return tuple(
+        tuple(address.strip() for address in stage.split("|")) for stage in text.split(",")
+    )

@@ -1,4 +1,4 @@
-"""One stage's Control stream, seen from the coordinator."""
+"""One Control stream to a replica of a stage, seen from the coordinator."""
 
 from __future__ import annotations
 
@@ -17,21 +17,34 @@ from services.common.statuses import error_from_rpc
 # Orders that a stage has not yet taken from us. The scheduler keeps a few micro-batches in
 # flight, so that a queue this long means a stage that no longer reads.
 _MAX_QUEUED = 1024
+# A stage that says nothing when asked so many times in a row is lost. Askings are counted, and not
+# seconds: when it was we who stood still, the answers are there at the first of them.
+_PULSES = 4
+_ASK_FOR_REPORT = stage_pb2.ControlRequest(report=stage_pb2.ReportRequest())
 
 
 class StageStream:
-    """Opened for one incarnation of the pipeline; ends by raising from `run`."""
+    """Opened for one incarnation of a replica; ends by raising from `run`."""
 
-    def __init__(self, stage_index: int, address: str, channel: grpc.aio.Channel) -> None:
-        self.stage_index = stage_index
-        self.address = address
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        name: str,
+        on_message: Callable[[stage_pb2.ControlResponse], None],
+        pulse_timeout_s: float,
+    ) -> None:
+        """`name` is for messages to people. `on_message` hears everything but StageReady."""
         self.ready: asyncio.Future[stage_pb2.StageReady] = (
             asyncio.get_running_loop().create_future()
         )
+        self._name = name
         self._stub: Any = stage_pb2_grpc.StageServiceStub(channel)
+        self._on_message = on_message
+        self._pulse_timeout_s = pulse_timeout_s
+        self._has_spoken = False
         self._queue: deque[stage_pb2.ControlRequest] = deque()
         self._wake = asyncio.Event()
-        self._on_message: Callable[[int, stage_pb2.ControlResponse], None] | None = None
         self._shortcut: Shortcut | None = None
         self._shortcut_ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -44,25 +57,21 @@ class StageStream:
             self._shortcut.send(request.SerializeToString())
             return
         if len(self._queue) >= _MAX_QUEUED:
-            raise Unavailable(f"stage {self.stage_index} ({self.address}) does not take orders")
+            raise Unavailable(f"{self._name} does not take orders")
         self._queue.append(request)
         self._wake.set()
 
-    async def run(
-        self,
-        order: stage_pb2.OpenPipeline,
-        on_message: Callable[[int, stage_pb2.ControlResponse], None],
-    ) -> None:
+    async def run(self, order: stage_pb2.OpenPipeline) -> None:
         """Opens the stage and carries messages both ways until the stream breaks.
 
         Never returns: raises what the stage answered, or Unavailable when it is gone.
         """
-        self._on_message = on_message
         call = self._stub.Control(wait_for_ready=True)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._write(call, order))
-                group.create_task(self._read(call, on_message))
+                group.create_task(self._read(call))
+                group.create_task(self._feel_pulse())
                 group.create_task(self._watch_shortcut())
         except* PenstockError as errors:
             raise errors.exceptions[0] from None
@@ -83,23 +92,33 @@ class StageStream:
             # The reader sees the status that ended the stream, and says so.
             await asyncio.Event().wait()
 
-    async def _read(
-        self, call: Any, on_message: Callable[[int, stage_pb2.ControlResponse], None]
-    ) -> None:
+    async def _read(self, call: Any) -> None:
         try:
             async for response in call:
+                self._has_spoken = True
                 if response.WhichOneof("event") == "ready":
                     self._on_ready(response.ready)
                 else:
-                    on_message(self.stage_index, response)
+                    self._on_message(response)
         except grpc.RpcError as error:
-            cause = error_from_rpc(error)
-            raise self._lost(str(cause)) from error
+            raise self._lost(str(error_from_rpc(error))) from error
         raise self._lost("it ended its stream")
+
+    async def _feel_pulse(self) -> None:
+        """Raises Unavailable when an open stage falls silent. Its event loop answers while it
+        computes, so that a long step is no silence."""
+        await asyncio.shield(self.ready)
+        unanswered = 0
+        while unanswered < _PULSES:
+            self._has_spoken = False
+            self.send(_ASK_FOR_REPORT)
+            await asyncio.sleep(self._pulse_timeout_s / _PULSES)
+            unanswered = 0 if self._has_spoken else unanswered + 1
+        raise self._lost(f"no pulse for {self._pulse_timeout_s:.1f} s")
 
     def _on_ready(self, message: stage_pb2.StageReady) -> None:
         if self.ready.done():
-            raise ProtocolViolation(f"stage {self.stage_index} ({self.address}) became ready twice")
+            raise ProtocolViolation(f"{self._name} became ready twice")
         connection = enter(message.shortcut)
         if connection is not None:
             self._shortcut = Shortcut(
@@ -108,8 +127,8 @@ class StageStream:
         self.ready.set_result(message)
 
     def _take(self, message: bytes) -> None:
-        assert self._on_message is not None
-        self._on_message(self.stage_index, parse(stage_pb2.ControlResponse, message))
+        self._has_spoken = True
+        self._on_message(parse(stage_pb2.ControlResponse, message))
 
     async def _watch_shortcut(self) -> None:
         try:
@@ -117,13 +136,5 @@ class StageStream:
         except Unavailable as error:
             raise self._lost(str(error)) from error
 
-    def _lost(self, why: str) -> StageLost:
-        return StageLost(self.stage_index, f"stage {self.stage_index} ({self.address}): {why}")
-
-
-class StageLost(Unavailable):
-    """A stage's stream is gone; says which."""
-
-    def __init__(self, stage_index: int, message: str) -> None:
-        self.stage_index = stage_index
-        super().__init__(message)
+    def _lost(self, why: str) -> Unavailable:
+        return Unavailable(f"{self._name}: {why}")

@@ -1,21 +1,38 @@
-"""Everything that is decided before a process starts: who holds which layers, and listens where."""
+"""Everything that is decided before a process starts: who holds which layers, and listens where.
+
+A layout is a value; a mesh that changes while it runs goes from one to the next.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from core.errors import InvalidInput, NotFound
 from services.local.process import ProcessCommand
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplicaLayout:
+    """One stage process. `model_path`: where its weights come from, once they are others than the
+    mesh's."""
+
+    number: int  # within its stage, from 0
+    address: str
+    metrics_port: int
+    is_spare: bool = False
+    model_path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageLayout:
-    """One stage process."""
+    """The processes that hold the same layers."""
 
     first_layer: int
     end_layer: int
-    address: str
-    metrics_port: int
+    replicas: tuple[ReplicaLayout, ...]
 
     @property
     def layers(self) -> str:
@@ -44,8 +61,12 @@ class MeshLayout:
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
-        stages = (self._stage_command(index) for index in range(len(self.stages)))
-        return (*stages, self._coordinator_command(), self._gateway_command())
+        stages = (
+            self.stage_command(index, one)
+            for index, stage in enumerate(self.stages)
+            for one in stage.replicas
+        )
+        return (*stages, self.coordinator_command(), self.gateway_command())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -54,21 +75,50 @@ class MeshLayout:
     def from_json(text: str) -> MeshLayout:
         """Reads what `to_json` wrote."""
         fields = json.loads(text)
-        stages = tuple(StageLayout(**stage) for stage in fields.pop("stages"))
+        stages = tuple(_stage_from(stage) for stage in fields.pop("stages"))
         return MeshLayout(stages=stages, **fields)
 
-    def _stage_command(self, index: int) -> ProcessCommand:
-        stage = self.stages[index]
+    def with_replica(self, stage_index: int, one: ReplicaLayout) -> MeshLayout:
+        """The mesh with one more replica; raises InvalidInput where there is no such stage."""
+        replicas = (*self.stage(stage_index).replicas, one)
+        return self._with_replicas(stage_index, replicas)
+
+    def without_replica(self, address: str) -> MeshLayout:
+        """The mesh without a replica; raises NotFound where none listens there."""
+        for index, stage in enumerate(self.stages):
+            kept = tuple(one for one in stage.replicas if one.address != address)
+            if len(kept) < len(stage.replicas):
+                return self._with_replicas(index, kept)
+        raise NotFound(f"no replica listens at {address!r}", field="address")
+
+    def stage(self, stage_index: int) -> StageLayout:
+        """Raises InvalidInput where there is none."""
+        if stage_index >= len(self.stages):
+            raise InvalidInput("stage_index", stage_index, f"below {len(self.stages)}")
+        return self.stages[stage_index]
+
+    def free_number(self, stage_index: int, *, besides: Iterable[int] = ()) -> int:
+        """The smallest that no replica of the stage has, and that is not among `besides`."""
+        taken = {one.number for one in self.stage(stage_index).replicas}.union(besides)
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+
+    def _with_replicas(self, stage_index: int, replicas: tuple[ReplicaLayout, ...]) -> MeshLayout:
+        stages = list(self.stages)
+        stages[stage_index] = replace(stages[stage_index], replicas=replicas)
+        return replace(self, stages=tuple(stages))
+
+    def stage_command(self, index: int, one: ReplicaLayout) -> ProcessCommand:
+        """Runs a replica."""
         return _command(
-            f"stage-{index}",
+            replica_name(index, one.number),
             "services.stage",
             3,
-            stage.address,
-            stage.metrics_port,
+            one.address,
+            one.metrics_port,
             {
-                "--model": self.model_path,
+                "--model": one.model_path or self.model_path,
                 "--name": self.model_name,
-                "--layers": stage.layers,
+                "--layers": self.stages[index].layers,
                 "--dtype": self.number_format,
                 "--device": self.device,
                 "--kv-blocks": str(self.kv_blocks),
@@ -77,7 +127,10 @@ class MeshLayout:
             },
         )
 
-    def _coordinator_command(self) -> ProcessCommand:
+    def coordinator_command(self) -> ProcessCommand:
+        """Runs the coordinator."""
+        replicas = [stage.replicas for stage in self.stages]
+        spares = [one.address for stage in replicas for one in stage if one.is_spare]
         return _command(
             "coordinator",
             "services.coordinator",
@@ -85,14 +138,16 @@ class MeshLayout:
             self.coordinator_address,
             self.coordinator_metrics_port,
             {
-                "--stages": ",".join(stage.address for stage in self.stages),
+                "--stages": ",".join("|".join(one.address for one in stage) for stage in replicas),
+                "--spares": ",".join(spares),
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
             },
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
-    def _gateway_command(self) -> ProcessCommand:
+    def gateway_command(self) -> ProcessCommand:
+        """Runs the gateway."""
         return _command(
             "gateway",
             "services.gateway",
@@ -105,6 +160,23 @@ class MeshLayout:
                 "--drain-s": str(self.drain_s),
             },
         )
+
+
+def replica_name(stage_index: int, number: int) -> str:
+    """What a stage's process is called: "stage-0" is the first, "stage-0-b" the second."""
+    return f"stage-{stage_index}{replica_suffix(number)}"
+
+
+def replica_suffix(number: int) -> str:
+    """Tells replicas of a stage apart: "", "-b", "-c" ... and beyond the letters numbers."""
+    if number == 0:
+        return ""
+    return f"-{chr(ord('a') + number)}" if number < 26 else f"-{number}"
+
+
+def _stage_from(fields: dict[str, Any]) -> StageLayout:
+    replicas = tuple(ReplicaLayout(**one) for one in fields.pop("replicas"))
+    return StageLayout(replicas=replicas, **fields)
 
 
 def _command(

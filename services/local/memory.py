@@ -21,28 +21,28 @@ POSITIONS_PER_BLOCK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryNeeds:
-    """What is known before anything is loaded. `kv_block_bytes` is one block over all stages,
-    `packing_bytes` what they all need beside their weights while they load."""
+    """What is known before anything is loaded. `kv_block_bytes` is one block over all stage
+    processes, `packing_bytes` what they all need beside their weights while they load."""
 
     available_bytes: int
     weights_bytes: int
     packing_bytes: int
     kv_block_bytes: int
-    num_stages: int
+    num_replicas: int
     # Blocks beyond which no request could use more.
     most_blocks: int
 
     @property
     def processes_bytes(self) -> int:
         """Of all processes, whatever the model's weights and its cache take."""
-        return self.num_stages * STAGE_BYTES + NUM_SERVICES * SERVICE_BYTES + self.packing_bytes
+        return self.num_replicas * STAGE_BYTES + NUM_SERVICES * SERVICE_BYTES + self.packing_bytes
 
 
-def packing_bytes(fp32: ModelCosts, *, num_stages: int) -> int:
-    """What stages need for a moment to pack their weights, from the costs in fp32: each one
-    float32 layer. Of the embedding and the head they read smaller parts.
+def packing_bytes(fp32: ModelCosts, *, num_replicas: int) -> int:
+    """What stage processes need for a moment to pack their weights, from the costs in fp32: each
+    one float32 layer. Of the embedding and the head they read smaller parts.
     """
-    return num_stages * max(fp32.layer_bytes)
+    return num_replicas * max(fp32.layer_bytes)
 
 
 def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
@@ -62,7 +62,7 @@ def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
         kv_bytes = max(kv_memory_bytes or 0, needs.kv_block_bytes)
         raise PlanImpossible(
             f"too little memory: weights {gib(needs.weights_bytes)}, "
-            f"{needs.num_stages + NUM_SERVICES} processes {gib(needs.processes_bytes)} "
+            f"{needs.num_replicas + NUM_SERVICES} processes {gib(needs.processes_bytes)} "
             f"and KV cache {gib(kv_bytes)} "
             f"need {gib(fixed_bytes + kv_bytes)}, and {gib(needs.available_bytes)} are available"
         )

@@ -1,8 +1,8 @@
 """Starts, watches and ends the processes of one mesh.
 
 The parts may start in any order: each waits for its neighbours. A part that ends while
-the mesh starts ends the start; one that ends while the mesh serves is started again, after a
-pause that doubles, until it has failed too often.
+the mesh starts ends the start; one that ends while the mesh serves is started again, at once and
+then after a pause that doubles, until it has failed too often.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from core.errors import Unavailable
+from core.errors import NotFound, Unavailable
 from services.common.logs import COMPILING
 from services.local.process import MeshProcess, ProcessCommand, describe_exit
 from services.local.run_folder import RunFolder
-from services.local.waiting import first_of
 
 STOP_GRACE_S = 5.0
 
@@ -27,9 +26,10 @@ STOP_GRACE_S = 5.0
 class Patience:
     """How a mesh treats processes that end, and those that do not."""
 
-    # Pause before the first restart of a process; it doubles with each one that follows soon.
+    # Pause before the second restart of a process, the first being at once; it doubles with each
+    # one that follows soon.
     first_pause_s: float = 0.2
-    # Restarts of all processes within the window; one more, and the mesh gives up.
+    # Restarts of one process within the window; one more, and the mesh gives up.
     most_restarts: int = 5
     window_s: float = 60.0
     # From SIGTERM to SIGKILL.
@@ -53,14 +53,17 @@ class Mesh:
         self._say = say
         self._patience = patience
         self._lifeline_read, self._lifeline_write = os.pipe()
-        self._restarts_at: deque[float] = deque(maxlen=patience.most_restarts)
-        self.processes = tuple(
-            MeshProcess(
-                command,
-                log_path=run_folder.log_path(command.name),
-                lifeline_fd=self._lifeline_read,
-            )
-            for command in commands
+        self._run_folder = run_folder
+        self._keepers: dict[MeshProcess, asyncio.Task[None]] = {}  # once it serves
+        self._gave_up: asyncio.Future[None] | None = None  # likewise
+        self._restarted: Callable[[], None] = lambda: None
+        self.processes = [self._process(command) for command in commands]
+
+    def _process(self, command: ProcessCommand) -> MeshProcess:
+        return MeshProcess(
+            command,
+            log_path=self._run_folder.log_path(command.name),
+            lifeline_fd=self._lifeline_read,
         )
 
     @asynccontextmanager
@@ -68,17 +71,18 @@ class Mesh:
         """Starts all processes; ends them all on the way out, whatever the reason."""
         try:
             for process in self.processes:
-                process.log_path.unlink(missing_ok=True)
-                await process.start()
+                await _start_afresh(process)
             yield
         finally:
             await self._stop()
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
 
-    def is_compiling(self, stage_index: int) -> bool:
-        """Whether the last that a stage has logged is that it compiles its kernels."""
-        return self.processes[stage_index].last_words() == COMPILING
+    def is_compiling(self, name: str) -> bool:
+        """Whether the last that a process has logged is that it compiles its kernels."""
+        return any(
+            process.last_words() == COMPILING for process in self.processes if process.name == name
+        )
 
     async def fail_when_one_ends(self) -> None:
         """Waits until a process ends; raises Unavailable with its last words."""
@@ -92,43 +96,91 @@ class Mesh:
         raise Unavailable(f"{process.name} ended: {process.last_words()} (log: {process.log_path})")
 
     async def keep_alive(self, *, restarted: Callable[[], None]) -> None:
-        """Starts processes again that end, and calls `restarted` after each time.
+        """Starts processes again that end, and calls `restarted` whenever there are others.
 
         Raises Unavailable when one ends too often.
         """
-        waits = [self._keep_one_alive(process, restarted) for process in self.processes]
-        await first_of(*waits)
+        self._restarted = restarted
+        self._gave_up = asyncio.get_running_loop().create_future()
+        try:
+            for process in self.processes:
+                self.keep(process)
+            await self._gave_up
+        finally:
+            for keeper in self._keepers.values():
+                keeper.cancel()
+            await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
-    async def _keep_one_alive(self, process: MeshProcess, restarted: Callable[[], None]) -> None:
+    async def add(self, command: ProcessCommand) -> MeshProcess:
+        """Starts one more process, which is ended with the others, and not started again."""
+        process = self._process(command)
+        await _start_afresh(process)
+        self.processes.append(process)
+        self._restarted()
+        return process
+
+    def keep(self, process: MeshProcess) -> None:
+        """Starts a process of a mesh that serves again from now on, whenever it ends."""
+        keeper = asyncio.create_task(self._keep_one_alive(process))
+        keeper.add_done_callback(self._on_kept)
+        self._keepers[process] = keeper
+
+    async def remove(self, address: str) -> None:
+        """Ends the process that listens there for good; raises NotFound where none does."""
+        process = self._at(address)
+        self.processes.remove(process)
+        if process in self._keepers:
+            self._keepers.pop(process).cancel()
+        await process.stop(grace_s=self._patience.stop_grace_s)
+        self._restarted()
+
+    def change(self, command: ProcessCommand) -> None:
+        """Has the process at the command's address run this from its next start on."""
+        self._at(command.address).command = command
+
+    def _at(self, address: str) -> MeshProcess:
+        for process in self.processes:
+            if process.command.address == address:
+                return process
+        raise NotFound(f"no process listens at {address!r}", field="address")
+
+    def _on_kept(self, keeper: asyncio.Task[None]) -> None:
+        """A keeper ends by being cancelled, or when it has given up."""
+        assert self._gave_up is not None
+        if not keeper.cancelled() and (error := keeper.exception()) and not self._gave_up.done():
+            self._gave_up.set_exception(error)
+
+    async def _keep_one_alive(self, process: MeshProcess) -> None:
         patience = self._patience
-        pause_s = patience.first_pause_s
+        restarts_at: deque[float] = deque(maxlen=patience.most_restarts)
+        pause_s = 0.0
         loop = asyncio.get_running_loop()
         while True:
-            started_at = loop.time()
             code = await process.wait()
-            if loop.time() - started_at > patience.window_s:
-                pause_s = patience.first_pause_s
-            self._count_restart(process, code)
+            now = loop.time()
+            if not restarts_at or now - restarts_at[-1] > patience.window_s:
+                pause_s = 0.0
+            if len(restarts_at) == patience.most_restarts:
+                self._check_patience(process, code, since_s=now - restarts_at[0])
+            restarts_at.append(now)
+            when = f"in {pause_s:.1f} s" if pause_s else "at once"
             self._say(
                 f"{process.name} ended ({describe_exit(code)}: {process.last_words()}); "
-                f"starting it again in {pause_s:.1f} s"
+                f"starting it again {when}"
             )
             await asyncio.sleep(pause_s)
-            pause_s *= 2
+            pause_s = max(2 * pause_s, patience.first_pause_s)
             await process.start()
-            restarted()
+            self._restarted()
 
-    def _count_restart(self, process: MeshProcess, code: int) -> None:
-        now = asyncio.get_running_loop().time()
+    def _check_patience(self, process: MeshProcess, code: int, *, since_s: float) -> None:
         patience = self._patience
-        often = len(self._restarts_at) == patience.most_restarts
-        if often and now - self._restarts_at[0] < patience.window_s:
+        if since_s < patience.window_s:
             raise Unavailable(
                 f"{process.name} ended again ({describe_exit(code)}: {process.last_words()}); "
                 f"{patience.most_restarts} restarts within {patience.window_s:.0f} s did not help "
                 f"(log: {process.log_path})"
             )
-        self._restarts_at.append(now)
 
     async def _stop(self) -> None:
         """Ends the processes turn by turn: who asks before who is asked."""
@@ -138,3 +190,8 @@ class Mesh:
                 for process in self.processes:
                     if process.command.stop_turn == turn:
                         tasks.create_task(process.stop(grace_s=grace_s))
+
+
+async def _start_afresh(process: MeshProcess) -> None:
+    process.log_path.unlink(missing_ok=True)
+    await process.start()

@@ -33,6 +33,20 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     )
 
 
+def stage_block_bytes(
+    config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts, *, number_format: str
+) -> list[int]:
+    """Bytes of one KV block in each stage; all but the last keep the rows beside it that they
+    sent."""
+    element_bytes = _ELEMENT_BYTES["bf16" if number_format == "int8" else number_format]
+    sent_bytes = POSITIONS_PER_BLOCK * config.hidden_size * element_bytes
+    return [
+        sum(costs.kv_block_bytes[part.first_layer : part.end_layer])
+        + (0 if part.is_last else sent_bytes)
+        for part in plan.slices
+    ]
+
+
 def plan_stages(
     config: LlamaConfig,
     *,

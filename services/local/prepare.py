@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
-from services.local.layout import MeshLayout, StageLayout
+from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
     MemoryNeeds,
@@ -22,7 +24,7 @@ from services.local.memory import (
     packing_bytes,
 )
 from services.local.number_format import choose_number_format
-from services.local.partition import model_costs, plan_stages
+from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import HOST, free_ports, require_free
 from services.local.settings import MeshSettings
 
@@ -31,7 +33,7 @@ DRAIN_S = 3
 
 
 class _Ports(NamedTuple):
-    listen: list[int]  # stages, then the coordinator, then the gateway
+    listen: list[int]  # stage processes, then the coordinator, then the gateway
     metrics: list[int]  # likewise
 
 
@@ -51,7 +53,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         split=settings.split,
     )
     costs = model_costs(model.config, number_format=model.number_format)
-    kv_blocks = _choose_kv_blocks(settings, model.config, plan, costs)
+    kv_blocks = _choose_kv_blocks(settings, model, plan, costs)
     return MeshLayout(
         model_name=model_name(settings.model, path),
         model_path=str(path),
@@ -63,19 +65,33 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         max_rows=settings.max_rows,
         speculation=settings.speculation,
         drain_s=DRAIN_S,
-        stages=tuple(
-            StageLayout(
-                first_layer=stage.stage_slice.first_layer,
-                end_layer=stage.stage_slice.end_layer,
-                address=f"{HOST}:{ports.listen[index]}",
-                metrics_port=ports.metrics[index],
-            )
-            for index, stage in enumerate(plan.stages)
-        ),
+        stages=_stages(settings, plan, ports),
         coordinator_address=f"{HOST}:{ports.listen[-2]}",
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+    )
+
+
+def _stages(settings: MeshSettings, plan: PipelinePlan, ports: _Ports) -> tuple[StageLayout, ...]:
+    free = iter(zip(ports.listen, ports.metrics, strict=True))
+    return tuple(
+        StageLayout(
+            first_layer=stage.stage_slice.first_layer,
+            end_layer=stage.stage_slice.end_layer,
+            replicas=tuple(
+                ReplicaLayout(
+                    number=number,
+                    address=f"{HOST}:{listen}",
+                    metrics_port=metrics,
+                    is_spare=number >= settings.replicas_of(index),
+                )
+                for number, (listen, metrics) in enumerate(
+                    islice(free, settings.processes_of(index))
+                )
+            ),
+        )
+        for index, stage in enumerate(plan.stages)
     )
 
 
@@ -110,15 +126,15 @@ def model_name(spec: str, path: Path) -> str:
 
 def _choose_ports(settings: MeshSettings) -> _Ports:
     """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards."""
-    num_stages = settings.num_stages
-    num_processes = num_stages + 2
+    num_replicas = sum(map(settings.processes_of, range(settings.num_stages)))
+    num_processes = num_replicas + 2
     free = free_ports(2 * num_processes)
     listen, metrics = free[:num_processes], free[num_processes:]
     if settings.grpc_port:
         require_free("grpc_port", settings.grpc_port)
         listen[-1] = settings.grpc_port
     if settings.metrics_port:
-        metrics = [settings.metrics_port + 2 + index for index in range(num_stages)]
+        metrics = [settings.metrics_port + 2 + index for index in range(num_replicas)]
         metrics += [settings.metrics_port + 1, settings.metrics_port]
         for port in reversed(metrics):
             require_free("metrics_port", port)
@@ -126,16 +142,23 @@ def _choose_ports(settings: MeshSettings) -> _Ports:
 
 
 def _choose_kv_blocks(
-    settings: MeshSettings, config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts
+    settings: MeshSettings, model: ModelFacts, plan: PipelinePlan, costs: ModelCosts
 ) -> int:
+    config, number_format = model
     blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
     fp32 = model_costs(config, number_format="fp32")
+    processes = [settings.processes_of(index) for index in range(len(plan.stages))]
+    blocks = stage_block_bytes(config, plan, costs, number_format=number_format)
     needs = MemoryNeeds(
         available_bytes=psutil.virtual_memory().available,
-        weights_bytes=sum(stage.weights_bytes for stage in plan.stages),
-        kv_block_bytes=sum(costs.kv_block_bytes),
-        packing_bytes=packing_bytes(fp32, num_stages=len(plan.stages)),
-        num_stages=len(plan.stages),
+        weights_bytes=_sum_of_products(processes, [s.weights_bytes for s in plan.stages]),
+        kv_block_bytes=_sum_of_products(processes, blocks),
+        packing_bytes=packing_bytes(fp32, num_replicas=sum(processes)),
+        num_replicas=sum(processes),
         most_blocks=settings.max_sequences * blocks_a_sequence,
     )
     return choose_kv_blocks(needs, kv_memory_bytes=settings.kv_memory_bytes)
+
+
+def _sum_of_products(counts: Iterable[int], sizes: Iterable[int]) -> int:
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))

@@ -14,6 +14,7 @@ from penstock.v1 import coordinator_pb2
 from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
 from services.common.channels import open_channel
+from services.local.layout import replica_name
 
 POLL_INTERVAL_S = 0.1
 CALL_TIMEOUT_S = 5.0
@@ -21,9 +22,10 @@ CALL_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class StageProgress:
-    """What is known of one stage. `load_s` and `weights_bytes` count once it is ready."""
+    """What is known of one replica. `load_s` and `weights_bytes` count once it is ready."""
 
-    index: int
+    index: int  # of its stage
+    replica: int = 0
     ready: bool
     weights_bytes: int = 0
     bytes_read: int = 0
@@ -31,24 +33,30 @@ class StageProgress:
     problem: str = ""
     compiling: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of its process."""
+        return replica_name(self.index, self.replica)
+
 
 async def wait_until_ready(
     gateway: str,
     coordinator: str,
     *,
     report: Callable[[list[StageProgress]], None],
-    is_compiling: Callable[[int], bool],
+    is_compiling: Callable[[str], bool],
 ) -> None:
-    """Returns when the gateway's health says that a request would be served.
+    """Returns when all replicas are ready and the gateway's health says that a request would be
+    served.
 
-    Until then calls `report` with the state of all stages whenever it has changed.
-    `is_compiling` says whether a stage that is not ready compiles its kernels.
+    Until then calls `report` with the state of all replicas whenever it has changed.
+    `is_compiling` says whether a process that is not ready compiles its kernels.
     """
     seen: list[StageProgress] = []
     async with _channel(coordinator) as inner, _channel(gateway) as outer:
         while True:
             now = [
-                stage if stage.ready else replace(stage, compiling=is_compiling(stage.index))
+                stage if stage.ready else replace(stage, compiling=is_compiling(stage.name))
                 for stage in await _ask_stages(inner)
             ]
             if now and now != seen:
@@ -69,7 +77,7 @@ async def _channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def _ask_stages(channel: grpc.aio.Channel) -> list[StageProgress]:
-    """The stages' states; none while the coordinator does not answer yet."""
+    """The replicas' states; none while the coordinator does not answer yet."""
     try:
         mesh = await CoordinatorServiceStub(channel).GetMesh(
             coordinator_pb2.GetMeshRequest(), timeout=CALL_TIMEOUT_S
@@ -79,6 +87,7 @@ async def _ask_stages(channel: grpc.aio.Channel) -> list[StageProgress]:
     return [
         StageProgress(
             index=stage.index,
+            replica=stage.replica,
             ready=stage.ready,
             weights_bytes=stage.weights_bytes,
             bytes_read=stage.bytes_read,

@@ -65,6 +65,11 @@ class RunFolder:
         self._lock_path = path / "mesh.lock"
         self._record_path = path / "mesh.json"
 
+    @property
+    def socket_path(self) -> Path:
+        """Where the supervisor listens."""
+        return self.path / "supervisor.sock"
+
     def log_path(self, name: str) -> Path:
         """Log file of a process, such as `stage-0`."""
         return self.path / f"{name}.log"

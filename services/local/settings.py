@@ -23,6 +23,10 @@ class MeshSettings:
     # A name of the catalogue, a file, a folder or a hub id.
     model: str = DEFAULT_MODEL
     stages: int = 2
+    # Processes of each stage that share its sequences: one number for all stages, or one of each.
+    replicas: tuple[int, ...] = (1,)
+    # Processes of each stage that wait until one of these fails; likewise.
+    spares: tuple[int, ...] = (0,)
     # Of weights, activations and KV cache; "auto": by the model's file, see `number_format`.
     dtype: str = "auto"
     # Where stages compute: "cpu", "cuda", or "auto": a GPU where one can be used.
@@ -53,11 +57,36 @@ class MeshSettings:
             raise InvalidInput("speculation", self.speculation, "0 or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
+        self._check_counts("replicas", self.replicas, least=1)
+        self._check_counts("spares", self.spares, least=0)
+
+    def _check_counts(self, name: str, counts: tuple[int, ...], *, least: int) -> None:
+        if len(counts) not in (1, self.num_stages) or min(counts, default=-1) < least:
+            text = ",".join(map(str, counts))
+            raise InvalidInput(
+                name, text, f"{least} or more for all stages, or {self.num_stages} such numbers"
+            )
+
+    def replicas_of(self, stage_index: int) -> int:
+        """How many processes the stage has, beside its spares."""
+        return self.replicas[stage_index % len(self.replicas)]
+
+    def processes_of(self, stage_index: int) -> int:
+        """How many processes the stage has, spares among them."""
+        return self.replicas_of(stage_index) + self.spares[stage_index % len(self.spares)]
 
     @property
     def num_stages(self) -> int:
         """As many as the split names, where there is one."""
         return self.stages if self.split is None else self.split.count(",") + 1
+
+
+def parse_counts(field: str, text: str) -> tuple[int, ...]:
+    """Reads "2" or "1,2"; raises InvalidInput, naming the option `field`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InvalidInput(field, text, "a number for all stages such as 2, or a list such as 1,2")
+    return tuple(map(int, parts))
 
 
 def parse_bytes(field: str, text: str) -> int:

@@ -7,12 +7,15 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from services.local.layout import MeshLayout
+from core.errors import NotFound
+from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
+from services.local.ports import HOST, free_ports
+from services.local.process import MeshProcess
 from services.local.progress import StageProgress, wait_until_ready
 from services.local.run_folder import MeshRecord, RunFolder, record_process
+from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
 
 
@@ -34,13 +37,10 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     """
     with run_folder.claim():
         stop = stop_on_signals()
-        mesh = Mesh(layout.commands(), run_folder=run_folder, say=listener.say)
-
-        def write_record() -> None:
-            run_folder.write(_record(layout, mesh, log=run_folder.log_path("mesh")))
-
+        supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
+        mesh = supervisor.mesh
         async with mesh.running():
-            write_record()
+            supervisor.write_record()
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
@@ -50,8 +50,79 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             await first_of(starting, mesh.fail_when_one_ends(), _wait(stop))
             if not stop.is_set():
                 await first_of(
-                    mesh.keep_alive(restarted=write_record), _serve(listener), _wait(stop)
+                    mesh.keep_alive(restarted=supervisor.write_record),
+                    serve_supervisor(supervisor, run_folder.socket_path, say=listener.say),
+                    _serve(listener),
+                    _wait(stop),
                 )
+
+
+class Supervisor:
+    """A mesh and what it is made of, as it changes."""
+
+    def __init__(
+        self, layout: MeshLayout, *, run_folder: RunFolder, say: Callable[[str], None]
+    ) -> None:
+        self.mesh = Mesh(layout.commands(), run_folder=run_folder, say=say)
+        self._layout = layout
+        self._run_folder = run_folder
+        self._on_trial: dict[str, tuple[int, ReplicaLayout, MeshProcess]] = {}  # by address
+
+    async def try_replica(
+        self, stage_index: int, *, model_path: str, is_spare: bool
+    ) -> MeshProcess:
+        """Starts one more replica; raises InvalidInput where there is no such stage."""
+        listen, metrics = free_ports(2)
+        on_trial = {one.number for index, one, _ in self._on_trial.values() if index == stage_index}
+        replica = ReplicaLayout(
+            number=self._layout.free_number(stage_index, besides=on_trial),
+            address=f"{HOST}:{listen}",
+            metrics_port=metrics,
+            is_spare=is_spare,
+            model_path=model_path,
+        )
+        process = await self.mesh.add(self._layout.stage_command(stage_index, replica))
+        self._on_trial[replica.address] = stage_index, replica, process
+        return process
+
+    def is_on_trial(self, address: str) -> bool:
+        return address in self._on_trial
+
+    def keep_replica(self, address: str) -> None:
+        """Makes a replica on trial a part of the mesh; raises NotFound where none listens there."""
+        if address not in self._on_trial:
+            raise NotFound(f"no replica on trial listens at {address!r}", field="address")
+        stage_index, replica, process = self._on_trial.pop(address)
+        self._layout = self._layout.with_replica(stage_index, replica)
+        self.mesh.change(self._layout.coordinator_command())
+        self.mesh.keep(process)
+
+    async def end_trial(self, address: str) -> None:
+        """Ends a replica, unless it is kept by now."""
+        if self._on_trial.pop(address, None) is not None:
+            await self.mesh.remove(address)
+
+    async def stop_replica(self, address: str) -> None:
+        """Ends a replica of the mesh for good; raises NotFound where none listens there."""
+        self._layout = self._layout.without_replica(address)
+        self.mesh.change(self._layout.coordinator_command())
+        await self.mesh.remove(address)
+
+    def write_record(self) -> None:
+        """Writes down the processes as they are now."""
+        layout = self._layout
+        log = str(self._run_folder.log_path("mesh"))
+        own = record_process("supervisor", os.getpid(), log=log)
+        self._run_folder.write(
+            MeshRecord(
+                model=layout.model_name,
+                model_path=layout.model_path,
+                number_format=layout.number_format,
+                gateway=layout.gateway_address,
+                coordinator=layout.coordinator_address,
+                processes=(own, *(process.record() for process in self.mesh.processes)),
+            )
+        )
 
 
 async def _wait(stop: asyncio.Event) -> None:
@@ -61,15 +132,3 @@ async def _wait(stop: asyncio.Event) -> None:
 async def _serve(listener: Listener) -> None:
     await listener.ready()
     await asyncio.Event().wait()
-
-
-def _record(layout: MeshLayout, mesh: Mesh, *, log: Path) -> MeshRecord:
-    supervisor = record_process("supervisor", os.getpid(), log=str(log))
-    return MeshRecord(
-        model=layout.model_name,
-        model_path=layout.model_path,
-        number_format=layout.number_format,
-        gateway=layout.gateway_address,
-        coordinator=layout.coordinator_address,
-        processes=(supervisor, *(process.record() for process in mesh.processes)),
-    )

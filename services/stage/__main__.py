@@ -33,6 +33,9 @@ def stage(
     shortcuts: Annotated[
         bool, typer.Option(help="Sockets beside the gRPC streams, for peers on the same host")
     ] = True,
+    slow_down: Annotated[
+        float, typer.Option(help="Takes so many times as long to compute, to try out slow nodes")
+    ] = 1.0,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -56,6 +59,7 @@ def stage(
             max_sequences=max_sequences,
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,
+            slow_down=slow_down,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

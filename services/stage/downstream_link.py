@@ -1,11 +1,11 @@
-"""The stream that carries activations to the next stage, and its credits back.
+"""A stream that carries activations to a replica of the next stage, and its credits back.
 
-A link lives as long as its session: one epoch, frames numbered from 0. The next
-stage grants credits in frames; without credit the frames wait here, and the compute
-thread holds back when too many do. When the link breaks, whatever the reason, the
-session is told, and ends with it: the coordinator decides what comes next.
+Frames are numbered from 0 along the link. The replica grants credits in frames; without credit
+the frames wait here, and the compute thread holds back when too many do. When the link breaks,
+whatever the reason, the session is told and goes on: what waits is dropped, and the coordinator
+decides what comes next.
 
-Where the next stage offers a shortcut and is on this host, all frames travel over that, sent by
+Where the replica offers a shortcut and is on this host, all frames travel over that, sent by
 the compute thread itself as long as there is credit.
 """
 
@@ -15,7 +15,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grpc
@@ -25,6 +25,10 @@ from core.errors import ProtocolViolation, Unavailable
 from services.common.channels import open_channel
 from services.common.shortcut import Shortcut, enter
 from services.common.statuses import error_from_rpc
+from services.stage.job import Outlet
+
+# A replica is dialled when it is open already: it answers at once, or is gone.
+STAND_TIMEOUT_S = 10.0
 
 
 def _refuse(message: bytes) -> None:
@@ -34,11 +38,17 @@ def _refuse(message: bytes) -> None:
 class LinkListener(Protocol):
     """Hears what happens to a link, on the event loop."""
 
-    def on_sent(self, micro_batch_id: int, duration_ns: int, *, last: bool) -> None:
-        """A frame was handed to the socket, `duration_ns` after it left the compute thread."""
+    def on_stands(self, link: Outlet) -> None:
+        """The replica has granted its first credits."""
 
-    def on_broken(self, error: Exception) -> None:
-        """The link is of no more use."""
+    def on_sent(self, link: Outlet, micro_batch_id: int, duration_ns: int, *, last: bool) -> None:
+        """A frame was handed to the socket, `duration_ns` after it left the compute thread.
+
+        Whoever hears of it counts it.
+        """
+
+    def on_broken(self, link: Outlet, error: Exception) -> None:
+        """The link is of no more use, or never was."""
 
 
 class _Waiting(NamedTuple):
@@ -48,46 +58,44 @@ class _Waiting(NamedTuple):
 
 
 class DownstreamLink:
-    """Sends frames to the stage at `address`.
+    """Sends frames to one replica: an `Outlet`, from its dialling to its end.
 
-    Belongs to the event loop's thread, but for `send_now`, which is the compute thread's.
+    Belongs to the event loop's thread, but for `num_emitted` and `send_now`, which are the compute
+    thread's.
     """
 
-    def __init__(self, listener: LinkListener, *, address: str, epoch: int) -> None:
+    def __init__(
+        self, listener: LinkListener, order: stage_pb2.OpenDownstream, *, max_unsent_frames: int
+    ) -> None:
+        self.link_id = order.link_id
+        self.num_emitted = 0
+        self.num_sent = 0
+        self.is_broken = False
         self._listener = listener
-        self._address = address
-        self._epoch = epoch
+        self._order = order
+        self._max_unsent_frames = max_unsent_frames
         self._waiting: deque[_Waiting] = deque()
         self._credits = 0
         self._lock = threading.Lock()  # over frames and credits
         self._shortcut: Shortcut | None = None
         self._progress = asyncio.Event()  # frames or credits have come
-        self._stands: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run())
 
-    async def stands(self, *, timeout_s: float) -> None:
-        """Returns when the next stage has granted its first credits.
-
-        Raises Unavailable when it does not within `timeout_s` or the link broke.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.shield(self._stands)
-        except TimeoutError as error:
-            raise Unavailable(
-                f"the next stage at {self._address} did not answer in {timeout_s:g} s"
-            ) from error
+    @property
+    def has_room(self) -> bool:
+        return self.is_broken or self.num_emitted - self.num_sent < self._max_unsent_frames
 
     def send(self, requests: Sequence[stage_pb2.ActivateRequest], *, made_ns: int) -> None:
         """Sends the frames of a micro-batch after those before them, as credits allow."""
-        self._queue(requests, made_ns=made_ns)
+        with self._lock:
+            self._queue(requests, made_ns=made_ns)
         self._progress.set()
 
     def send_now(self, requests: Sequence[stage_pb2.ActivateRequest]) -> int | None:
         """Sends frames over the shortcut, as credits allow; the others follow by themselves.
 
-        Returns how many have left; None, and does nothing, where there is no shortcut. The
-        listener hears of the others only.
+        Returns how many have left, of which the listener does not hear; None, and does nothing,
+        where there is no shortcut.
         """
         shortcut = self._shortcut
         if shortcut is None:
@@ -101,30 +109,33 @@ class DownstreamLink:
         return num_sent
 
     def _queue(self, requests: Sequence[stage_pb2.ActivateRequest], *, made_ns: int) -> None:
+        if self.is_broken:
+            return
         for request in requests:
             self._waiting.append(_Waiting(request, made_ns, last=request is requests[-1]))
 
     def close(self) -> None:
         """Ends the link; the listener hears nothing more."""
+        with self._lock:
+            self.is_broken = True
+            self._waiting.clear()
         self._task.cancel()
         if self._shortcut is not None:
             self._shortcut.close()
-        if not self._stands.done():
-            self._stands.cancel()
 
     async def _run(self) -> None:
         try:
-            async with open_channel(self._address) as channel:
+            async with open_channel(self._order.address) as channel:
                 await self._converse(channel)
         except grpc.aio.AioRpcError as error:
             reason = error_from_rpc(error)
-            self._break(Unavailable(f"the link to the next stage at {self._address}: {reason}"))
-        except Exception as error:  # the boundary of the task: the session ends with it
+            self._break(Unavailable(f"the link to {self._order.address}: {reason}"))
+        except Exception as error:  # the boundary of the task: the link ends with it
             self._break(error)
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-        call = stub.Activate(wait_for_ready=True)
+        call = stub.Activate()
         credits = asyncio.create_task(self._take_credits(call))
         frames = asyncio.create_task(self._send_frames(call))
         try:
@@ -136,24 +147,34 @@ class DownstreamLink:
             credits.cancel()
             frames.cancel()
             await asyncio.gather(credits, frames, return_exceptions=True)
-        raise Unavailable(f"the next stage at {self._address} ended the link")
+        raise Unavailable(f"{self._order.address} ended the link")
 
-    async def _take_credits(self, call: AsyncIterator[stage_pb2.ActivateResponse]) -> None:
-        async for response in call:
-            if not self._stands.done():
-                self._take_shortcut(response.shortcut)
-                self._stands.set_result(None)
+    async def _take_credits(self, call: Any) -> None:
+        try:
+            async with asyncio.timeout(STAND_TIMEOUT_S):
+                response = await call.read()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"{self._order.address} granted no credit in {STAND_TIMEOUT_S:g} s"
+            ) from error
+        if response is not grpc.aio.EOF:
+            self._take_shortcut(response.shortcut)
+            self._listener.on_stands(self)
+        while response is not grpc.aio.EOF:
             with self._lock:
                 self._credits += response.credits
             self._progress.set()
+            response = await call.read()
 
     async def _send_frames(self, call: Any) -> None:
-        await call.write(stage_pb2.ActivateRequest(open=stage_pb2.OpenLink(epoch=self._epoch)))
+        opening = stage_pb2.OpenLink(epoch=self._order.epoch, link_id=self.link_id)
+        await call.write(stage_pb2.ActivateRequest(open=opening))
         while True:
             while (waiting := self._take_next()) is not None:
                 if self._shortcut is None:
                     await call.write(waiting.request)
                 self._listener.on_sent(
+                    self,
                     waiting.request.frame.micro_batch_id,
                     time.perf_counter_ns() - waiting.made_ns,
                     last=waiting.last,
@@ -178,9 +199,6 @@ class DownstreamLink:
             self._shortcut = Shortcut(connection, on_message=_refuse, on_end=self._break)
 
     def _break(self, error: Exception) -> None:
-        if self._shortcut is not None:
-            self._shortcut.close()
-        if not self._stands.done():
-            self._stands.set_exception(error)
-            self._stands.exception()  # seen: `stands` may have given up already
-        self._listener.on_broken(error)
+        if not self.is_broken:
+            self.close()
+            self._listener.on_broken(self, error)

@@ -5,6 +5,7 @@ Letters: T rows, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,18 +39,67 @@ class StageEngine(Protocol):
 Order = MicroBatch | SequenceUpdates
 
 
+class Outlet(Protocol):
+    """A link downstream, as the compute thread sees it.
+
+    Frames that wait for credit are bounded: without room the thread waits before it computes the
+    next micro-batch for this link. One that is broken has room for all, and takes nothing.
+    """
+
+    num_emitted: int  # frames made for it; the compute thread counts them
+    num_sent: int  # of these; the event loop counts them
+
+    @property
+    def link_id(self) -> int: ...
+
+    @property
+    def has_room(self) -> bool: ...
+
+    @property
+    def is_broken(self) -> bool: ...
+
+    def send(self, requests: Sequence[stage_pb2.ActivateRequest], *, made_ns: int) -> None:
+        """Sends a micro-batch's frames after those before them; on the event loop."""
+
+    def send_now(self, requests: Sequence[stage_pb2.ActivateRequest]) -> int | None:
+        """Sends them from the compute thread, where there is a shortcut; never waits.
+
+        Returns how many of them have left, while the others wait for credit; None when all is
+        left to the event loop.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """Where a micro-batch's activations come from, and where they leave to."""
+
+    upstream_link: int = 0  # 0: none
+    downstream_link: int = 0  # 0: none; the stage answers instead
+    outlet: Outlet | None = None  # the link downstream, if it stands
+
+    @property
+    def answers(self) -> bool:
+        return self.downstream_link == 0
+
+
+NO_ROUTE = Route()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Performed:
-    """An order that has been performed. Times are of `time.perf_counter_ns`, durations in ns.
+    """An order that has been performed; an abandoned micro-batch counts as its updates.
 
-    `requests` carry the activations downstream, `sampled` goes to the coordinator;
-    both are empty for updates alone, and `num_sent` is None, or as `Listener.send_now` said.
+    Times are of `time.perf_counter_ns`, durations in ns. `requests` carry the activations
+    downstream, `sampled` goes to the coordinator; both are empty for updates alone, and where
+    the link downstream is broken. `num_sent` is how many of the requests have left, 0 where
+    `sampled` has, and None where all is left to the event loop.
     `wait_ns` is how long the micro-batch was ready and the thread busy with others,
     `stolen_ns` how much of `compute_ns` the thread did not run, and `starved` why there was
     nothing to compute before.
     """
 
     order: Order
+    route: Route = NO_ROUTE
     requests: list[stage_pb2.ActivateRequest] = field(default_factory=list)
     sampled: SampledTokens | None = None
     num_sent: int | None = None
@@ -66,13 +116,10 @@ class Performed:
 class Listener(Protocol):
     """Hears on the event loop what the compute thread has done for one session."""
 
-    def send_now(
-        self, requests: list[stage_pb2.ActivateRequest], sampled: SampledTokens | None
-    ) -> int | None:
-        """Sends a result from the compute thread, where there is a shortcut; never waits.
+    def answer_now(self, sampled: SampledTokens) -> bool:
+        """Sends tokens from the compute thread, where there is a shortcut; never waits.
 
-        Returns how many of the requests have left, while the others wait for credit; None when
-        all is left to `on_performed`.
+        Returns False where that is left to `on_performed`.
         """
 
     def on_opened(self) -> None: ...
@@ -83,30 +130,15 @@ class Listener(Protocol):
 
 
 class Job:
-    """What the compute thread does for one session: its numbers, and how far the link is.
+    """What the compute thread does for one session, and how far it is.
 
-    Frames that wait for credit are bounded: at `max_unsent_frames` the thread waits
-    before it computes the next micro-batch.
+    `held` is written by the compute thread while it waits for room on a link, the other numbers
+    while it computes: the event loop reads them at any time.
     """
 
-    def __init__(
-        self,
-        listener: Listener,
-        *,
-        epoch: int,
-        codec: str,
-        is_first: bool,
-        max_unsent_frames: int,
-    ) -> None:
+    def __init__(self, listener: Listener, *, codec: str) -> None:
         self.listener = listener
-        self.epoch = epoch
         self.codec = codec
-        self.is_first = is_first
-        self.max_unsent_frames = max_unsent_frames
-        self.num_emitted = 0  # written by the compute thread only
-        self.num_sent = 0  # written by the event loop only
         self.held = False
-
-    @property
-    def has_room(self) -> bool:
-        return self.num_emitted - self.num_sent < self.max_unsent_frames
+        self.performed_id = 0  # the latest micro-batch that was performed or abandoned
+        self.began_ns = 0  # the micro-batch in hand, of `time.perf_counter_ns`; 0: there is none

@@ -15,6 +15,7 @@ from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
 from services.stage.job import StageEngine
 from services.stage.settings import StageSettings
+from services.stage.slowed_engine import slowed
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
 
     checkpoint = open_checkpoint(settings.model)
     config = load_config(checkpoint)
+    layers = f"{settings.first_layer}:{settings.end_layer}"
     if settings.end_layer > config.num_layers:
-        layers = f"{settings.first_layer}:{settings.end_layer}"
         raise InvalidInput("layers", layers, f"within 0:{config.num_layers}, all there are")
     stage_slice = StageSlice(
         first_layer=settings.first_layer,
@@ -81,11 +82,12 @@ def load_model(settings: StageSettings) -> LoadedModel:
             num_slots=settings.max_sequences,
             max_rows=settings.max_rows,
             wire=settings.wire,
+            keeps_log=not stage_slice.is_last,
         ),
         make_backend=choose_backend(settings.device, number_format=settings.number_format),
     )
     note_compiled(settings.number_format)
-    identity = f"{checkpoint.digest}\n{config!r}"
+    weights = (checkpoint.read_digest, layers, engine.fingerprint, config)
     manifest = stage_pb2.StageReady(
         model=settings.name,
         first_layer=stage_slice.first_layer,
@@ -105,9 +107,17 @@ def load_model(settings: StageSettings) -> LoadedModel:
         numerics_fingerprint=engine.fingerprint,
         load_duration=_duration(time.perf_counter_ns() - started),
         eos_token_ids=config.eos_token_ids,
-        model_digest=hashlib.sha256(identity.encode()).hexdigest(),
+        model_digest=_digest(config),
+        weights_digest=_digest(*weights),
     )
-    return LoadedModel(engine=engine, manifest=manifest, codec=engine.codec)
+    return LoadedModel(
+        engine=slowed(engine, by=settings.slow_down), manifest=manifest, codec=engine.codec
+    )
+
+
+def _digest(*facts: object) -> str:
+    """SHA-256 (hex) of what the facts look like."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _duration(nanoseconds: int) -> Duration:

@@ -47,7 +47,9 @@ def decode_micro_batch(message: stage_pb2.MicroBatch, limits: OrderLimits) -> Mi
         num_samples_R=_array(message.num_samples),
         token_ids_T=_array(message.token_ids),
         updates=decode_updates(message.updates, limits),
+        replays=message.replays,
     )
+    _check_links(message, limits)
     _check_rows(batch, limits)
     _check_tokens(batch, limits)
     return batch
@@ -59,11 +61,18 @@ def decode_updates(message: stage_pb2.SequenceUpdates, limits: OrderLimits) -> S
         raise MalformedMessage(
             f"{len(message.block_slots)} block slots for {len(message.block_ids)} block ids"
         )
+    if len(message.rewind_slots) != len(message.rewind_positions):
+        raise MalformedMessage(
+            f"{len(message.rewind_slots)} slots to rewind to "
+            f"{len(message.rewind_positions)} positions"
+        )
     return SequenceUpdates(
         ended_slots=tuple(message.ended_slots),
         starts=tuple(_decode_start(start, limits) for start in message.starts),
         block_slots=tuple(message.block_slots),
         block_ids=tuple(message.block_ids),
+        rewind_slots=tuple(message.rewind_slots),
+        rewind_positions=tuple(message.rewind_positions),
     )
 
 
@@ -127,6 +136,15 @@ def _sampling(message: generation_pb2.SamplingParameters) -> SamplingParameters:
     )
 
 
+def _check_links(message: stage_pb2.MicroBatch, limits: OrderLimits) -> None:
+    comes_over_link = not (limits.is_first or message.replays)
+    if bool(message.upstream_link) != comes_over_link:
+        where = "over a link" if comes_over_link else "from here"
+        raise MalformedMessage(f"the rows of micro-batch {message.id} come {where}")
+    if message.downstream_link and limits.is_last:
+        raise MalformedMessage("no link leads on from the last stage")
+
+
 def _check_rows(batch: MicroBatch, limits: OrderLimits) -> None:
     num_rows = int(batch.num_rows_R.sum(dtype=np.int64))
     if (batch.num_rows_R < 1).any() or num_rows > limits.max_rows:
@@ -139,6 +157,8 @@ def _check_rows(batch: MicroBatch, limits: OrderLimits) -> None:
 
 
 def _check_tokens(batch: MicroBatch, limits: OrderLimits) -> None:
+    if batch.replays:  # its rows are in the log, whatever they were
+        return
     wanted = batch.num_rows if limits.is_first else 0
     if batch.token_ids_T.size != wanted:
         raise MalformedMessage(

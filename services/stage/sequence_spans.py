@@ -58,6 +58,10 @@ class SequenceSpans:
         if last:
             self._on_wire.pop(micro_batch_id, None)
 
+    def forget_wire(self) -> None:
+        """Counts no more of what is on its way: some of it will never be sent."""
+        self._on_wire.clear()
+
     def end_all(self) -> None:
         """Ends the spans of all sequences: the session is over."""
         for slot in list(self._by_slot):

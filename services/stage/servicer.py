@@ -13,6 +13,7 @@ from penstock.v1 import stage_pb2, stage_pb2_grpc
 from core.errors import MalformedMessage
 from services.stage.session import Session
 from services.stage.stage import Stage
+from services.stage.upstream_link import UpstreamLink
 
 # A peer that connects says what it wants at once.
 FIRST_MESSAGE_TIMEOUT_S = 30.0
@@ -48,11 +49,14 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         if not first.HasField("open") or first.HasField("frame"):
             raise MalformedMessage("the first message of a stream opens the link")
         session = await self._stage.session_of(first.open.epoch)
-        link = session.upstream
-        link.open()
-        async with _reading(partial(_take_frames, requests, session), link.close):
-            async for response in link.responses:
-                yield response
+        link_id = first.open.link_id
+        link = session.links.open_upstream(link_id)
+        try:
+            async with _reading(partial(_take_frames, requests, link), link.close):
+                async for response in link.responses:
+                    yield response
+        finally:
+            session.links.end_upstream(link_id)
 
 
 async def _take_orders(
@@ -65,12 +69,12 @@ async def _take_orders(
 
 
 async def _take_frames(
-    requests: AsyncIterator[stage_pb2.ActivateRequest], session: Session
+    requests: AsyncIterator[stage_pb2.ActivateRequest], link: UpstreamLink
 ) -> None:
     async for request in requests:
         if not request.HasField("frame") or request.HasField("open"):
             raise MalformedMessage("all messages but the first carry one frame")
-        session.upstream.take(request.frame)
+        link.take(request.frame)
 
 
 async def _first(requests: AsyncIterator[Request]) -> Request:

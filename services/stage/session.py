@@ -1,26 +1,27 @@
-"""A stage's part in one incarnation of a pipeline: from OpenPipeline to the stream's end.
+"""A stage's part in one incarnation of a replica: from OpenPipeline to the stream's end.
 
-A session joins the parts: orders go to the compute thread, activations come from
-upstream and go downstream, results and reports go to the coordinator. Whatever
-breaks ends the whole session with the error; a new one begins with a new epoch.
+A session joins the parts: orders go to the compute thread, activations come from upstream and
+go downstream, results and reports go to the coordinator. A link that breaks ends alone; whatever
+else breaks ends the whole session with the error, and a new one begins with a new epoch.
 Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 
 from penstock.v1 import stage_pb2, tensor_pb2
 
-from core.errors import MalformedMessage, ProtocolViolation
+from core.errors import MalformedMessage, PenstockError, ProtocolViolation
 from core.pipeline.batch import MicroBatch, SampledTokens
-from core.wire.frames import MAX_FRAME_BYTES, CompleteActivations, FrameAssembler
+from core.wire.frames import MAX_FRAME_BYTES, CompleteActivations
 from services.common.shortcut import Door, Shortcut, parse
 from services.common.telemetry import Telemetry
-from services.stage.downstream_link import DownstreamLink
-from services.stage.job import Job, Order, Performed
+from services.stage.job import NO_ROUTE, Job, Order, Outlet, Performed, Route
+from services.stage.links import Links
 from services.stage.model import LoadedModel
 from services.stage.orders import (
     OrderLimits,
@@ -32,9 +33,9 @@ from services.stage.outbox import Outbox
 from services.stage.sequence_spans import SequenceSpans
 from services.stage.starvation import Arrival, wire_ns_since
 from services.stage.timings import KvBlockCount, Timings, Totals
-from services.stage.upstream_link import UpstreamLink
 from services.stage.worker import Worker
 
+_LOG = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 0.1
 # Schedules run a few micro-batches ahead; a coordinator this far ahead is out of order.
 MAX_PENDING_ORDERS = 4096
@@ -66,15 +67,15 @@ class Session:
         manifest = model.manifest
         self._shortcut: Shortcut | None = None
         self._door: Door | None = None
-        credits = initial_credits or credits_for(manifest)
         self.epoch = order.epoch
         self.stage_index = order.stage_index
         self.responses: Outbox[stage_pb2.ControlResponse] = Outbox()
-        self.upstream = UpstreamLink(
+        self.links = Links(
             self,
-            assembler=FrameAssembler(manifest.hidden_size, model.codec, epoch=order.epoch),
-            initial_credits=credits,
-            offers_shortcut=offers_shortcuts,
+            hidden_size=manifest.hidden_size,
+            codec=model.codec,
+            initial_credits=initial_credits or credits_for(manifest),
+            offers_shortcuts=offers_shortcuts,
         )
         self._offers_shortcuts = offers_shortcuts
         self._model = model
@@ -85,8 +86,6 @@ class Session:
             is_first=model.is_first,
             is_last=model.is_last,
         )
-        self._downstream_address = order.downstream_address
-        self._downstream: DownstreamLink | None = None
         self._opened = asyncio.Event()
         self._num_pending = 0
         self._last_id = -1
@@ -98,29 +97,15 @@ class Session:
             if telemetry.tracing
             else None
         )
-        self._job = Job(
-            self,
-            epoch=order.epoch,
-            codec=model.codec,
-            is_first=model.is_first,
-            max_unsent_frames=credits,
-        )
+        self._job = Job(self, codec=model.codec)
 
     @property
     def kv_blocks_used(self) -> int:
         return self._blocks.num_used
 
     async def open(self) -> None:
-        """Clears the engine, dials the next stage and tells the coordinator when both are done.
-
-        Raises Unavailable when the next stage cannot be reached.
-        """
+        """Clears the engine, and tells the coordinator when that is done."""
         self._worker.open(self._job)
-        if self._downstream_address:
-            self._downstream = DownstreamLink(
-                self, address=self._downstream_address, epoch=self.epoch
-            )
-            await self._downstream.stands(timeout_s=OPEN_TIMEOUT_S)
         await self._opened.wait()
         ready = stage_pb2.ControlResponse(ready=self._model.manifest)
         if self._offers_shortcuts:
@@ -140,9 +125,7 @@ class Session:
             self._door.close()
         if self._shortcut is not None:
             self._shortcut.close()
-        self.upstream.close()
-        if self._downstream is not None:
-            self._downstream.close()
+        self.links.close()
         if self._report_timer is not None:
             self._report_timer.cancel()
         if self._spans is not None:
@@ -161,32 +144,42 @@ class Session:
         """Takes an order; raises ProtocolViolation or InvalidInput when it does not fit."""
         kind = request.WhichOneof("order")
         if kind == "micro_batch":
-            wire_ns = wire_ns_since(request.micro_batch.sent_unix_ns)
-            batch = decode_micro_batch(request.micro_batch, self._limits)
-            self._take_micro_batch(batch, wire_ns=wire_ns)
+            self._take_micro_batch(request.micro_batch)
         elif kind == "updates":
-            self._submit(decode_updates(request.updates, self._limits), wire_ns=0)
+            self._submit(decode_updates(request.updates, self._limits))
         elif kind == "report":
             self._report()
+        elif kind == "open_downstream":
+            self._open_downstream(request.open_downstream)
+        elif kind == "abandon":
+            self.links.abandon(request.abandon.ids)
+            self._worker.abandon(self._job, request.abandon.ids)
         elif kind == "open":
             raise ProtocolViolation("the pipeline is open; a new epoch needs a new stream")
         else:
             raise MalformedMessage("an order without content")
 
-    def _take_micro_batch(self, batch: MicroBatch, *, wire_ns: int) -> None:
+    def _take_micro_batch(self, message: stage_pb2.MicroBatch) -> None:
+        wire_ns = wire_ns_since(message.sent_unix_ns)
+        batch = decode_micro_batch(message, self._limits)
         if batch.id <= self._last_id:
             raise ProtocolViolation(f"micro-batch {batch.id} is ordered after {self._last_id}")
         self._last_id = batch.id
-        self._submit(batch, wire_ns=wire_ns)
-        if not self._model.is_first:
-            self.upstream.expect(batch.id, batch.num_rows)
+        route = self.links.route(message)
+        self._submit(batch, wire_ns=wire_ns, route=route)
+        self.links.expect(batch, route)
 
-    def _submit(self, order: Order, *, wire_ns: int) -> None:
+    def _open_downstream(self, order: stage_pb2.OpenDownstream) -> None:
+        if self._model.is_last:
+            raise ProtocolViolation("there is no stage behind the last one")
+        self.links.open_downstream(order)
+
+    def _submit(self, order: Order, *, wire_ns: int = 0, route: Route = NO_ROUTE) -> None:
         if self._num_pending >= MAX_PENDING_ORDERS:
             raise ProtocolViolation(f"{MAX_PENDING_ORDERS} orders are pending already")
         self._num_pending += 1
         arrival = Arrival(at_ns=time.perf_counter_ns(), wire_ns=wire_ns)
-        self._worker.submit(self._job, order, arrival)
+        self._worker.submit(self._job, order, arrival, route=route)
 
     # Activations from upstream.
 
@@ -201,15 +194,11 @@ class Session:
     def on_opened(self) -> None:
         self._opened.set()
 
-    def send_now(
-        self, requests: list[stage_pb2.ActivateRequest], sampled: SampledTokens | None
-    ) -> int | None:
-        if requests:
-            return self._downstream.send_now(requests) if self._downstream is not None else None
-        if sampled is None or self._shortcut is None:
-            return None
+    def answer_now(self, sampled: SampledTokens) -> bool:
+        if self._shortcut is None:
+            return False
         self._shortcut.send(_sampled_response(sampled).SerializeToString())
-        return 0
+        return True
 
     def on_performed(self, performed: Performed) -> None:
         if self.responses.closed:
@@ -218,31 +207,47 @@ class Session:
         if performed.num_sent is None:
             self._send(performed)  # first what others wait for
         if performed.num_frames_taken:
-            self.upstream.give_back(performed.num_frames_taken)
+            self.links.give_back(performed.route, performed.num_frames_taken)
         self._note(performed)
+        outlet = performed.route.outlet
+        if outlet is None:
+            return
         for request in performed.requests[: performed.num_sent or 0]:
             is_last = request is performed.requests[-1]
-            self.on_sent(request.frame.micro_batch_id, performed.send_ns, last=is_last)
+            self.on_sent(outlet, request.frame.micro_batch_id, performed.send_ns, last=is_last)
 
     def on_failure(self, error: Exception) -> None:
         self.close(error)
 
     def _send(self, performed: Performed) -> None:
-        if performed.requests and self._downstream is not None:
-            self._downstream.send(performed.requests, made_ns=performed.ended_ns)
+        if performed.requests and performed.route.outlet is not None:
+            performed.route.outlet.send(performed.requests, made_ns=performed.ended_ns)
         if performed.sampled is not None:
             self.responses.put(_sampled_response(performed.sampled))
 
-    # The link downstream.
+    # Links downstream.
 
-    def on_sent(self, micro_batch_id: int, duration_ns: int, *, last: bool) -> None:
-        self._worker.note_sent(self._job)
+    def on_stands(self, link: Outlet) -> None:
+        state = stage_pb2.LinkState(link_id=link.link_id, stands=True)
+        self.responses.put(stage_pb2.ControlResponse(link=state))
+
+    def on_sent(self, link: Outlet, micro_batch_id: int, duration_ns: int, *, last: bool) -> None:
+        link.num_sent += 1
+        self._worker.note_room(self._job)
         self._timings.note_wire(duration_ns)
         if self._spans is not None:
             self._spans.note_wire(micro_batch_id, duration_ns, last=last)
 
-    def on_broken(self, error: Exception) -> None:
-        self.close(error)
+    def on_broken(self, link: Outlet, error: Exception) -> None:
+        unforeseen = None if isinstance(error, PenstockError) else error
+        facts = {"link": link.link_id, "why": str(error)}
+        _LOG.warning("link broken", extra=facts, exc_info=unforeseen)
+        self.links.forget_downstream(link.link_id)
+        self._worker.note_room(self._job)
+        if self._spans is not None:
+            self._spans.forget_wire()
+        state = stage_pb2.LinkState(link_id=link.link_id, problem=str(error))
+        self.responses.put(stage_pb2.ControlResponse(link=state))
 
     # Reports.
 
@@ -260,9 +265,10 @@ class Session:
         if self._report_timer is not None:
             self._report_timer.cancel()
             self._report_timer = None
-        report = self._timings.report(
-            now_ns=time.perf_counter_ns(), kv_blocks_used=self._blocks.num_used
-        )
+        now_ns, began_ns = time.perf_counter_ns(), self._job.began_ns
+        report = self._timings.report(now_ns=now_ns, kv_blocks_used=self._blocks.num_used)
+        report.performed_id = self._job.performed_id
+        report.computing.FromNanoseconds(now_ns - began_ns if began_ns else 0)
         self.responses.put(stage_pb2.ControlResponse(report=report))
 
 
@@ -289,5 +295,3 @@ def _check_place(order: stage_pb2.OpenPipeline, model: LoadedModel) -> None:
         raise ProtocolViolation(f"stage {order.stage_index} cannot begin at this stage's layers")
     if (order.stage_index + 1 == order.num_stages) != model.is_last:
         raise ProtocolViolation(f"stage {order.stage_index} cannot end at this stage's layers")
-    if bool(order.downstream_address) == model.is_last:
-        raise MalformedMessage("all stages but the last have an address downstream")

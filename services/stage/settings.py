@@ -29,6 +29,7 @@ class StageSettings:
     max_sequences: int = 256  # at a time
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
+    slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:
@@ -41,6 +42,8 @@ class StageSettings:
         if not 0 <= self.first_layer < self.end_layer:
             layers = f"{self.first_layer}:{self.end_layer}"
             raise InvalidInput("layers", layers, "FIRST:END with 0 <= FIRST < END")
+        if not 1.0 <= self.slow_down < float("inf"):
+            raise InvalidInput("slow_down", self.slow_down, "at least 1")
         for name in ("num_kv_blocks", "max_rows", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InvalidInput(name, getattr(self, name), "at least 1")

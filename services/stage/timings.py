@@ -57,6 +57,8 @@ class Timings:
         totals.stolen_ns += performed.stolen_ns
         totals.starved += performed.starved
         totals.serialise_ns += performed.serialise_ns
+        if performed.order.replays:  # nothing was computed: no measure of what computing takes
+            return
         totals.rows += num_rows
         totals.micro_batches += 1
         self._window.batch_rows.append(num_rows)

@@ -1,14 +1,18 @@
-"""The stream that brings activations from the stage before this one.
+"""A stream that brings activations from a replica of the stage before this one.
 
 Credits, in frames, bound what waits here: the first grant covers two of the biggest
 micro-batches, and frames are granted anew once their micro-batch has been computed.
 Grants are gathered to a quarter of the first one, since each costs a message.
+
+A link that breaks takes with it what it had not brought whole, and nothing else: those
+micro-batches wait until the coordinator abandons them.
 """
 
 from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterable
 from typing import Protocol
 
 from penstock.v1 import stage_pb2, tensor_pb2
@@ -30,7 +34,10 @@ class UpstreamListener(Protocol):
 
 
 class UpstreamLink:
-    """The receiving end of a session's one link. Belongs to the event loop's thread."""
+    """The receiving end of a link. Belongs to the event loop's thread.
+
+    Grants the first credits at once.
+    """
 
     def __init__(
         self,
@@ -46,26 +53,17 @@ class UpstreamLink:
         self._initial_credits = initial_credits
         self._outstanding = 0  # frames that may still come
         self._ungranted = 0
-        self._taken = False
-        self._offers_shortcut = offers_shortcut
-        self._door: Door | None = None
+        self._door = Door(self._on_entered) if offers_shortcut else None
         self._shortcut: Shortcut | None = None
-
-    def open(self) -> None:
-        """Takes the link for one stream, and grants the first credits.
-
-        Raises ProtocolViolation when another stream has had it.
-        """
-        if self._taken:
-            raise ProtocolViolation("this epoch has had its link; a new one needs a new epoch")
-        self._taken = True
-        if self._offers_shortcut:
-            self._door = Door(self._on_entered)
-        self._grant(self._initial_credits, shortcut=self._door.address if self._door else "")
+        self._grant(initial_credits, shortcut=self._door.address if self._door else "")
 
     def expect(self, micro_batch_id: int, num_rows: int) -> None:
         """Notes that a micro-batch is scheduled."""
-        complete = self._assembler.expect(micro_batch_id, num_rows)
+        try:
+            complete = self._assembler.expect(micro_batch_id, num_rows)
+        except ProtocolViolation as error:  # what came does not fit: the link is to blame
+            self.close(error)
+            return
         if complete is not None:  # they waited for their order
             self._listener.on_activations(complete, Arrival(at_ns=time.perf_counter_ns()))
 
@@ -78,10 +76,17 @@ class UpstreamLink:
         complete = self._assembler.add(frame)
         now_ns = time.perf_counter_ns()
         self._listener.on_assembled(now_ns - started_ns)
+        self.give_back(self._assembler.take_dropped())
         if complete is not None:
             serialise_ns = frame.serialise_ns + now_ns - started_ns
             arrival = Arrival(at_ns=now_ns, wire_ns=wire_ns, serialise_ns=serialise_ns)
             self._listener.on_activations(complete, arrival)
+
+    def abandon(self, micro_batch_ids: Iterable[int]) -> None:
+        """Drops what has come and will come of these; frames of others are taken as ever."""
+        for micro_batch_id in micro_batch_ids:
+            self._assembler.abandon(micro_batch_id)
+        self.give_back(self._assembler.take_dropped())
 
     def give_back(self, num_frames: int) -> None:
         """Notes that so many frames have been used up."""
@@ -92,7 +97,6 @@ class UpstreamLink:
 
     def close(self, error: Exception | None = None) -> None:
         """Ends the stream, with `error` if given."""
-        self._taken = True
         self.responses.close(error)
         if self._door is not None:
             self._door.close()

@@ -4,7 +4,8 @@ One thread does all computing, so that the event loop never computes and the eng
 needs no locks. Everything reaches it through one queue; it keeps its own state, and
 posts what it has done to the event loop, one wake-up a result. What others wait for it
 sends itself, where there is a shortcut to them. A micro-batch runs when its order and its
-activations are both there, and when the link downstream is not too far behind.
+activations are both there, and when its link downstream is not too far behind. One that is
+abandoned is passed over when its turn comes, but for its updates.
 
 Letters: T rows, H hidden size.
 """
@@ -14,17 +15,26 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from penstock.v1 import stage_pb2
 
 from core.errors import ProtocolViolation
-from core.pipeline.batch import MicroBatch, SequenceUpdates
+from core.pipeline.batch import MicroBatch, SampledTokens, SequenceUpdates
 from core.wire.frames import CompleteActivations, encode_frames
-from services.stage.job import Job, Order, Performed, StageEngine, StepResult
+from services.stage.job import (
+    NO_ROUTE,
+    Job,
+    Order,
+    Outlet,
+    Performed,
+    Route,
+    StageEngine,
+    StepResult,
+)
 from services.stage.starvation import NOT_STARVED, Arrival, attribute
 
 Post = Callable[..., object]
@@ -45,6 +55,7 @@ class _Close:
 class _Ordered:
     job: Job
     order: Order
+    route: Route
     arrival: Arrival
 
 
@@ -55,15 +66,21 @@ class _Arrived:
     arrival: Arrival
 
 
+@dataclass(frozen=True, slots=True)
+class _Abandoned:
+    job: Job
+    micro_batch_ids: frozenset[int]
+
+
 class _RoomAgain:
-    """The link has caught up."""
+    """A link has caught up, or broken."""
 
 
 class _Stop:
     """The process ends."""
 
 
-_Item = _Open | _Close | _Ordered | _Arrived | _RoomAgain | _Stop
+_Item = _Open | _Close | _Ordered | _Arrived | _Abandoned | _RoomAgain | _Stop
 Model = TypeVar("Model")
 
 
@@ -109,18 +126,21 @@ class Worker(Generic[Model]):
         """Drops the job's orders and sequences, if it is still the current one."""
         self._inbox.put(_Close(job))
 
-    def submit(self, job: Job, order: Order, arrival: Arrival) -> None:
+    def submit(self, job: Job, order: Order, arrival: Arrival, *, route: Route = NO_ROUTE) -> None:
         """Adds an order; orders are performed in the order of submission."""
-        self._inbox.put(_Ordered(job, order, arrival))
+        self._inbox.put(_Ordered(job, order, route, arrival))
+
+    def abandon(self, job: Job, micro_batch_ids: Iterable[int]) -> None:
+        """Passes over these micro-batches, as far as they are submitted and not begun."""
+        self._inbox.put(_Abandoned(job, frozenset(micro_batch_ids)))
 
     def deliver(self, job: Job, activations: CompleteActivations, arrival: Arrival) -> None:
         """Brings the activations of a micro-batch."""
         self._inbox.put(_Arrived(job, activations, arrival))
 
-    def note_sent(self, job: Job) -> None:
-        """Notes that one more frame of the job has left."""
-        job.num_sent += 1
-        if job.held and job.has_room:
+    def note_room(self, job: Job) -> None:
+        """Notes that a link of the job may have room again."""
+        if job.held:
             self._inbox.put(_RoomAgain())
 
     def stop(self, *, timeout_s: float) -> None:
@@ -141,6 +161,7 @@ class _ComputeLoop:
         self._live: set[int] = set()
         self._orders: deque[_Ordered] = deque()
         self._arrived: dict[int, _Arrived] = {}
+        self._abandoned: set[int] = set()  # of the orders
         self._stopped = False
         self._starved = NOT_STARVED  # since the last micro-batch
 
@@ -178,6 +199,9 @@ class _ComputeLoop:
         elif isinstance(item, _Arrived):
             if item.job is self._job:
                 self._arrived[item.activations.micro_batch_id] = item
+        elif isinstance(item, _Abandoned):
+            if item.job is self._job:
+                self._abandoned |= item.micro_batch_ids & {_id_of(one) for one in self._orders}
         elif isinstance(item, _Open):
             self._begin(item.job)
         elif isinstance(item, _Close):
@@ -188,19 +212,24 @@ class _ComputeLoop:
 
     def _runnable(self) -> bool:
         """Whether the first order can be performed."""
-        if not self._orders or self._job is None or self._is_held(self._job):
+        if not self._orders or self._job is None:
             return False
-        order = self._orders[0].order
-        return isinstance(order, SequenceUpdates) or self._job.is_first or order.id in self._arrived
+        self._job.held = False
+        ordered = self._orders[0]
+        order, route = ordered.order, ordered.route
+        if isinstance(order, SequenceUpdates) or order.id in self._abandoned:
+            return True
+        if route.upstream_link and order.id not in self._arrived:
+            return False
+        return route.outlet is None or not self._is_held(self._job, route.outlet)
 
-    def _is_held(self, job: Job) -> bool:
+    def _is_held(self, job: Job, outlet: Outlet) -> bool:
         # `held` is set before the second look, and the event loop looks at it after it has
         # counted: one of the two sees the other.
-        job.held = False
-        if job.has_room:
+        if outlet.has_room:
             return False
         job.held = True
-        return not job.has_room
+        return not outlet.has_room
 
     def _note_starvation(self, since_ns: int) -> None:
         """Says why it took until now. Without live sequences there was nothing to wait for."""
@@ -218,41 +247,57 @@ class _ComputeLoop:
         )
 
     def _perform(self, ordered: _Ordered) -> None:
-        job = ordered.job
+        listener, order = ordered.job.listener, ordered.order
         try:
-            performed = (
-                self._update(ordered.order)
-                if isinstance(ordered.order, SequenceUpdates)
-                else self._step(job, ordered.order, ordered.arrival.at_ns)
-            )
+            if isinstance(order, SequenceUpdates):
+                performed = self._update(order)
+            elif order.id in self._abandoned:
+                performed = self._pass_over(ordered, order)
+            else:
+                performed = self._step(ordered, order)
         except Exception as error:  # the boundary of the thread: the session ends, not the process
             self._forget()
-            self._post(job.listener.on_failure, error)
+            self._post(listener.on_failure, error)
         else:
-            self._post(job.listener.on_performed, performed)
+            self._post(listener.on_performed, performed)
 
     def _update(self, updates: SequenceUpdates) -> Performed:
         self._note_live(updates)
         self._engine.apply(updates)
         return Performed(order=updates, ended_ns=time.perf_counter_ns())
 
-    def _step(self, job: Job, batch: MicroBatch, ordered_ns: int) -> Performed:
-        arrived = None if job.is_first else self._arrived.pop(batch.id)
+    def _pass_over(self, ordered: _Ordered, batch: MicroBatch) -> Performed:
+        self._abandoned.remove(batch.id)
+        arrived = self._arrived.pop(batch.id, None)
+        performed = self._update(batch.updates)
+        ordered.job.performed_id = batch.id
+        num_frames = 0 if arrived is None else arrived.activations.num_frames
+        return replace(performed, route=ordered.route, num_frames_taken=num_frames)
+
+    def _step(self, ordered: _Ordered, batch: MicroBatch) -> Performed:
+        job, route = ordered.job, ordered.route
+        arrived = self._arrived.pop(batch.id) if route.upstream_link else None
         hidden_TH = None if arrived is None else arrived.activations.hidden_TH
-        ready_ns = ordered_ns if arrived is None else max(ordered_ns, arrived.arrival.at_ns)
+        ready_ns = ordered.arrival.at_ns
+        if arrived is not None:
+            ready_ns = max(ready_ns, arrived.arrival.at_ns)
         self._note_live(batch.updates)
         starved, self._starved = self._starved, NOT_STARVED
         started_ns, started_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        job.began_ns = started_ns
         result = self._engine.step(batch, hidden_TH)
         ended_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns() - started_cpu_ns
-        requests = self._encode(job, batch, result)
+        requests = self._encode(job, route.outlet, batch, result)
+        sampled = _answer(batch, result) if route.answers else None
         encoded_ns = time.perf_counter_ns()
-        num_sent = job.listener.send_now(requests, result.sampled)
+        num_sent = _send_now(job, route.outlet, requests, sampled)
         sent_ns = time.perf_counter_ns()
+        job.began_ns, job.performed_id = 0, batch.id
         return Performed(
             order=batch,
+            route=route,
             requests=requests,
-            sampled=result.sampled,
+            sampled=sampled,
             num_sent=num_sent,
             num_frames_taken=0 if arrived is None else arrived.activations.num_frames,
             compute_ns=ended_ns - started_ns,
@@ -265,18 +310,18 @@ class _ComputeLoop:
         )
 
     def _encode(
-        self, job: Job, batch: MicroBatch, result: StepResult
+        self, job: Job, outlet: Outlet | None, batch: MicroBatch, result: StepResult
     ) -> list[stage_pb2.ActivateRequest]:
-        if result.hidden_TH is None:
+        if outlet is None or outlet.is_broken or result.hidden_TH is None:
             return []
         requests = encode_frames(
             result.hidden_TH,
-            epoch=job.epoch,
+            link_id=outlet.link_id,
             micro_batch_id=batch.id,
-            first_sequence_number=job.num_emitted,
+            first_sequence_number=outlet.num_emitted,
             codec=job.codec,
         )
-        job.num_emitted += len(requests)
+        outlet.num_emitted += len(requests)
         for request in requests:
             request.frame.sent_unix_ns = time.time_ns()
         return requests
@@ -296,6 +341,7 @@ class _ComputeLoop:
         self._job = None
         self._orders.clear()
         self._arrived.clear()
+        self._abandoned.clear()
         self._starved = NOT_STARVED
         for slot in self._live:
             try:
@@ -303,3 +349,24 @@ class _ComputeLoop:
             except ProtocolViolation:  # the update that would have started it was refused
                 continue
         self._live.clear()
+
+
+def _id_of(ordered: _Ordered) -> int | None:
+    return ordered.order.id if isinstance(ordered.order, MicroBatch) else None
+
+
+def _answer(batch: MicroBatch, result: StepResult) -> SampledTokens:
+    """What the coordinator hears: that it is done, where nothing was sampled."""
+    return result.sampled or SampledTokens(micro_batch_id=batch.id, token_ids=())
+
+
+def _send_now(
+    job: Job,
+    outlet: Outlet | None,
+    requests: list[stage_pb2.ActivateRequest],
+    sampled: SampledTokens | None,
+) -> int | None:
+    """Sends what goes over shortcuts; see `Performed.num_sent`."""
+    if sampled is not None:
+        return 0 if job.listener.answer_now(sampled) else None
+    return outlet.send_now(requests) if outlet is not None and requests else None

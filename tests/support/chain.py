@@ -61,6 +61,7 @@ class Chain:
         max_rows: int = 512,
         arithmetic: Arithmetic | None = None,
         wire: str = "f32",
+        keeps_log: bool = False,
         make_backend: MakeBackend | None = None,
     ) -> None:
         """`arithmetic` overrides the host's best, `make_backend` the CPU."""
@@ -70,6 +71,7 @@ class Chain:
             num_slots=num_slots,
             max_rows=max_rows,
             wire=wire,
+            keeps_log=keeps_log,
         )
         make_backend = make_backend or functools.partial(CpuBackend, arithmetic=arithmetic)
         self.engines = [

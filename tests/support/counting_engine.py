@@ -2,6 +2,7 @@
 
 A row (of 4 elements, unless told otherwise) starts as (token id, position, 0, 0); every
 stage adds 1 to the third element; the last one samples token id + position + number of stages.
+What a stage sends it can send again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class CountingEngine:
         self.live: set[int] = set()
         self.steps: list[int] = []
         self.threads: set[int] = set()
+        self.rewound: list[tuple[int, int]] = []
+        self._log: dict[tuple[int, int], np.ndarray] = {}
         self._buffer_TH = np.zeros((0, hidden_size), np.float32)
 
     def apply(self, updates: SequenceUpdates) -> None:
@@ -50,6 +53,7 @@ class CountingEngine:
             if start.slot in self.live:
                 raise ProtocolViolation(f"slot {start.slot} is live already")
             self.live.add(start.slot)
+        self.rewound += zip(updates.rewind_slots, updates.rewind_positions, strict=True)
 
     def step(self, batch: MicroBatch, hidden_TH: np.ndarray | None) -> CountingResult:
         self.apply(batch.updates)
@@ -60,18 +64,22 @@ class CountingEngine:
         if missing:
             raise ProtocolViolation(f"slots {missing} are not live")
         self.steps.append(batch.id)
+        if batch.replays:
+            return CountingResult(
+                hidden_TH=np.stack([self._log[place] for place in _places(batch)])
+            )
         rows_TH = self._embed(batch) if hidden_TH is None else hidden_TH.copy()
         rows_TH[:, 2] += 1
         # The result is valid until the next step only, as the real engine's is.
         self._buffer_TH[:] = np.nan
         self._buffer_TH = rows_TH
+        self._log |= zip(_places(batch), rows_TH.copy(), strict=True)
         return self._sampled(batch, rows_TH) if self.is_last else CountingResult(hidden_TH=rows_TH)
 
     def _embed(self, batch: MicroBatch) -> np.ndarray:
         rows_TH = np.zeros((batch.num_rows, self.hidden_size), np.float32)
         rows_TH[:, 0] = batch.token_ids_T
-        runs = zip(batch.first_positions_R, batch.num_rows_R, strict=True)
-        rows_TH[:, 1] = np.concatenate([np.arange(first, first + num) for first, num in runs])
+        rows_TH[:, 1] = [position for _, position in _places(batch)]
         return rows_TH
 
     def _sampled(self, batch: MicroBatch, rows_TH: np.ndarray) -> CountingResult:
@@ -91,6 +99,17 @@ class CountingEngine:
         return CountingResult(
             sampled=SampledTokens(micro_batch_id=batch.id, token_ids=token_ids, logprobs=logprobs)
         )
+
+
+def _places(batch: MicroBatch) -> list[tuple[int, int]]:
+    """Slot and position of each row."""
+    runs = zip(
+        batch.slots_R.tolist(),
+        batch.first_positions_R.tolist(),
+        batch.num_rows_R.tolist(),
+        strict=True,
+    )
+    return [(slot, first + row) for slot, first, num_rows in runs for row in range(num_rows)]
 
 
 def counting_model(engine: CountingEngine, *, index: int, num_stages: int) -> LoadedModel:

@@ -76,6 +76,9 @@ class FakeEngine:
             assert 0 <= block < self.num_kv_blocks, f"block {block} does not exist"
             held.add(block)
             table.append(block)
+        for slot, position in zip(updates.rewind_slots, updates.rewind_positions, strict=True):
+            least, most = self._spans[slot]
+            self._spans[slot] = (min(least, position), min(most, position))
         for start in updates.starts:
             covered = len(self.tables[start.slot]) * self.block_size
             assert start.num_cached_positions <= covered, "cached positions without a block"
@@ -109,6 +112,12 @@ class FakeEngine:
             sampled += [self.next_token(prefix[:e]) for e in range(end - num_sampled + 1, end + 1)]
         assert row == len(token_ids), "rows and token ids differ in number"
         return sampled
+
+    def prefix(self, slot: int, end: int) -> list[int]:
+        """What the cache holds of a sequence up to a position."""
+        table = self.tables[slot]
+        assert end <= self._spans[slot][1], "rows that were not computed"
+        return [self._kv[self._place(table, position)] for position in range(end)]
 
     def _place(self, table: list[int], position: int) -> tuple[int, int]:
         return table[position // self.block_size], position % self.block_size

@@ -1,49 +1,54 @@
 """Stages that compute a simple function instead of a model, behind real gRPC servers.
 
-A fake stage performs orders in their order and refuses wrong ones as a real one would. It
-passes token ids, for want of activations, to the next stage through a queue of this process.
+A fake stage performs orders in their order and refuses wrong ones as a real one would. For want
+of activations it passes on token ids, each with a digest of the prefix that its own cache holds:
+so the next stage finds out when a cache, restored maybe, is not what it should be. They travel
+within this process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
 
-from tests.support.fake_engine import EOS, VOCAB_SIZE, FakeEngine
+from tests.support.fake_engine import EOS, VOCAB_SIZE
+from tests.support.fake_session import FakeSession
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeStage(stage_pb2_grpc.StageServiceServicer):
-    """One stage. Change its fields to misbehave."""
+    """One replica of a stage. Change its fields to misbehave."""
 
     index: int
     num_stages: int
+    network: dict[str, FakeStage] = field(default_factory=dict)  # by address; all of a mesh
     num_kv_blocks: int = 64
     max_rows: int = 64
     context_length: int = 512
     block_size: int = 16
     model: str = "fake"
     fingerprint: str = "f"
+    weights: str = "w"
+    first_layer: int = -1  # -1: two layers a stage
     seconds_a_batch: float = 0.0
     address: str = ""
     epochs: list[int] = field(default_factory=list)
     traceparents: dict[int, str] = field(default_factory=dict)
     num_batches: int = 0
+    num_rows: int = 0  # computed, in all incarnations
+    num_replayed: int = 0  # rows sent again
     violations: list[str] = field(default_factory=list)
-    inbox: asyncio.Queue[tuple[int, list[int]]] = field(default_factory=asyncio.Queue)
-    downstream: FakeStage | None = None
-    engine: FakeEngine = field(init=False)
     may_load: asyncio.Event = field(default_factory=asyncio.Event)
     may_compute: asyncio.Event = field(default_factory=asyncio.Event)
-    _updated: asyncio.Condition = field(default_factory=asyncio.Condition)
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: as by SIGSTOP
+    may_link: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: links break
+    session: FakeSession | None = None
     _server: Any = None
 
     @property
@@ -55,8 +60,9 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         stage_pb2_grpc.add_StageServiceServicer_to_server(self, self._server)
         bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.address = f"127.0.0.1:{bound}"
-        self.may_load.set()
-        self.may_compute.set()
+        self.network[self.address] = self
+        for event in (self.may_load, self.may_compute, self.may_answer, self.may_link):
+            event.set()
         await self._server.start()
 
     async def stop(self) -> None:
@@ -66,37 +72,56 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     async def restart(self) -> None:
         await self.start(int(self.address.rpartition(":")[2]))
 
-    def __post_init__(self) -> None:
-        self._clear()
+    def cut_links(self) -> None:
+        """Breaks the links downstream; new ones can be had once `may_link` is set."""
+        self.may_link.clear()
+        assert self.session is not None
+        self.session.cut_links()
 
-    def _clear(self) -> None:
-        self.engine = FakeEngine(
-            num_kv_blocks=self.num_kv_blocks, is_last=self.is_last, block_size=self.block_size
-        )
-        self.inbox = asyncio.Queue()
+    async def until_it_holds_nothing(self) -> None:
+        """Waits until every sequence has ended on this replica."""
+        if self.session is not None:
+            await self.session.until_it_holds_nothing()
+
+    async def until_it_is_left(self) -> None:
+        """Waits until the coordinator has ended its stream."""
+        if self.session is not None:
+            await self.session.until_closed()
 
     async def Control(
         self, requests: AsyncIterator[stage_pb2.ControlRequest], context: Any
     ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        self._clear()
+        await self.may_answer.wait()
         opened = await anext(aiter(requests))
         self.epochs.append(opened.open.epoch)
         await self.may_load.wait()
-        yield stage_pb2.ControlResponse(ready=self._ready())
-        async for request in requests:
-            try:
-                async for response in self._perform(request):
-                    yield response
-            except AssertionError as error:
-                self.violations.append(str(error))
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        session = self.session = self.begin(opened.open.epoch)
+        yield stage_pb2.ControlResponse(ready=self.ready())
+        tasks = [
+            asyncio.create_task(session.take_all(requests)),
+            asyncio.create_task(session.perform_all()),
+        ]
+        try:
+            while (response := await session.outbox.get()) is not None:
+                await self.may_answer.wait()
+                yield response
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.violations[-1])
+        finally:
+            for task in tasks:
+                task.cancel()
+            session.close()
 
-    def _ready(self) -> stage_pb2.StageReady:
+    def begin(self, epoch: int) -> FakeSession:
+        """Begins an incarnation."""
+        return FakeSession(self, epoch)
+
+    def ready(self) -> stage_pb2.StageReady:
+        first = 2 * self.index if self.first_layer < 0 else self.first_layer
         return stage_pb2.StageReady(
             model=self.model,
             model_digest="d",
-            first_layer=2 * self.index,
-            end_layer=2 * self.index + 2,
+            first_layer=first,
+            end_layer=first + 2,
             num_layers=2 * self.num_stages,
             hidden_size=8,
             vocab_size=VOCAB_SIZE,
@@ -110,74 +135,26 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             bytes_read=900,
             numerics_fingerprint=self.fingerprint,
             eos_token_ids=[EOS],
+            weights_digest=f"{self.weights}{self.index}",
         )
-
-    async def _perform(
-        self, request: stage_pb2.ControlRequest
-    ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        match request.WhichOneof("order"):
-            case "updates":
-                await self._update(request.updates)
-            case "micro_batch":
-                await self.may_compute.wait()
-                async for response in self._compute(request.micro_batch):
-                    yield response
-
-    async def until_it_holds_nothing(self) -> None:
-        """Waits until every sequence has ended on this stage."""
-        async with self._updated:
-            await self._updated.wait_for(lambda: not self.engine.tables)
-
-    async def _update(self, updates: stage_pb2.SequenceUpdates) -> None:
-        for start in updates.starts:
-            assert start.HasField("sampling") == self.is_last, "sampling is for the last stage"
-            self.traceparents[start.request_id] = start.traceparent
-        self.engine.apply(updates)
-        async with self._updated:
-            self._updated.notify_all()
-
-    async def _compute(
-        self, batch: stage_pb2.MicroBatch
-    ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        await self._update(batch.updates)
-        assert sum(batch.num_rows) <= self.max_rows, "too many rows"
-        if self.index == 0:
-            token_ids = list(batch.token_ids)
-        else:
-            micro_batch_id, token_ids = await self.inbox.get()
-            assert micro_batch_id == batch.id, "activations of another micro-batch"
-            assert not batch.token_ids, "token ids are for the first stage"
-        if self.seconds_a_batch:
-            await asyncio.sleep(self.seconds_a_batch)
-        sampled = self.engine.run(
-            batch.slots, batch.first_positions, batch.num_rows, batch.num_samples, token_ids
-        )
-        self.num_batches += 1
-        if self.downstream is not None:
-            self.downstream.inbox.put_nowait((batch.id, token_ids))
-        yield stage_pb2.ControlResponse(report=self._report(len(token_ids)))
-        if self.is_last:
-            yield stage_pb2.ControlResponse(
-                sampled=stage_pb2.SampledTokens(
-                    micro_batch_id=batch.id, token_ids=sampled, sent_unix_ns=time.time_ns()
-                )
-            )
-
-    def _report(self, rows: int) -> stage_pb2.StageReport:
-        report = stage_pb2.StageReport(batch_rows=[rows], batch_compute_us=[1000 + 10 * rows])
-        report.busy.FromMicroseconds(1000 + 10 * rows)
-        report.starved.FromMicroseconds(500)
-        return report
 
 
 @asynccontextmanager
 async def fake_stages(
-    num_stages: int, *, kind: type[FakeStage] = FakeStage, **fields: Any
+    num_stages: int,
+    *,
+    replicas: Sequence[int] = (),
+    kind: type[FakeStage] = FakeStage,
+    **fields: Any,
 ) -> AsyncIterator[list[FakeStage]]:
-    """Starts that many stages of one pipeline."""
-    stages = [kind(index=i, num_stages=num_stages, **fields) for i in range(num_stages)]
-    for upstream, downstream in pairwise(stages):
-        upstream.downstream = downstream
+    """Starts that many stages of one pipeline, first stage first; `replicas` says how many there
+    are of each, where it is not one."""
+    network: dict[str, FakeStage] = {}
+    stages = [
+        kind(index=index, num_stages=num_stages, network=network, **fields)
+        for index in range(num_stages)
+        for _ in range(replicas[index] if replicas else 1)
+    ]
     for stage in stages:
         await stage.start()
     try:

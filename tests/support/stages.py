@@ -1,13 +1,13 @@
-"""Real stage servers around fake engines, and a coordinator that a test drives by hand."""
+"""Real stage servers around fake engines or models, and a coordinator driven by hand."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from penstock.v1 import generation_pb2, stage_pb2, stage_pb2_grpc
@@ -26,32 +26,33 @@ TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunningStage:
+class StageServer:
     """A stage server in this process."""
 
     address: str
-    engine: CountingEngine
     stage: Stage
     health: HealthService
     load: Callable[[], Awaitable[None]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunningStage(StageServer):
+    """A stage server around a fake engine."""
+
+    engine: CountingEngine
+
+
 @asynccontextmanager
-async def running_stage(
+async def stage_server(
+    load_model: Callable[[], LoadedModel],
     *,
-    index: int,
-    num_stages: int,
     initial_credits: int | None = None,
     offers_shortcuts: bool = True,
     telemetry: Telemetry | None = None,
-    hidden_size: int = HIDDEN_SIZE,
     loaded: bool = True,
-) -> AsyncIterator[RunningStage]:
-    """Runs stage `index` of a fake model."""
+) -> AsyncIterator[StageServer]:
+    """Serves a model, which is loaded now or by the server's `load`."""
     telemetry = telemetry or no_telemetry()
-    is_last = index == num_stages - 1
-    engine = CountingEngine(is_first=index == 0, is_last=is_last, hidden_size=hidden_size)
-    model = counting_model(engine, index=index, num_stages=num_stages)
     loop = asyncio.get_running_loop()
     worker: Worker[LoadedModel] = Worker(loop.call_soon_threadsafe)
     health = HealthService()
@@ -69,25 +70,24 @@ async def running_stage(
     await server.start()
 
     async def load() -> None:
-        await _load(worker, stage, model)
+        await _load(worker, stage, load_model)
 
     if loaded:
         await load()
     try:
-        yield RunningStage(
-            address=f"127.0.0.1:{port}", engine=engine, stage=stage, health=health, load=load
-        )
+        yield StageServer(address=f"127.0.0.1:{port}", stage=stage, health=health, load=load)
     finally:
-        engine.gate.set()
         await stage.close()
         await server.stop(None)
         await asyncio.to_thread(worker.stop, timeout_s=TIMEOUT_S)
 
 
-async def _load(worker: Worker[LoadedModel], stage: Stage, model: LoadedModel) -> None:
+async def _load(
+    worker: Worker[LoadedModel], stage: Stage, load_model: Callable[[], LoadedModel]
+) -> None:
     done: asyncio.Future[LoadedModel] = asyncio.get_running_loop().create_future()
     worker.start(
-        lambda: model,
+        load_model,
         engine_of=lambda model: model.engine,
         on_loaded=done.set_result,
         on_failure=lambda error: done.set_exception(error),
@@ -96,15 +96,44 @@ async def _load(worker: Worker[LoadedModel], stage: Stage, model: LoadedModel) -
 
 
 @asynccontextmanager
-async def running_chain(num_stages: int, **options: Any) -> AsyncIterator[list[RunningStage]]:
-    """Runs all stages of a fake model; `options` are those of `running_stage`."""
+async def running_stage(
+    *, index: int, num_stages: int, hidden_size: int = HIDDEN_SIZE, **options: Any
+) -> AsyncIterator[RunningStage]:
+    """Runs stage `index` of a fake model; `options` are those of `stage_server`."""
+    is_last = index == num_stages - 1
+    engine = CountingEngine(is_first=index == 0, is_last=is_last, hidden_size=hidden_size)
+    model = counting_model(engine, index=index, num_stages=num_stages)
+    async with stage_server(lambda: model, **options) as server:
+        try:
+            yield RunningStage(engine=engine, **vars(server))
+        finally:
+            engine.gate.set()
+
+
+@asynccontextmanager
+async def running_replicas(*places: int, **options: Any) -> AsyncIterator[list[RunningStage]]:
+    """Runs a replica of a fake stage for each of `places`; `options` are `running_stage`'s."""
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(
-                running_stage(index=index, num_stages=num_stages, **options)
+                running_stage(index=place, num_stages=max(places) + 1, **options)
             )
-            for index in range(num_stages)
+            for place in places
         ]
+
+
+def running_chain(
+    num_stages: int, **options: Any
+) -> AbstractAsyncContextManager[list[RunningStage]]:
+    """Runs all stages of a fake model, one replica each."""
+    return running_replicas(*range(num_stages), **options)
+
+
+class Addressed(Protocol):
+    """What listens somewhere."""
+
+    @property
+    def address(self) -> str: ...
 
 
 class ControlStream:
@@ -132,19 +161,25 @@ class ControlStream:
     async def send(self, **order: Any) -> None:
         await self.call.write(stage_pb2.ControlRequest(**order))
 
-    async def open(self, *, epoch: int, index: int, num_stages: int, downstream: str = "") -> None:
+    async def open(self, *, epoch: int, index: int, num_stages: int) -> None:
         await self.send(
             open=stage_pb2.OpenPipeline(
                 epoch=epoch,
                 stage_index=index,
                 num_stages=num_stages,
-                downstream_address=downstream,
                 num_slots=64,
             )
         )
 
     async def next(self, kind: str) -> Any:
-        """Returns the next event of a kind, passing over others; raises the stream's error."""
+        """Returns the next event of a kind, passing over others; raises the stream's error.
+
+        What was passed over comes first the next time that its kind is asked for.
+        """
+        for response in self._seen:
+            if response.WhichOneof("event") == kind:
+                self._seen.remove(response)
+                return getattr(response, kind)
         while True:
             async with asyncio.timeout(TIMEOUT_S):
                 response = await self.call.read()
@@ -153,6 +188,12 @@ class ControlStream:
                 raise EOFError(f"the stream ended with {code}")
             if response.WhichOneof("event") == kind:
                 return getattr(response, kind)
+            self._seen.append(response)
+
+    async def report(self) -> Any:
+        """Asks for a report, and returns the next one."""
+        await self.send(report=stage_pb2.ReportRequest())
+        return await self.next("report")
 
     async def failure(self) -> grpc.aio.AioRpcError:
         """Returns the error that the stream ends with."""
@@ -164,12 +205,23 @@ class ControlStream:
 
 
 class HandDrivenCoordinator:
-    """Control streams to all stages of a chain."""
+    """Control streams to replicas, and links between them."""
 
-    def __init__(self, stages: Sequence[RunningStage], *, epoch: int = 1) -> None:
-        self._stages = stages
+    def __init__(
+        self,
+        stages: Sequence[Addressed],
+        *,
+        places: Sequence[int] | None = None,
+        epoch: int = 1,
+    ) -> None:
+        """`places` says which stage each is a replica of; without, they are one chain."""
+        self._stages = list(stages)
+        self._places = list(places if places is not None else range(len(stages)))
+        self._num_stages = max(self._places) + 1
         self._epoch = epoch
         self._stack = AsyncExitStack()
+        self._num_links = 0
+        self.links: dict[tuple[int, int], int] = {}
         self.controls: list[ControlStream] = []
 
     async def __aenter__(self) -> HandDrivenCoordinator:
@@ -187,23 +239,64 @@ class HandDrivenCoordinator:
         await self._stack.aclose()
 
     async def open(self) -> list[Any]:
-        """Opens the pipeline and returns what each stage says it holds."""
-        num_stages = len(self._stages)
-        for index, control in enumerate(self.controls):
-            downstream = self._stages[index + 1].address if index + 1 < num_stages else ""
-            await control.open(
-                epoch=self._epoch, index=index, num_stages=num_stages, downstream=downstream
-            )
-        return [await control.next("ready") for control in self.controls]
+        """Opens all replicas, connects all neighbours and returns what each holds."""
+        for index in range(len(self.controls)):
+            await self._open(index)
+        readies = [await control.next("ready") for control in self.controls]
+        for upstream, place in enumerate(self._places):
+            for downstream, other in enumerate(self._places):
+                if other == place + 1:
+                    assert (await self.connect(upstream, downstream)).stands
+        return readies
 
-    async def run(self, batch: stage_pb2.MicroBatch) -> None:
-        """Orders a micro-batch of all stages; token ids go to the first one only."""
-        for index, control in enumerate(self.controls):
+    async def _open(self, index: int) -> None:
+        await self.controls[index].open(
+            epoch=self._epoch, index=self._places[index], num_stages=self._num_stages
+        )
+
+    async def connect(self, upstream: int, downstream: int, *, address: str = "") -> Any:
+        """Opens a link between two replicas, by their numbers here; returns its first state.
+
+        `address` stands for the downstream replica's own.
+        """
+        self._num_links += 1
+        self.links[upstream, downstream] = self._num_links
+        order = stage_pb2.OpenDownstream(
+            link_id=self._num_links,
+            address=address or self._stages[downstream].address,
+            epoch=self._epoch,
+        )
+        await self.controls[upstream].send(open_downstream=order)
+        return await self.controls[upstream].next("link")
+
+    async def run(
+        self,
+        batch: stage_pb2.MicroBatch,
+        *,
+        path: Sequence[int] | None = None,
+        replays: bool = False,
+    ) -> None:
+        """Orders a micro-batch of the replicas of a path, without one of all.
+
+        Token ids go to first stages only; with `replays` the first of the path sends from its log.
+        """
+        path = path if path is not None else range(len(self.controls))
+        for number, index in enumerate(path):
             order = stage_pb2.MicroBatch()
             order.CopyFrom(batch)
-            if index > 0:
+            order.replays = replays and number == 0
+            if self._places[index] > 0:
                 order.ClearField("token_ids")
-            await control.send(micro_batch=order)
+            if number > 0:
+                order.upstream_link = self.links[path[number - 1], index]
+            if number + 1 < len(path):
+                order.downstream_link = self.links[index, path[number + 1]]
+            await self.controls[index].send(micro_batch=order)
+
+    async def abandon(self, index: int, *micro_batch_ids: int) -> None:
+        """Has a replica abandon micro-batches."""
+        order = stage_pb2.AbandonMicroBatches(ids=micro_batch_ids)
+        await self.controls[index].send(abandon=order)
 
     async def sampled(self) -> Any:
         return await self.controls[-1].next("sampled")

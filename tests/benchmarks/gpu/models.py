@@ -52,8 +52,8 @@ class RandomCheckpoint:
 
     format = "safetensors"
     path = Path("random-weights")
-    digest = "random"
     bytes_read = 0
+    read_digest = "random"
 
     def __init__(self, model: TinyModel) -> None:
         self.metadata: Mapping[str, Any] = hugging_face_config(model)

@@ -51,9 +51,10 @@ class OpenModel:
         number_format: str = "fp32",
         wire: str = "f32",
         arithmetic: Arithmetic | None = None,
+        keeps_log: bool = False,
     ) -> Chain:
         """A chain, with no sequence live, that tests share."""
-        key = (num_stages, number_format, wire, arithmetic)
+        key = (num_stages, number_format, wire, arithmetic, keeps_log)
         if key not in self._chains:
             self._chains[key] = Chain(
                 self.checkpoint,
@@ -64,6 +65,7 @@ class OpenModel:
                 max_rows=300,
                 wire=wire,
                 arithmetic=arithmetic,
+                keeps_log=keeps_log,
             )
         self._chains[key].flush()
         return self._chains[key]

@@ -125,6 +125,15 @@ def test_a_batch_that_does_not_fit_is_refused_and_changes_nothing(
             "whole blocks",
         ),
         (SequenceUpdates(starts=(start(2, num_cached=-16),)), "whole blocks"),
+        (SequenceUpdates(rewind_slots=(2,), rewind_positions=(0,)), "not live"),
+        (SequenceUpdates(rewind_slots=(9,), rewind_positions=(0,)), "below 4"),
+        (SequenceUpdates(rewind_slots=(0, 0), rewind_positions=(9, 8)), "twice"),
+        (SequenceUpdates(rewind_slots=(0,), rewind_positions=(-1,)), "first position"),
+        (SequenceUpdates(rewind_slots=(0,)), "length"),
+        (
+            SequenceUpdates(ended_slots=(0,), rewind_slots=(0,), rewind_positions=(9,)),
+            "not live",
+        ),
         (
             SequenceUpdates(
                 starts=(start(2, num_cached=16), start(3)), block_slots=(3,), block_ids=(5,)
@@ -152,6 +161,33 @@ def test_a_run_goes_back_behind_a_guess_and_no_further(engine: Engine) -> None:
         with pytest.raises(ProtocolViolation, match="go on at"):
             engine.step(make_batch([0], [first], [1]), None)
     assert engine.step(make_batch([0], [23], [1]), None).sampled is not None
+
+
+def rewind(position: int) -> SequenceUpdates:
+    return SequenceUpdates(rewind_slots=(0,), rewind_positions=(position,))
+
+
+def test_a_rewound_sequence_goes_on_where_it_was_rewound_to(engine: Engine) -> None:
+    with pytest.raises(ProtocolViolation, match="go on at"):
+        engine.step(make_batch([0], [9], [1]), None)
+    with pytest.raises(ProtocolViolation, match="go on at"):
+        engine.step(make_batch([0], [20], [1], updates=rewind(9)), None)
+    assert engine.step(make_batch([0], [9], [12]), None).sampled is not None
+
+
+def test_what_a_sequence_has_not_computed_it_need_not_forget(engine: Engine) -> None:
+    for position in (20, 21, 2**31):
+        engine.apply(rewind(position))
+    assert engine.step(make_batch([0], [20], [1]), None).sampled is not None
+
+
+def test_a_rewind_forgets_the_guesses_behind_it_alone(engine: Engine) -> None:
+    guessing = replace(make_batch([0], [20], [4]), num_samples_R=np.full(1, 3))
+    engine.step(guessing, None)  # 22 and 23 are guesses
+    engine.apply(rewind(23))
+    with pytest.raises(ProtocolViolation, match="go on at"):
+        engine.step(make_batch([0], [24], [1]), None)
+    assert engine.step(make_batch([0], [22], [1]), None).sampled is not None
 
 
 def test_guesses_are_refused_where_penalties_count_tokens(engine: Engine) -> None:
@@ -219,7 +255,8 @@ def test_a_middle_stage_holds_its_layers_alone_and_says_what_it_takes(
     # Keys and values of 2 layers, 16 positions, 2 heads of 16 float32 elements.
     assert middle.kv_block_bytes == 2 * 2 * 16 * 2 * 16 * 4
     stage_slice = StageSlice(first_layer=1, end_layer=3, num_layers=4)
-    assert kv_bytes_per_block(model.config, stage_slice, "bf16") == middle.kv_block_bytes // 2
+    narrow = replace(SETTINGS, number_format="bf16")
+    assert kv_bytes_per_block(model.config, stage_slice, narrow) == middle.kv_block_bytes // 2
     assert (middle.codec, middle.kv_block_size) == ("f32", 16)
     assert middle.fingerprint == whole.fingerprint
     with pytest.raises(InvalidInput, match="last stage"):

@@ -68,12 +68,21 @@ def test_half_formats_are_widened_exactly(tmp_path: Path) -> None:
     assert brain.size_bytes(NAME) == brain.bytes_read == 2 * values.size
 
 
-def test_digests_tell_weights_apart(tmp_path: Path) -> None:
-    first = SafetensorsCheckpoint(write_hugging_face(tmp_path / "a", MODEL))
-    same = SafetensorsCheckpoint(write_hugging_face(tmp_path / "b", MODEL))
-    other_model = TINY_MODELS["qwen2-windows"]
-    other = SafetensorsCheckpoint(write_hugging_face(tmp_path / "c", other_model))
-    assert first.digest == same.digest != other.digest
+def test_the_digest_of_what_was_read_names_these_tensors_and_no_others(tmp_path: Path) -> None:
+    def digest_of(folder: str, weights: dict[str, Any], *names: str) -> str:
+        (tmp_path / folder).mkdir()
+        _folder(tmp_path / folder)
+        save_file(weights, tmp_path / folder / "model.safetensors")
+        checkpoint = SafetensorsCheckpoint(tmp_path / folder)
+        for name in names:
+            checkpoint.read(name)
+        return checkpoint.read_digest
+
+    weights = {name: np.full((4, 4), at, np.float32) for at, name in enumerate("abc")}
+    tuned = weights | {"c": weights["c"] + np.eye(4, dtype=np.float32)}
+    assert digest_of("1", weights, "a", "b") == digest_of("2", tuned, "a", "b")
+    assert digest_of("3", weights, "a", "c") != digest_of("4", tuned, "a", "c")
+    assert digest_of("5", weights, "a", "b") != digest_of("6", weights, "b", "a")
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from core.wire.codecs import codec_named
 from core.wire.frames import FrameAssembler, encode_frames
 
 HIDDEN = 6
-EPOCH = 3
+LINK = 3
 
 
 def activations(num_rows: int, *, codec: str = "f32", seed: int = 0) -> np.ndarray:
@@ -31,7 +31,7 @@ def frames_of(
 ) -> list[tensor_pb2.ActivationFrame]:
     requests = encode_frames(
         hidden_TH,
-        epoch=EPOCH,
+        link_id=LINK,
         micro_batch_id=id,
         first_sequence_number=first,
         codec=codec,
@@ -47,12 +47,12 @@ def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 def test_golden_bytes() -> None:
     hidden_TH = np.array([[0x3F80, 0xC000], [0x7FC1, 0x0001]], np.uint16)  # 1, -2, a NaN, denormal
     (request,) = encode_frames(
-        hidden_TH, epoch=1, micro_batch_id=2, first_sequence_number=300, codec="bf16"
+        hidden_TH, link_id=1, micro_batch_id=2, first_sequence_number=300, codec="bf16"
     )
     frame = request.frame
     frame.serialise_ns = 0
     assert frame.SerializeToString(deterministic=True).hex() == (
-        "0801"  # epoch 1
+        "0801"  # link 1
         "1002"  # micro_batch_id 2
         "18ac02"  # sequence_number 300
         "2002"  # codec bf16
@@ -70,7 +70,7 @@ GOLDEN_CHECKSUM = "ee64e198eee3d863"
 def test_a_single_frame_is_taken_without_a_copy(codec: str) -> None:
     hidden_TH = activations(2, codec=codec)
     (frame,) = frames_of(hidden_TH, codec=codec)
-    assembler = FrameAssembler(HIDDEN, codec, epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, codec, link_id=LINK)
     assert assembler.expect(1, 2) is None
     complete = assembler.add(frame)
     assert complete is not None
@@ -96,7 +96,7 @@ def test_the_array_may_be_overwritten_after_encoding() -> None:
     before = hidden_TH.copy()
     (frame,) = frames_of(hidden_TH)
     hidden_TH[:] = 0
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(1, 2)
     complete = assembler.add(frame)
     assert complete is not None
@@ -105,7 +105,7 @@ def test_the_array_may_be_overwritten_after_encoding() -> None:
 
 def test_frames_that_come_before_their_schedule_are_kept() -> None:
     hidden_TH = activations(5)
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     for frame in frames_of(hidden_TH, id=4):
         assert assembler.add(frame) is None
     complete = assembler.expect(4, 5)
@@ -120,7 +120,7 @@ def test_micro_batches_may_interleave_on_a_link() -> None:
     frames = [frames[0], frames[-1], *frames[1:-1]]
     for number, frame in enumerate(frames):
         frame.sequence_number = number
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(1, 5)
     assembler.expect(2, 1)
     done = [complete for frame in frames if (complete := assembler.add(frame))]
@@ -128,15 +128,58 @@ def test_micro_batches_may_interleave_on_a_link() -> None:
     assert same_bits(done[1].hidden_TH, big)
 
 
-def test_frames_of_an_older_epoch_are_dropped() -> None:
-    (frame,) = frames_of(activations(1))
-    late = tensor_pb2.ActivationFrame()
-    late.CopyFrom(frame)
-    late.epoch = EPOCH - 1
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
-    assembler.expect(1, 1)
-    assert assembler.add(late) is None
+def test_what_comes_of_an_abandoned_micro_batch_is_dropped_and_counted() -> None:
+    lost, wanted = activations(5, seed=1), activations(1, seed=2)
+    first, second, *others = frames_of(lost, id=1)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
+    assembler.expect(1, 5)
+    assembler.expect(2, 1)
+    assembler.add(first)
+    assembler.abandon(1)
+    assert assembler.take_dropped() == 1
+    for frame in (second, *others):
+        assert assembler.add(frame) is None
+    assert assembler.take_dropped() == 1 + len(others)
+    (frame,) = frames_of(wanted, id=2, first=2 + len(others))
+    complete = assembler.add(frame)
+    assert complete is not None
+    assert same_bits(complete.hidden_TH, wanted)
+    assert assembler.num_open == assembler.take_dropped() == 0
+
+
+def test_abandoned_micro_batches_that_never_come_are_forgotten_when_a_later_one_has() -> None:
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
+    for id in range(1, 5):
+        assembler.expect(id, 1)
+    for id in (1, 2, 4):
+        assembler.abandon(id)
+    (frame,) = frames_of(activations(1), id=3)
     assert assembler.add(frame) is not None
+    assert assembler.num_open == 1  # the last one may come yet
+    (late,) = frames_of(activations(1), id=2, first=1)
+    with pytest.raises(ProtocolViolation, match="complete or was never scheduled"):
+        assembler.add(late)
+
+
+def test_only_what_is_expected_can_be_abandoned() -> None:
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
+    (frame,) = frames_of(activations(1), id=7)
+    assembler.add(frame)
+    for id in (6, 7):
+        assembler.abandon(id)
+    assert assembler.take_dropped() == 0
+    assert assembler.expect(7, 1) is not None
+
+
+@pytest.mark.parametrize("spoiled", [{"checksum": 0}, {"first_row": 3}, {"num_rows": 9}])
+def test_frames_that_are_dropped_are_checked_like_others(spoiled: dict[str, int]) -> None:
+    (frame,) = frames_of(activations(2))
+    spoil(**spoiled)(frame)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
+    assembler.expect(1, 2)
+    assembler.abandon(1)
+    with pytest.raises(ProtocolViolation):
+        assembler.add(frame)
 
 
 def spoil(**fields: Any) -> Callable[[tensor_pb2.ActivationFrame], None]:
@@ -150,7 +193,7 @@ def spoil(**fields: Any) -> Callable[[tensor_pb2.ActivationFrame], None]:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (spoil(epoch=EPOCH + 1), ProtocolViolation),
+        (spoil(link_id=LINK + 1), ProtocolViolation),
         (spoil(micro_batch_id=0), ProtocolViolation),
         (spoil(sequence_number=1), ProtocolViolation),
         (spoil(codec=tensor_pb2.CODEC_BF16), MalformedMessage),
@@ -171,7 +214,7 @@ def test_a_frame_with_a_wrong_field_is_refused(
 ) -> None:
     (frame,) = frames_of(activations(2))
     change(frame)
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(1, 2)
     with pytest.raises(error):
         assembler.add(frame)
@@ -180,7 +223,7 @@ def test_a_frame_with_a_wrong_field_is_refused(
 def test_a_duplicate_and_a_gap_are_refused() -> None:
     frames = frames_of(activations(5))
     for order in ([0, 0], [0, 2]):
-        assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+        assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
         assembler.expect(1, 5)
         assembler.add(frames[order[0]])
         with pytest.raises(ProtocolViolation):
@@ -189,18 +232,18 @@ def test_a_duplicate_and_a_gap_are_refused() -> None:
 
 def test_more_rows_than_scheduled_are_refused_whichever_comes_first() -> None:
     (frame,) = frames_of(activations(2))
-    expected_first = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    expected_first = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     expected_first.expect(1, 1)
     with pytest.raises(ProtocolViolation, match="has 1 rows, 2 came"):
         expected_first.add(frame)
-    frame_first = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    frame_first = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     frame_first.add(frame)
     with pytest.raises(ProtocolViolation, match="has 1 rows, 2 came"):
         frame_first.expect(1, 1)
 
 
 def test_ids_must_ascend_in_the_schedule() -> None:
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(5, 1)
     for id in (5, 4):
         with pytest.raises(ProtocolViolation):
@@ -209,7 +252,7 @@ def test_ids_must_ascend_in_the_schedule() -> None:
 
 def test_an_unknown_codec_is_refused() -> None:
     with pytest.raises(InvalidInput, match="f32 or bf16"):
-        FrameAssembler(HIDDEN, "fp8")
+        FrameAssembler(HIDDEN, "fp8", link_id=LINK)
 
 
 @given(
@@ -221,7 +264,7 @@ def test_an_unknown_codec_is_refused() -> None:
 def test_whatever_is_sent_comes_back_bit_for_bit(
     codec: str, rows: list[int], max_bytes: int, early: bool
 ) -> None:
-    assembler = FrameAssembler(HIDDEN, codec, epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, codec, link_id=LINK)
     number = 0
     for id, num_rows in enumerate(rows):
         hidden_TH = activations(num_rows, codec=codec, seed=id)
@@ -257,24 +300,24 @@ def test_a_changed_byte_never_passes_as_the_original(
     changed.DiscardUnknownFields()
     if changed == frame:
         return
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(1, num_rows)
     try:
         complete = assembler.add(changed)
     except ProtocolViolation:
         return
-    # Dropped (an older epoch), or kept for a micro-batch that nobody has scheduled.
+    # Kept for a micro-batch that nobody has scheduled.
     assert complete is None
-    assert assembler.num_open == 1 or changed.micro_batch_id > 1
+    assert changed.micro_batch_id > 1
 
 
 @given(data=st.data())
 def test_frames_with_arbitrary_fields_never_crash(data: st.DataObject) -> None:
-    assembler = FrameAssembler(HIDDEN, "f32", epoch=EPOCH)
+    assembler = FrameAssembler(HIDDEN, "f32", link_id=LINK)
     assembler.expect(1, 3)
     small = st.integers(0, 8)
     (frame,) = frames_of(activations(data.draw(st.integers(1, 4))), max_bytes=1000)
-    for name in ("epoch", "micro_batch_id", "sequence_number", "codec", "first_row"):
+    for name in ("link_id", "micro_batch_id", "sequence_number", "codec", "first_row"):
         if data.draw(st.booleans()):
             setattr(frame, name, data.draw(small | st.integers(0, 2**31 - 1)))
     for name in ("num_rows", "hidden_size", "checksum"):

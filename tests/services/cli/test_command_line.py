@@ -28,11 +28,20 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--device", "--kv-memory", "--prefix-cache", "--speculation"),
+        *(
+            *SHARED,
+            "--replicas",
+            "--spares",
+            "--device",
+            "--kv-memory",
+            "--prefix-cache",
+            "--speculation",
+        ),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
     "stop": [],
     "status": [],
+    "update": ["--stage", "--model"],
     "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
     "tokenize": ["--model", "--address"],
     "models": [],
@@ -77,7 +86,7 @@ def test_every_option_of_make_reaches_a_program() -> None:
     block = re.search(r"^OPTIONS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
     assert block is not None
     options = block[1].replace("\\\n", " ").split()
-    rooms = (ROOT / "services", ROOT / "tests" / "benchmarks")
+    rooms = (ROOT / "services", ROOT / "tests" / "benchmarks", ROOT / "tests" / "chaos")
     sources = [source for room in rooms for source in room.rglob("*.py")]
     read = set(
         re.findall(r"PENSTOCK_([A-Z_]+)", "".join(p.read_text() for p in sources) + MAKEFILE)

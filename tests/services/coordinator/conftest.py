@@ -23,7 +23,7 @@ class Gateway:
     """One Connect stream; sorts updates by request."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        self.stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
         self._call: Any = None
         self._queues: dict[int, asyncio.Queue[coordinator_pb2.RequestUpdate]] = {}
         self._mesh_changed = asyncio.Condition()
@@ -33,7 +33,7 @@ class Gateway:
         self._writing = asyncio.Lock()  # a stream takes one write at a time
 
     async def __aenter__(self) -> Gateway:
-        self._call = self._stub.Connect(wait_for_ready=True)
+        self._call = self.stub.Connect(wait_for_ready=True)
         self._reader = asyncio.create_task(self._read())
         return self
 
@@ -64,6 +64,7 @@ class Gateway:
         traceparent: str = "",
         cache_salt: str = "",
         request_id: int | None = None,
+        num_output_tokens: int = 0,
         **sampling: Any,
     ) -> int:
         if request_id is None:
@@ -76,6 +77,7 @@ class Gateway:
             sampling=generation_pb2.SamplingParameters(max_tokens=max_tokens, **sampling),
             traceparent=traceparent,
             cache_salt=cache_salt,
+            num_output_tokens=num_output_tokens,
         )
         if timeout_s is not None:
             submission.timeout.FromMilliseconds(int(timeout_s * 1000))
@@ -121,6 +123,11 @@ class Gateway:
     async def wait_until_ready(self) -> None:
         await self.wait_for_mesh(lambda mesh: mesh.model.ready)
 
+    async def until_all_are_ready(self) -> None:
+        """Waits until every replica is open and connected."""
+        while not all(one.ready for one in (await self.get_mesh()).stages):
+            pass
+
     async def refusal(
         self, token_ids: Sequence[int], max_tokens: int = 8
     ) -> coordinator_pb2.Refusal:
@@ -131,7 +138,7 @@ class Gateway:
         return last.refusal
 
     async def get_mesh(self) -> coordinator_pb2.GetMeshResponse:
-        return await self._stub.GetMesh(coordinator_pb2.GetMeshRequest())
+        return await self.stub.GetMesh(coordinator_pb2.GetMeshRequest())
 
 
 class RunningCoordinator:
@@ -148,16 +155,31 @@ class RunningCoordinator:
             yield gateway
 
 
+def by_stage(stages: Sequence[FakeStage]) -> tuple[tuple[str, ...], ...]:
+    """The addresses of each stage's replicas."""
+    return tuple(
+        tuple(stage.address for stage in stages if stage.index == index)
+        for index in range(stages[0].num_stages)
+    )
+
+
 @asynccontextmanager
 async def coordinator(
-    stages: Sequence[FakeStage], telemetry: Telemetry | None = None, **settings: Any
+    stages: Sequence[FakeStage],
+    telemetry: Telemetry | None = None,
+    *,
+    spares: Sequence[FakeStage] = (),
+    **settings: Any,
 ) -> AsyncIterator[RunningCoordinator]:
     """Runs a coordinator for these stages; fails the test when its loop fails."""
     telemetry = telemetry or start_telemetry("test", metrics_port=None, environment={})
     health = HealthService()
     conductor = Conductor(
         CoordinatorSettings(
-            listen="127.0.0.1:0", stages=tuple(stage.address for stage in stages), **settings
+            listen="127.0.0.1:0",
+            stages=by_stage(stages),
+            spares=frozenset(stage.address for stage in spares),
+            **settings,
         ),
         telemetry,
         health,
@@ -191,20 +213,27 @@ class Mesh(NamedTuple):
         """Waits until the stages' mirrors are empty; then nothing may be held anywhere."""
         for stage in self.stages:
             await stage.until_it_holds_nothing()
-        used_S = self.coordinator.conductor.scheduler.kv_blocks_used_S
-        assert used_S == [0] * len(self.stages)
+        state = await self.gateway.get_mesh()
+        held = {one.address: (one.sequences, one.kv_blocks_used) for one in state.stages}
+        assert held == dict.fromkeys(held, (0, 0))
         assert [stage.violations for stage in self.stages] == [[] for _ in self.stages]
 
 
 @asynccontextmanager
 async def mesh(
-    num_stages: int, *, seconds_a_batch: float = 0.0, **settings: Any
+    num_stages: int,
+    *,
+    replicas: Sequence[int] = (),
+    spares: Sequence[int] = (),
+    seconds_a_batch: float = 0.0,
+    **settings: Any,
 ) -> AsyncIterator[Mesh]:
-    """A ready mesh of fake stages."""
+    """A ready mesh of fake stages, all of them open and connected; `spares` are indices of them."""
     async with (
-        fake_stages(num_stages, seconds_a_batch=seconds_a_batch) as stages,
-        coordinator(stages, **settings) as running,
+        fake_stages(num_stages, replicas=replicas, seconds_a_batch=seconds_a_batch) as stages,
+        coordinator(stages, spares=[stages[spare] for spare in spares], **settings) as running,
         running.gateway() as gateway,
     ):
         await gateway.wait_until_ready()
+        await gateway.until_all_are_ready()
         yield Mesh(stages, running, gateway)

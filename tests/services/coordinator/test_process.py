@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from core.errors import InvalidInput
-from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.settings import CoordinatorSettings, parse_stages
 from tests.services.coordinator.conftest import Gateway
 from tests.support.fake_engine import completion
 from tests.support.fake_stages import fake_stages
@@ -60,8 +60,11 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
     ("name", "value"),
     [
         ("stages", ()),
-        ("stages", ("a:1", "a:1")),
-        ("stages", ("a:1", "")),
+        ("stages", (("a:1",), ("a:1",))),
+        ("stages", (("a:1", ""),)),
+        ("stages", (("a:1",), ())),
+        ("spares", frozenset({"b:1"})),
+        ("pulse_timeout_s", 0.0),
         ("max_sequences", 0),
         ("max_waiting", 0),
         ("speculation", -1),
@@ -71,6 +74,10 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, value: object) -> None:
-    fields = {"listen": "127.0.0.1:0", "stages": ("a:1",), name: value}
+    fields = {"listen": "127.0.0.1:0", "stages": (("a:1",),), name: value}
     with pytest.raises(InvalidInput, match=name):
         CoordinatorSettings(**fields)  # type: ignore[arg-type]
+
+
+def test_stages_part_by_commas_and_replicas_by_bars() -> None:
+    assert parse_stages("h:1|h:2, h:3") == (("h:1", "h:2"), ("h:3",))

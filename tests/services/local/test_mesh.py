@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -34,9 +35,9 @@ def part(name: str, *arguments: str, stop_turn: int = 0) -> ProcessCommand:
     )
 
 
-async def said_something(process: MeshProcess) -> None:
-    """Waits until a process is far enough to handle signals."""
-    while not process.log_path.read_bytes():  # noqa: ASYNC110 (nothing announces a file's growth)
+async def said_something(process: MeshProcess, words: str = "") -> None:
+    """Waits until a process is far enough to handle signals, or has said these words."""
+    while not (said := process.log_path.read_bytes()) or words.encode() not in said:  # noqa: ASYNC110 (nothing announces a file's growth)
         await asyncio.sleep(0.01)
 
 
@@ -66,7 +67,7 @@ async def test_a_stage_that_compiles_its_kernels_is_told_from_one_that_loads(
     async with mesh.running():
         for process in mesh.processes:
             await said_something(process)
-        assert [mesh.is_compiling(0), mesh.is_compiling(1)] == [False, True]
+        assert [mesh.is_compiling(name) for name in ("stage-0", "stage-1")] == [False, True]
 
 
 async def test_processes_are_ended_turn_by_turn(tmp_path: Path) -> None:
@@ -123,6 +124,49 @@ async def test_a_process_that_dies_while_serving_is_started_again(tmp_path: Path
         keeping.cancel()
     assert len(said_lines) == 1
     assert "stage-0 ended (signal SIGKILL" in said_lines[0]
+
+
+async def test_the_first_restart_is_at_once_and_faults_of_others_do_not_count(
+    tmp_path: Path,
+) -> None:
+    said_lines: list[str] = []
+    names = ("stage-0", "stage-1", "coordinator")
+    mesh = Mesh(
+        tuple(part(name, "once", str(tmp_path / name)) for name in names),
+        run_folder=RunFolder(tmp_path),
+        say=said_lines.append,
+        patience=Patience(most_restarts=1),
+    )
+    async with mesh.running():
+        keeping = asyncio.create_task(mesh.keep_alive(restarted=lambda: None))
+        for process in mesh.processes:
+            await said_something(process, "serving")
+        assert not keeping.done()
+        keeping.cancel()
+    assert len(said_lines) == len(names)
+    assert all(line.endswith("starting it again at once") for line in said_lines)
+
+
+async def test_a_process_can_be_added_and_is_kept_alive_only_when_told_so(tmp_path: Path) -> None:
+    changed = asyncio.Event()
+    mesh = Mesh((part("stage-0", "serve"),), run_folder=RunFolder(tmp_path), say=lambda _: None)
+    async with mesh.running():
+        keeping = asyncio.create_task(mesh.keep_alive(restarted=changed.set))
+        await said_something(mesh.processes[0])
+        added = await mesh.add(replace(part("stage-0-b", "serve"), address="127.0.0.1:2"))
+        await said_something(added)
+        os.kill(added.record().pid, signal.SIGKILL)
+        assert await added.wait() == -signal.SIGKILL
+        changed.clear()
+        mesh.keep(added)
+        await changed.wait()
+        before = added.record()
+        assert find_process(before) is not None
+        await mesh.remove("127.0.0.1:2")
+        assert find_process(before) is None
+        assert [process.name for process in mesh.processes] == ["stage-0"]
+        assert not keeping.done()
+        keeping.cancel()
 
 
 async def test_a_process_that_keeps_dying_ends_the_mesh(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from core.errors import InvalidInput, PlanImpossible
+from core.errors import InvalidInput, NotFound, PlanImpossible
 from core.models.llama.config import LlamaConfig
-from services.local.layout import MeshLayout
+from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.memory import (
     SERVICE_BYTES,
     STAGE_BYTES,
@@ -19,10 +19,10 @@ from services.local.memory import (
     choose_kv_blocks,
     packing_bytes,
 )
-from services.local.partition import model_costs, plan_stages
+from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import free_ports
 from services.local.prepare import prepare, read_model
-from services.local.settings import MeshSettings, parse_bytes
+from services.local.settings import MeshSettings, parse_bytes, parse_counts
 from tests.support.models import TinyModel, write_gguf, write_servable
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def needs(**changes: int) -> MemoryNeeds:
         "weights_bytes": GIB,
         "kv_block_bytes": 2**20,
         "packing_bytes": 2**28,
-        "num_stages": 2,
+        "num_replicas": 2,
         "most_blocks": 10**9,
     }
     return MemoryNeeds(**(fields | changes))
@@ -85,7 +85,7 @@ def test_the_cache_gets_a_quarter_of_what_is_free_after_the_weights() -> None:
 def test_packing_takes_a_layer_a_stage(num_stages: int) -> None:
     costs = model_costs(SMOLLM2, number_format="fp32")
     layer = 4 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)
-    assert packing_bytes(costs, num_stages=num_stages) == num_stages * layer
+    assert packing_bytes(costs, num_replicas=num_stages) == num_stages * layer
 
 
 def test_the_cache_is_no_bigger_than_all_sequences_can_fill() -> None:
@@ -195,6 +195,56 @@ def test_a_stage_is_told_its_layers_and_its_share_of_the_cache(lay: Lay) -> None
     assert options["--name"] == "tiny"
 
 
+def test_replicas_and_spares_are_processes_of_their_own(lay: Lay) -> None:
+    layout = lay(stages=3, replicas=(1, 2, 1), spares=(1, 0, 0))
+    commands = layout.commands()
+    assert [command.name for command in commands] == [
+        *("stage-0", "stage-0-b", "stage-1", "stage-1-b", "stage-2", "coordinator", "gateway")
+    ]
+    assert len({command.address for command in commands}) == 7
+    addresses = [command.address for command in commands]
+    options = dict(zip(commands[5].arguments[::2], commands[5].arguments[1::2], strict=False))
+    assert options["--stages"] == "{}|{},{}|{},{}".format(*addresses[:5])
+    assert options["--spares"] == addresses[1]
+
+
+def test_more_replicas_leave_each_a_smaller_cache(lay: Lay) -> None:
+    single = lay(kv_memory_bytes=2**20)
+    double = lay(kv_memory_bytes=2**20, replicas=(2,))
+    assert double.kv_blocks == single.kv_blocks // 2
+
+
+def test_the_rows_that_a_stage_sent_take_room_beside_its_cache() -> None:
+    plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2)
+    costs = model_costs(SMOLLM2, number_format="bf16")
+    first, last = stage_block_bytes(SMOLLM2, plan, costs, number_format="bf16")
+    layer = 16 * 2 * 192 * 2
+    assert (first, last) == (18 * layer + 16 * 576 * 2, 12 * layer)
+
+
+def test_a_layout_changes_by_replicas(lay: Lay) -> None:
+    layout = lay(replicas=(2,))
+    number = layout.free_number(1)
+    assert (number, layout.free_number(1, besides=[2])) == (2, 3)
+    added = ReplicaLayout(number=number, address="127.0.0.1:1", metrics_port=2, model_path="new")
+    changed = layout.with_replica(1, added).without_replica(layout.stages[1].replicas[0].address)
+    names = [command.name for command in changed.commands()]
+    assert names[:4] == ["stage-0", "stage-0-b", "stage-1-b", "stage-1-c"]
+    assert "new" in changed.commands()[3].arguments
+    assert changed.free_number(1) == 0
+    with pytest.raises(NotFound, match="no replica listens"):
+        layout.without_replica("127.0.0.1:1")
+    with pytest.raises(InvalidInput, match="stage_index"):
+        layout.with_replica(2, added)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "-1", "1.5"])
+def test_what_is_no_count_is_refused_by_name(text: str) -> None:
+    assert parse_counts("replicas", "1, 2") == (1, 2)
+    with pytest.raises(InvalidInput, match="replicas"):
+        parse_counts("replicas", text)
+
+
 def test_any_taken_metrics_port_is_refused(lay: Lay) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -219,7 +269,14 @@ def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"), [({"stages": 0}, "stages"), ({"dtype": "int3"}, "dtype")]
+    ("changes", "field"),
+    [
+        ({"stages": 0}, "stages"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"replicas": (0,)}, "replicas"),
+        ({"replicas": (1, 2, 3)}, "replicas"),
+        ({"spares": ()}, "spares"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{field} is "):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from google.protobuf.message import Message
-from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
+from penstock.v1 import stage_pb2
 
-from core.wire.frames import encode_frames
-from services.common.channels import open_channel
-from services.common.statuses import error_from_rpc
-from tests.support.counting_engine import HIDDEN_SIZE, POISON
+from tests.support.counting_engine import POISON
 from tests.support.stages import (
-    TIMEOUT_S,
     ControlStream,
     HandDrivenCoordinator,
     RunningStage,
@@ -139,9 +133,8 @@ async def test_an_epoch_that_is_not_newer_is_refused_and_the_session_goes_on() -
     ("place", "code"),
     [
         ({"index": 1, "num_stages": 2}, PRECONDITION),
-        ({"index": 0, "num_stages": 2, "downstream": "127.0.0.1:1"}, PRECONDITION),
+        ({"index": 0, "num_stages": 2}, PRECONDITION),
         ({"index": 3, "num_stages": 1}, INVALID),
-        ({"index": 0, "num_stages": 1, "downstream": "127.0.0.1:1"}, INVALID),
     ],
 )
 async def test_a_place_that_does_not_fit_the_layers_is_refused(
@@ -160,6 +153,13 @@ def changed(**fields: Any) -> dict[str, Message]:
         batch.ClearField(name)
         getattr(batch, name).extend(value)
     return {"micro_batch": batch}
+
+
+def linked(**links: int) -> dict[str, Message]:
+    order = changed()["micro_batch"]
+    for name, link_id in links.items():
+        setattr(order, name, link_id)
+    return {"micro_batch": order}
 
 
 def started(**fields: Any) -> dict[str, Message]:
@@ -188,6 +188,11 @@ def started(**fields: Any) -> dict[str, Message]:
         (started(sampling={"temperature": -1}), INVALID),
         (started(known_token_ids=[1000]), INVALID),
         (started(num_prompt_tokens=1), INVALID),
+        (linked(upstream_link=1), INVALID),
+        (linked(downstream_link=1), INVALID),
+        (linked(replays=True, upstream_link=1), INVALID),
+        ({"open_downstream": stage_pb2.OpenDownstream(link_id=1)}, PRECONDITION),
+        ({"updates": stage_pb2.SequenceUpdates(rewind_slots=[1])}, INVALID),
         ({"updates": stage_pb2.SequenceUpdates(block_slots=[1])}, INVALID),
         ({"updates": stage_pb2.SequenceUpdates(ended_slots=[1])}, PRECONDITION),
     ],
@@ -234,103 +239,3 @@ async def test_a_failing_engine_ends_the_stream_with_an_id_and_the_stage_goes_on
         assert "secret" not in (failure.details() or "")
         assert any("secret" in str(record.exc_info) for record in caplog.records)
         await runs_a_micro_batch(stages, epoch=2)
-
-
-async def activate(
-    address: str, messages: list[stage_pb2.ActivateRequest]
-) -> tuple[int, grpc.StatusCode]:
-    """Plays an upstream stage; returns the credits it got and the status the stream ended with."""
-    async with open_channel(address) as channel:
-        stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-        call = stub.Activate(wait_for_ready=True, timeout=TIMEOUT_S)
-        credits = 0
-        # A write fails once the stream has ended; only the stream knows how it ended.
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            for message in messages:
-                await call.write(message)
-            while (response := await call.read()) is not grpc.aio.EOF:
-                credits += response.credits
-        return credits, await call.code()
-
-
-def opened(epoch: int = 1) -> stage_pb2.ActivateRequest:
-    return stage_pb2.ActivateRequest(open=stage_pb2.OpenLink(epoch=epoch))
-
-
-def frame(**fields: Any) -> stage_pb2.ActivateRequest:
-    hidden_TH = np.zeros((2, HIDDEN_SIZE), np.float32)
-    (request,) = encode_frames(
-        hidden_TH, epoch=1, micro_batch_id=1, first_sequence_number=0, codec="f32"
-    )
-    for name, value in fields.items():
-        setattr(request.frame, name, value)
-    return request
-
-
-@pytest.mark.parametrize(
-    ("messages", "code"),
-    [
-        ([frame()], INVALID),
-        ([stage_pb2.ActivateRequest()], INVALID),
-        ([opened(), opened()], INVALID),
-        ([opened(), frame(hidden_size=5)], INVALID),
-        ([opened(), frame(data=b"x")], INVALID),
-        ([opened(), frame(codec=tensor_pb2.CODEC_BF16)], INVALID),
-        ([opened(), frame(checksum=1)], grpc.StatusCode.DATA_LOSS),
-        ([opened(), frame(epoch=2)], PRECONDITION),
-        ([opened(), frame(), frame()], PRECONDITION),
-        (
-            [opened(), *(frame(sequence_number=id, micro_batch_id=id) for id in range(65))],
-            PRECONDITION,
-        ),
-        ([opened(0)], PRECONDITION),
-    ],
-)
-async def test_a_frame_that_does_not_fit_ends_the_link_and_the_stage_goes_on(
-    messages: list[stage_pb2.ActivateRequest], code: grpc.StatusCode
-) -> None:
-    async with running_chain(2) as stages:
-        async with ControlStream(stages[1].address) as control:
-            await control.open(epoch=1, index=1, num_stages=2)
-            await control.next("ready")
-            _, seen = await activate(stages[1].address, messages)
-            assert seen is code
-        await runs_a_micro_batch(stages, epoch=2)
-
-
-async def test_a_second_link_in_an_epoch_is_refused_and_the_first_goes_on() -> None:
-    async with running_chain(2) as stages, HandDrivenCoordinator(stages) as coordinator:
-        await coordinator.open()
-        assert await activate(stages[1].address, [opened()]) == (0, PRECONDITION)
-        await coordinator.run(micro_batch(1, {0: [7]}, starts=[start(0)]))
-        assert list((await coordinator.sampled()).token_ids) == [9]
-
-
-async def test_frames_of_an_older_epoch_are_dropped() -> None:
-    async with running_chain(2) as stages, ControlStream(stages[1].address) as control:
-        await control.open(epoch=4, index=1, num_stages=2)
-        await control.next("ready")
-        async with open_channel(stages[1].address) as channel:
-            stub: Any = stage_pb2_grpc.StageServiceStub(channel)
-            call = stub.Activate(timeout=TIMEOUT_S)
-            await call.write(opened(4))
-            assert (await call.read()).credits == 64
-            await call.write(frame(epoch=3))
-            await call.write(frame(epoch=4))
-            batch = micro_batch(1, {0: [7, 8]}, starts=[start(0)])
-            batch.ClearField("token_ids")
-            await control.send(micro_batch=batch)
-            assert list((await control.next("sampled")).token_ids) == [1]
-            call.cancel()
-
-
-async def test_a_stage_says_so_when_the_next_one_goes() -> None:
-    async with running_stage(index=0, num_stages=2) as first:
-        async with running_stage(index=1, num_stages=2) as second:
-            coordinator = HandDrivenCoordinator([first, second])
-            await coordinator.__aenter__()
-            await coordinator.open()
-        failure = await coordinator.controls[0].failure()
-        assert failure.code() is grpc.StatusCode.UNAVAILABLE
-        assert second.address in str(error_from_rpc(failure))
-        await coordinator.__aexit__(None, None, None)

@@ -45,6 +45,26 @@ class CoordinatorServiceStub:
                 request_serializer=penstock_dot_v1_dot_coordinator__pb2.GetMeshRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_coordinator__pb2.GetMeshResponse.FromString,
                 _registered_method=True)
+        self.AddReplica = channel.unary_unary(
+                '/penstock.v1.CoordinatorService/AddReplica',
+                request_serializer=penstock_dot_v1_dot_coordinator__pb2.AddReplicaRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_coordinator__pb2.AddReplicaResponse.FromString,
+                _registered_method=True)
+        self.ProbeReplica = channel.unary_unary(
+                '/penstock.v1.CoordinatorService/ProbeReplica',
+                request_serializer=penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaResponse.FromString,
+                _registered_method=True)
+        self.ChooseWeights = channel.unary_unary(
+                '/penstock.v1.CoordinatorService/ChooseWeights',
+                request_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.FromString,
+                _registered_method=True)
+        self.DrainReplica = channel.unary_stream(
+                '/penstock.v1.CoordinatorService/DrainReplica',
+                request_serializer=penstock_dot_v1_dot_coordinator__pb2.DrainReplicaRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_coordinator__pb2.DrainReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer:
@@ -67,6 +87,41 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddReplica(self, request, context):
+        """Takes one more replica of a stage into the mesh, and keeps it open from now on. It gets
+        sequences once it is open and connected, if its weights are chosen. Errors: INVALID_ARGUMENT (no
+        such stage, or an address that is in use).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeReplica(self, request, context):
+        """Generates a few tokens greedily over a path through a replica, with its weights whether they
+        are chosen or not. Errors: NOT_FOUND (no such replica), UNAVAILABLE (it is not open or not
+        connected), INVALID_ARGUMENT (a prompt that does not fit the model).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChooseWeights(self, request, context):
+        """Has new sequences take replicas with these weights. Those that have begun end with the weights
+        that they began with. Idempotent. Errors: NOT_FOUND (no open replica of the stage has them).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainReplica(self, request, context):
+        """Gives a replica no new sequences, and forgets it once it holds none. A message comes now and
+        whenever their number has changed; the stream ends when the replica has left. It goes on
+        draining where the caller leaves. Idempotent. Errors: NOT_FOUND (no such replica).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +134,26 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.GetMesh,
                     request_deserializer=penstock_dot_v1_dot_coordinator__pb2.GetMeshRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_coordinator__pb2.GetMeshResponse.SerializeToString,
+            ),
+            'AddReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddReplica,
+                    request_deserializer=penstock_dot_v1_dot_coordinator__pb2.AddReplicaRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_coordinator__pb2.AddReplicaResponse.SerializeToString,
+            ),
+            'ProbeReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeReplica,
+                    request_deserializer=penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaResponse.SerializeToString,
+            ),
+            'ChooseWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChooseWeights,
+                    request_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.SerializeToString,
+            ),
+            'DrainReplica': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainReplica,
+                    request_deserializer=penstock_dot_v1_dot_coordinator__pb2.DrainReplicaRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_coordinator__pb2.DrainReplicaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +211,114 @@ class CoordinatorService:
             '/penstock.v1.CoordinatorService/GetMesh',
             penstock_dot_v1_dot_coordinator__pb2.GetMeshRequest.SerializeToString,
             penstock_dot_v1_dot_coordinator__pb2.GetMeshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.CoordinatorService/AddReplica',
+            penstock_dot_v1_dot_coordinator__pb2.AddReplicaRequest.SerializeToString,
+            penstock_dot_v1_dot_coordinator__pb2.AddReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.CoordinatorService/ProbeReplica',
+            penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaRequest.SerializeToString,
+            penstock_dot_v1_dot_coordinator__pb2.ProbeReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChooseWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.CoordinatorService/ChooseWeights',
+            penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.SerializeToString,
+            penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.v1.CoordinatorService/DrainReplica',
+            penstock_dot_v1_dot_coordinator__pb2.DrainReplicaRequest.SerializeToString,
+            penstock_dot_v1_dot_coordinator__pb2.DrainReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

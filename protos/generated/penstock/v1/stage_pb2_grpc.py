@@ -62,8 +62,8 @@ class StageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Activate(self, request_iterator, context):
-        """Carries activations from the upstream stage, and credits back to it. One
-        stream at a time. Errors: INVALID_ARGUMENT (a frame that does not fit the
+        """Carries activations from one upstream replica, and credits back to it. One
+        stream for each link. Errors: INVALID_ARGUMENT (a frame that does not fit the
         loaded manifest), DATA_LOSS (checksum), FAILED_PRECONDITION (not opened).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

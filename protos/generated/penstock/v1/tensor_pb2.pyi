@@ -15,8 +15,8 @@ CODEC_F32: Codec
 CODEC_BF16: Codec
 
 class ActivationFrame(_message.Message):
-    __slots__ = ("epoch", "micro_batch_id", "sequence_number", "codec", "first_row", "num_rows", "hidden_size", "data", "checksum", "serialise_ns", "sent_unix_ns")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("link_id", "micro_batch_id", "sequence_number", "codec", "first_row", "num_rows", "hidden_size", "data", "checksum", "serialise_ns", "sent_unix_ns")
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
@@ -27,7 +27,7 @@ class ActivationFrame(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     SERIALISE_NS_FIELD_NUMBER: _ClassVar[int]
     SENT_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
+    link_id: int
     micro_batch_id: int
     sequence_number: int
     codec: Codec
@@ -38,4 +38,4 @@ class ActivationFrame(_message.Message):
     checksum: int
     serialise_ns: int
     sent_unix_ns: int
-    def __init__(self, epoch: _Optional[int] = ..., micro_batch_id: _Optional[int] = ..., sequence_number: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, link_id: _Optional[int] = ..., micro_batch_id: _Optional[int] = ..., sequence_number: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ..., serialise_ns: _Optional[int] = ..., sent_unix_ns: _Optional[int] = ...) -> None: ...

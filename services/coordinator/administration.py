@@ -1,0 +1,88 @@
+"""What an operator may do to a running mesh: add, try, choose and drain replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from penstock.v1 import coordinator_pb2, generation_pb2
+
+from core.errors import Unavailable
+from services.coordinator.conductor import Conductor
+from services.coordinator.gateway_stream import GatewayStream
+
+_POLL_S = 0.05
+_PROBE_TOKENS = 16
+
+
+class Administration:
+    """The operator's side of a conductor."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._replicas = conductor.replicas
+
+    def add(self, request: coordinator_pb2.AddReplicaRequest) -> None:
+        """Takes a replica in; raises InvalidInput."""
+        self._replicas.add(request.stage_index, request.address, is_spare=request.spare)
+
+    def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest) -> None:
+        """Has new sequences take other weights; raises NotFound."""
+        self._replicas.choose_weights(request.stage_index, request.weights_digest)
+
+    async def drain(self, request: coordinator_pb2.DrainReplicaRequest) -> AsyncIterator[int]:
+        """How many sequences a replica still holds, whenever that changes, until it has left;
+        raises NotFound."""
+        link = self._replicas.by_address(request.address)
+        self._replicas.drain(link, moves=request.moves)
+        told = -1
+        while link in self._replicas.links:
+            held = self._conductor.num_sequences(link)
+            if held != told:
+                yield held
+                told = held
+            await asyncio.sleep(_POLL_S)
+
+    async def probe(
+        self, request: coordinator_pb2.ProbeReplicaRequest
+    ) -> coordinator_pb2.ProbeReplicaResponse:
+        """Generates over a path with the replica's weights; raises NotFound, Unavailable."""
+        link = self._replicas.by_address(request.address)
+        if link.incarnation is None:
+            raise Unavailable(link.problem)
+        requests = self._conductor.requests
+        stream = self._conductor.connect()
+        submission = coordinator_pb2.Submission(
+            request_id=1,
+            token_ids=request.token_ids,
+            sampling=generation_pb2.SamplingParameters(
+                max_tokens=request.max_tokens or _PROBE_TOKENS, logprobs=0, ignore_eos=True
+            ),
+        )
+        try:
+            requests.submit(stream, submission, probed_id=link.incarnation.replica_id)
+            return _response(await _answer(stream))
+        finally:
+            requests.disconnect(stream)
+
+
+async def _answer(stream: GatewayStream) -> list[coordinator_pb2.RequestUpdate]:
+    """All updates of the stream's one request; raises Unavailable when it was refused."""
+    updates: list[coordinator_pb2.RequestUpdate] = []
+    while not (updates and updates[-1].finish_reason):
+        message = await stream.next_message()
+        if message is None:
+            raise Unavailable("the coordinator is stopping")
+        updates += message.updates
+    if updates[-1].HasField("refusal"):
+        raise Unavailable(updates[-1].refusal.message)
+    return updates
+
+
+def _response(
+    updates: Sequence[coordinator_pb2.RequestUpdate],
+) -> coordinator_pb2.ProbeReplicaResponse:
+    return coordinator_pb2.ProbeReplicaResponse(
+        token_ids=[token_id for update in updates for token_id in update.token_ids],
+        logprobs=[entry.chosen.logprob for update in updates for entry in update.logprobs],
+    )
