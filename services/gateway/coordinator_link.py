@@ -24,6 +24,9 @@ _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 0.5
 # From dialling to the first message, which a coordinator sends as soon as it is called.
 _FIRST_MESSAGE_TIMEOUT_S = 3.0
+# A coordinator sends something twice a second; one that stays silent for so long is lost. A peer
+# that is frozen, or cut off, is found by keepalive too, but later.
+_SILENCE_S = 2.0
 # The coordinator batches news of many requests into one message.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -45,6 +48,7 @@ class CoordinatorLink:
         self._addresses = addresses
         self._requests = requests
         self._on_mesh = on_mesh
+        self._num_read = 0
         self._mesh: coordinator_pb2.MeshState | None = None  # the last state; None: no stream
 
     async def run(self) -> None:
@@ -76,7 +80,7 @@ class CoordinatorLink:
     async def _serve_stream(self, address: str) -> None:
         # A channel of its own for each try: none waits for the backoff of the one before.
         async with open_channel(address, max_message_bytes=_MAX_MESSAGE_BYTES) as channel:
-            # No deadline: the stream lives as long as both ends. Keepalive finds dead peers.
+            # No deadline: the stream lives as long as both ends, and is heard of.
             call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Connect()
             try:
                 async with asyncio.timeout(_FIRST_MESSAGE_TIMEOUT_S):
@@ -84,6 +88,7 @@ class CoordinatorLink:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write_all(call))
                     tasks.create_task(self._read_all(call))
+                    tasks.create_task(self._listen_for_silence())
             finally:
                 call.cancel()
 
@@ -95,9 +100,17 @@ class CoordinatorLink:
         response = await call.read()
         if not isinstance(response, coordinator_pb2.ConnectResponse):
             raise Unavailable("the coordinator ended the stream")
+        self._num_read += 1
         if response.HasField("mesh"):
             await self._take_mesh(response.mesh)
         self._requests.deliver(response)
+
+    async def _listen_for_silence(self) -> None:
+        num_heard = -1
+        while num_heard != self._num_read:
+            num_heard = self._num_read
+            await asyncio.sleep(_SILENCE_S)
+        raise Unavailable(f"the coordinator was silent for {_SILENCE_S:.0f} s")
 
     async def _take_mesh(self, mesh: coordinator_pb2.MeshState) -> None:
         self._mesh = mesh

@@ -13,6 +13,9 @@ Update = coordinator_pb2.RequestUpdate
 Script = Callable[[coordinator_pb2.Submission], Iterable[Update]]
 
 
+_PULSE_S, _PULSE = 0.5, coordinator_pb2.ConnectResponse()
+
+
 def tokens(*token_ids: int) -> Update:
     """An update with tokens."""
     return Update(token_ids=token_ids)
@@ -88,6 +91,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.num_messages = 0
         self.num_streams = 0
         self.answers_cancellations = True
+        self.is_silent = False  # has no pulse
         self._has_stream = asyncio.Condition()
         # One for each stream to come: it breaks off behind so many messages. Then they last.
         self.breaks: list[int] = []
@@ -110,8 +114,8 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             while True:
                 if num_left == 0:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "by the test")
-                num_left -= 1
-                message = await self._outgoing.get()
+                message = await self._next_message()
+                num_left -= message != _PULSE
                 if isinstance(message, grpc.StatusCode):
                     if message is not grpc.StatusCode.OK:
                         await context.abort(message, "by the script")
@@ -119,6 +123,14 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 yield message
         finally:
             reading.cancel()
+
+    async def _next_message(self) -> Any:
+        while True:
+            try:
+                return await asyncio.wait_for(self._outgoing.get(), _PULSE_S)
+            except TimeoutError:
+                if not self.is_silent:
+                    return _PULSE
 
     async def wait_for_stream(self, number: int) -> None:
         """Returns once so many streams have been opened in all."""

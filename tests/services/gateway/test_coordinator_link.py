@@ -76,6 +76,21 @@ async def test_when_one_coordinator_is_lost_the_next_address_is_dialled() -> Non
     await second.stop()
 
 
+async def test_a_coordinator_without_a_pulse_is_lost() -> None:
+    coordinator = FakeCoordinator()
+    port = await coordinator.start()
+    states: asyncio.Queue[coordinator_pb2.MeshState | None] = asyncio.Queue()
+    async with asyncio.timeout(DEADLINE_S):
+        running = asyncio.create_task(make_link(port, on_mesh=states.put).run())
+        assert await states.get() is not None
+        coordinator.is_silent = True
+        assert await states.get() is None
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    await coordinator.stop()
+
+
 async def test_a_coordinator_that_says_nothing_is_left_for_the_next() -> None:
     coordinator = FakeCoordinator()
     states: asyncio.Queue[coordinator_pb2.MeshState | None] = asyncio.Queue()
