@@ -55,12 +55,25 @@ class BlockAllocator:
             else:
                 self._free.append(block)
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Lets a held block be found; changes nothing where another one has that key already."""
+    def publish(self, block: int, key: bytes) -> bool:
+        """Lets a held block be found; False, and nothing has changed, where it has a key or another
+        one has that key already."""
         assert self._num_holders[block] > 0, f"block {block} is published by nobody"
-        if key not in self._block_of and block not in self._key_of:
-            self._block_of[key] = block
-            self._key_of[block] = key
+        if key in self._block_of or block in self._key_of:
+            return False
+        self._block_of[key] = block
+        self._key_of[block] = key
+        return True
+
+    def unpublish(self, block: int) -> None:
+        """Takes a promise back: nobody finds the block any more. Its holders keep it."""
+        key = self._key_of.pop(block, None)
+        if key is None:
+            return
+        del self._block_of[key]
+        if block in self._kept:
+            del self._kept[block]
+            self._free.append(block)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks of as many `keys` as are known, up to the first that is not."""

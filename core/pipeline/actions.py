@@ -38,11 +38,11 @@ class Usage:
 class RunMicroBatch:
     """Compute a micro-batch on the replicas of `path`, first to last.
 
-    The path is one replica of each of several neighbouring stages, from `first_stage` on: of all of
-    them, or, to restore what a replica lost, of those that take part. Activations go from one to the
-    next; the last one answers. Where `replays`, the first one computes nothing and sends from its
-    log. The runs are the same for all; `updates_P` has each replica's own (its block ids; a last
-    stage's starts carry sampling). Plain lists, because they go straight into messages.
+    The path is one replica of each of several neighbouring stages, from `first_stage` on: of all
+    of them, or, to restore what a replica lost, of those that take part. Activations go from one
+    to the next; the last one answers. Where `replays`, the first one computes nothing and sends
+    from its log. The runs are the same for all; `updates_P` has each replica's own (its block ids;
+    a last stage's starts carry sampling). Plain lists, because they go straight into messages.
     """
 
     micro_batch_id: int

@@ -1,13 +1,19 @@
-"""Micro-batches on their way, and which of them a stage's report speaks of."""
+"""Micro-batches on their way, and which of them a replica's report speaks of."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as List
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
-from core.pipeline.sequences import Sequence
+from core.pipeline.sequences import Seat, Sequence
+
+if TYPE_CHECKING:
+    from core.pipeline.path import Path
+    from core.pipeline.replica import Replica
 
 
 class Sampler(NamedTuple):
@@ -21,22 +27,98 @@ class Sampler(NamedTuple):
         return 1 + len(self.draft)
 
 
+class Chunk(NamedTuple):
+    """Prompt rows of one sequence in a micro-batch."""
+
+    sequence: Sequence
+    rows: int
+
+
+class Promise(NamedTuple):
+    """Blocks that others find from the launch of the micro-batch on that fills them."""
+
+    seats: list[Seat]  # of the sequence that fills them, one for each replica of the path
+    block_ids_S: list[list[int]]  # of each seat
+
+
+class Restored(NamedTuple):
+    """Rows that a micro-batch computes again for replicas new to a sequence."""
+
+    sequence: Sequence
+    seats: list[Seat]
+    end: int  # position behind the last of them
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Flight:
     """A micro-batch that has been sent. A pair is one row looking at one position."""
 
     micro_batch_id: int
+    path: Path
+    replicas: tuple[Replica, ...]  # those that take part; all of the path, unless it restores
     launched_s: float
-    samplers: list[Sampler]  # in the order of their runs
     rows: int
     pairs: int
-    has_decodes: bool
-    found_empty: bool  # none was in flight when it was launched
-    overlapped: bool  # others were in flight at some time of its life
+    overlapped: bool  # others of the path were in flight at some time of its life
+    found_empty: bool = False  # none of the path was in flight when it was launched
+    replays: bool = False  # the first replica computes nothing
+    # In the order of their runs: decodes, then the chunks with which prompts end.
+    samplers: list[Sampler] = field(default_factory=list)
+    num_decodes: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    first_positions_R: list[int] = field(default_factory=list)  # of decodes, then chunks
+    promises: list[Promise] = field(default_factory=list)
+    restored: list[Restored] = field(default_factory=list)
+
+    @property
+    def beginnings(self) -> Iterator[tuple[Sequence, int]]:
+        """Sequences that it computes new rows of, and the position of the first."""
+        decoding = (sampler.sequence for sampler in self.samplers[: self.num_decodes])
+        prompts = (chunk.sequence for chunk in self.chunks)
+        return zip(chain(decoding, prompts), self.first_positions_R, strict=True)
+
+
+class Traffic:
+    """Everything in flight, on all paths and on each replica."""
+
+    def __init__(self) -> None:
+        self.flights: dict[int, Flight] = {}  # by id, the oldest first
+        self.num_restored_rows = 0  # sent to be computed again
+
+    def __len__(self) -> int:
+        return len(self.flights)
+
+    def add(self, flight: Flight) -> None:
+        """Takes in a micro-batch that is sent now."""
+        self.flights[flight.micro_batch_id] = flight
+        if flight.restored:
+            self.num_restored_rows += flight.rows
+        for replica in flight.replicas:
+            replica.flights[flight.micro_batch_id] = flight
+            if not flight.replays or replica is not flight.replicas[0]:
+                replica.history.add(flight)
+
+    def land(self, flight: Flight) -> None:
+        """Lets one go that has returned: all its replicas have performed it."""
+        flight_id = flight.micro_batch_id
+        self.drop(flight)
+        for replica in flight.replicas:
+            if replica.performed_id < flight_id:
+                replica.performed_id = flight_id
+
+    def drop(self, flight: Flight) -> None:
+        """Lets one go that will not return."""
+        del self.flights[flight.micro_batch_id]
+        for replica in flight.replicas:
+            del replica.flights[flight.micro_batch_id]
+
+    def carries(self, sequence: Sequence) -> bool:
+        """Whether something of a sequence is in flight."""
+        return sequence.num_restores > 0 or sequence.last_micro_batch_id in self.flights
 
 
 class Observations(NamedTuple):
-    """Measured micro-batches of one stage, all overlapped or all alone."""
+    """Measured micro-batches of one replica, all overlapped or all alone."""
 
     rows: list[float]
     pairs: list[float]
@@ -44,48 +126,40 @@ class Observations(NamedTuple):
 
 
 class FlightHistory:
-    """Remembers what was sent, so that reports, which carry rows and times only, gain pairs.
+    """Remembers what was sent to a replica, so that reports, which carry rows and times only, gain
+    pairs.
 
-    Every stage computes all micro-batches in the order sent; a stage's next report continues
-    where its last one ended.
+    A replica computes all micro-batches in the order sent; its next report continues where the
+    last one ended. Those that it abandoned it does not report: they are passed over.
     """
 
-    def __init__(self, num_stages: int, *, limit: int = 4096) -> None:
-        self._flights: deque[Flight] = deque()
-        self._first = 0  # number of the oldest flight still remembered
-        self._next_S = [0] * num_stages
-        self._limit = limit
+    def __init__(self, *, limit: int = 4096) -> None:
+        self._flights: deque[Flight] = deque(maxlen=limit)
 
     def add(self, flight: Flight) -> None:
         self._flights.append(flight)
-        if len(self._flights) > self._limit:
-            self._flights.popleft()
-            self._first += 1
 
     def match(
-        self, stage_index: int, batch_rows: List[int], batch_seconds: List[float]
+        self, batch_rows: List[int], batch_seconds: List[float], *, performed_id: int
     ) -> tuple[Observations, Observations]:
-        """Attributes a report: (alone, overlapped). What does not fit what was sent is left out."""
+        """Attributes a report: (alone, overlapped). What does not fit what was sent is left out.
+
+        `performed_id`: the latest that the report can speak of; 0 where that is not known.
+        """
         alone, overlapped = Observations([], [], []), Observations([], [], [])
-        number = max(self._next_S[stage_index], self._first)
+        flights = self._flights
         for rows, seconds in zip(batch_rows, batch_seconds, strict=True):
-            index = number - self._first
-            if index >= len(self._flights):
+            while flights and flights[0].rows != rows and flights[0].micro_batch_id < performed_id:
+                flights.popleft()
+            if not flights:
                 break
-            flight = self._flights[index]
-            number += 1
+            flight = flights.popleft()
             if flight.rows != rows:
                 continue
             target = overlapped if flight.overlapped else alone
             target.rows.append(rows)
             target.pairs.append(flight.pairs)
             target.seconds.append(seconds)
-        self._next_S[stage_index] = number
-        self._trim()
+        while flights and flights[0].micro_batch_id <= performed_id:
+            flights.popleft()
         return alone, overlapped
-
-    def _trim(self) -> None:
-        oldest = min(self._next_S)
-        while self._first < oldest and self._flights:
-            self._flights.popleft()
-            self._first += 1

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import ceil, sqrt
 
 import numpy as np
 import numpy.typing as npt
 
-from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
+from core.pipeline.batch_time import DEFAULT_PRIOR, Coefficients
 from core.pipeline.row_cost import RowCost
 from core.pipeline.speculation import Stakes
+from core.pipeline.stage_times import StageTimes
 
 Array = npt.NDArray[np.float64]
 
-# Fewer observations under overlap say less than those alone and the prior of contention.
-_ENOUGH = 32
-# After so many micro-batches alone, what was measured under overlap is out of date.
-_OUT_OF_DATE = 400
 # A cut is kept while another one promises no more than this.
 _KEEP = 0.02
 # Times that vary more do not follow the fitted line: that is no chance that slack would absorb.
@@ -58,47 +56,29 @@ class PolicySettings:
 
 
 class InFlightPolicy:
-    """Learns the stages' times and answers the scheduler's questions about numbers."""
+    """Learns the times of a path and answers the scheduler's questions about numbers."""
 
-    def __init__(self, num_stages: int, settings: PolicySettings) -> None:
+    def __init__(self, times_S: Sequence[StageTimes], settings: PolicySettings) -> None:
+        """`times_S`: what is known of the replicas of the path; other paths may share them."""
         self._settings = settings
-        prior = settings.prior
-        contended = prior._replace(fixed_s=prior.fixed_s * settings.contention_prior)
-        self._contended = contended
-        self._alone = [BatchTimeCurve(prior) for _ in range(num_stages)]
-        self._overlapped = [BatchTimeCurve(contended) for _ in range(num_stages)]
-        self._alone_since_S = [0] * num_stages  # observations since the last under overlap
-        self._hop_prior_s = self._hops_s = settings.hop_prior_s * (num_stages + 1)
+        self._times_S = times_S
+        self._hop_prior_s = self._hops_s = settings.hop_prior_s * (len(times_S) + 1)
         self._row_cost = RowCost()
         self._round_trips: deque[tuple[float, float, float]] = deque(maxlen=16)
         self._context = 64.0
         self._decode_targets: dict[int, int] = {}
         self._last_target = 1
-        self._refresh()
+        self.refresh()
+
+    def begin_like(self, other: InFlightPolicy) -> None:
+        """Takes over what another path of as many stages has learnt of its hops and rows."""
+        self._row_cost = copy(other._row_cost)
+        self._round_trips = copy(other._round_trips)
+        self._context = other._context
+        self._last_target = other._last_target
+        self.refresh()
 
     # --- what was measured
-
-    def observe_stage(
-        self,
-        stage_index: int,
-        *,
-        overlapped: bool,
-        rows: Sequence[float],
-        pairs: Sequence[float],
-        seconds: Sequence[float],
-    ) -> None:
-        """Takes in a stage's times; `overlapped`: other micro-batches were in flight."""
-        self._is_stale = True
-        if overlapped:
-            self._overlapped[stage_index].observe(rows, pairs, seconds)
-            self._alone_since_S[stage_index] = 0
-            return
-        self._alone[stage_index].observe(rows, pairs, seconds)
-        self._alone_since_S[stage_index] += len(rows)
-        if self._alone_since_S[stage_index] > _OUT_OF_DATE:
-            # Overlap may pay by now: it will be tried again.
-            self._overlapped[stage_index] = BatchTimeCurve(self._contended)
-            self._alone_since_S[stage_index] = 0
 
     def observe_round_trip(self, seconds: float, *, rows: float, pairs: float) -> None:
         """Takes in the life of a micro-batch that was launched into an empty pipeline.
@@ -106,7 +86,6 @@ class InFlightPolicy:
         None was ahead of it, so that it never queued: what was not computing was hops.
         """
         self._round_trips.append((seconds, rows, pairs))
-        self._is_stale = True
 
     def observe_decode(self, seconds: float, *, rows: int) -> None:
         """Takes in the life of a micro-batch of decodes that was alone in the pipeline."""
@@ -120,7 +99,7 @@ class InFlightPolicy:
         """
         if not self._round_trips:
             return
-        measured = any(curve.num_observations for curve in self._alone)
+        measured = any(times.num_alone for times in self._times_S)
         way_3 = (self._alone_S3 if measured else self._overlapped_S3).sum(axis=0)
         trips_N3 = np.array(self._round_trips)
         computing_N = way_3[0] + trips_N3[:, 1:] @ way_3[1:]
@@ -130,36 +109,33 @@ class InFlightPolicy:
         self._hops_s = max(self._hop_prior_s + float(np.median(trust_N * beyond_N)), 0.0)
 
     def set_context(self, mean_context: float) -> None:
-        """The mean number of positions that a decoding row attends to."""
+        """The mean number of positions that a decoding row attends to; counts from the next
+        `refresh` on."""
         self._context = mean_context
-        self._is_stale = True
 
-    def refresh_if_stale(self) -> None:
-        if self._is_stale:
-            self._refresh()
-
-    def _refresh(self) -> None:
-        self._is_stale = False
+    def refresh(self) -> None:
+        """Looks at what was measured since the last time."""
         self._decode_targets.clear()
-        for curve in (*self._alone, *self._overlapped):
-            curve.fit()
-        self._alone_S3 = np.array([c.coefficients for c in self._alone])
-        self._overlapped_S3 = np.array([c.coefficients for c in self._overlapped_curves()])
-        variation = float(np.mean([c.variation for c in self._overlapped_curves()]))
+        for times in self._times_S:
+            times.fit()
+        self._alone_S3 = np.array([times.alone for times in self._times_S])
+        self._overlapped_S3 = np.array([times.overlapped for times in self._times_S])
+        variation = float(np.mean([times.variation for times in self._times_S]))
         self._variation = min(variation, _MOST_VARIATION)
         typical = np.array([1.0, 64.0, 64.0 * self._context])
         self._slowest = int(np.argmax(self._overlapped_S3 @ typical))
         self._slowest_s = Coefficients(*(float(x) for x in self._overlapped_S3[self._slowest]))
         self._estimate_hops()
 
-    def _overlapped_curves(self) -> list[BatchTimeCurve]:
-        """Until a stage was measured enough under overlap, its times alone, contended."""
-        factor = self._settings.contention_prior
-        for alone, overlapped in zip(self._alone, self._overlapped, strict=True):
-            if overlapped.num_observations < _ENOUGH and alone.num_observations > 0:
-                c = alone.coefficients
-                overlapped.coefficients = c._replace(fixed_s=c.fixed_s * factor)
-        return self._overlapped
+    @property
+    def hops_s(self) -> float:
+        """Seconds on the way that no stage computes."""
+        return self._hops_s
+
+    @property
+    def mean_context(self) -> float:
+        """The mean number of positions that a decoding row attends to."""
+        return self._context
 
     # --- decodes
 
@@ -172,7 +148,7 @@ class InFlightPolicy:
         return target
 
     def _best_cut(self, num_sequences: int) -> int:
-        most = min(num_sequences, 3 * len(self._alone) + 4)
+        most = min(num_sequences, 3 * len(self._times_S) + 4)
         if most <= 1:
             return 1
         cycle_N, loss_N = self._cycles(num_sequences, most)

@@ -7,7 +7,8 @@ Waiting requests are admitted in order of arrival, when there are blocks for the
 prompt. When blocks run out, the youngest sequence gives way: it goes back to the queue and
 is computed again later, prompt and output so far. A sequence's next row is scheduled once
 its token came back, with rows that verify guesses where the pipeline has time for them
-(`speculation.py`). `path.py` composes the micro-batches.
+(`speculation.py`). `path.py` composes the micro-batches; `failover.py` has sequences go on
+when replicas die.
 """
 
 from __future__ import annotations
@@ -25,23 +26,31 @@ from core.errors import (
     ProtocolViolation,
     Unavailable,
 )
-from core.pipeline.actions import Action, DropPipeline, EmitTokens, FinishReason, Refuse
+from core.pipeline.actions import (
+    Action,
+    DropReplica,
+    EmitTokens,
+    FinishReason,
+    Refuse,
+)
+from core.pipeline.arrival import Pace, misfit, new_sequence
 from core.pipeline.events import (
     Event,
-    PipelineFacts,
+    LinkLost,
+    PipelineKnown,
     PipelineLost,
-    PipelineReady,
+    ReplicaLost,
     RequestArrived,
     RequestCancelled,
-    StageReported,
     Tick,
     TokensSampled,
 )
-from core.pipeline.path import Landed, Path
+from core.pipeline.path import Landed
+from core.pipeline.pipeline import Pipeline, ReplicaEvent
 from core.pipeline.policy import PolicySettings
+from core.pipeline.replica import Replica
 from core.pipeline.sequences import Sequence, State
 from core.pipeline.speculation import Speculation, SpeculationSettings
-from core.pipeline.waiting import WaitingQueue
 from core.sampling.stops import finish_reason
 
 
@@ -50,9 +59,10 @@ class SchedulerSettings:
     """Bounds of one pipeline's scheduler."""
 
     max_waiting: int = 1024  # requests in the queue; one more is refused
-    # A pipeline in which nothing returns for so long has hung.
-    micro_batch_timeout_s: float = 30.0
+    # A path on which nothing returns for so long has hung; from measured times it is known sooner.
+    micro_batch_timeout_s: float = 10.0
     lost_retry_s: float = 2.0  # retry delay of those refused because the pipeline is down
+    lost_limit_s: float = 30.0  # how long requests wait for a path when there is none
     shares_prefixes: bool = True  # requests that begin alike share what was computed for it
     policy: PolicySettings = field(default_factory=PolicySettings)
     speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
@@ -62,25 +72,26 @@ class SchedulerSettings:
             raise InvalidInput("max_waiting", self.max_waiting, "at least 1")
         if not self.micro_batch_timeout_s > 0:
             raise InvalidInput("micro_batch_timeout_s", self.micro_batch_timeout_s, "above 0")
+        if not self.lost_limit_s >= 0:
+            raise InvalidInput("lost_limit_s", self.lost_limit_s, "0 or more")
 
 
 class Scheduler:
-    """See the module. Not ready until PipelineReady; refuses requests until then."""
+    """See the module. Refuses requests until a path stands for the first time."""
 
     def __init__(self, settings: SchedulerSettings | None = None) -> None:
         self._settings = settings or SchedulerSettings()
-        self._path: Path | None = None
+        self._pipeline: Pipeline | None = None
+        self._was_ready = False
         self._why_not_ready = "the pipeline is starting"
         self._sequences: dict[int, Sequence] = {}  # those that have not ended
-        self._waiting = WaitingQueue()
         self.speculation = Speculation(self._settings.speculation)
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._orders = itertools.count()
         self._micro_batch_ids = itertools.count(1)
-        self._pace = _Pace()
+        self._pace = Pace()
         self._now_s = 0.0
         self._actions: list[Action] = []
-        self._num_past_preemptions = 0
         self.num_tokens = 0  # generated
         self.num_prompt_tokens = 0  # of requests that got their first token
         self.num_cached_tokens = 0  # of these, those that had been computed before
@@ -89,28 +100,55 @@ class Scheduler:
 
     @property
     def is_ready(self) -> bool:
-        return self._path is not None
+        """Whether new requests have a path."""
+        return self._pipeline is not None and self._pipeline.is_ready
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that no path serves: in the queue, or waiting for another path."""
+        return len(self._sequences) - self.num_running
 
     @property
     def num_running(self) -> int:
-        return len(self._path.running) if self._path else 0
+        return self._pipeline.num_running if self._pipeline else 0
 
     @property
     def num_in_flight(self) -> int:
-        return self._path.num_in_flight if self._path else 0
+        return len(self._pipeline.traffic) if self._pipeline else 0
 
     @property
     def num_preemptions(self) -> int:
-        return self._num_past_preemptions + (self._path.num_preemptions if self._path else 0)
+        return self._pipeline.admission.num_preemptions if self._pipeline else 0
 
     @property
-    def kv_blocks_used_S(self) -> list[int]:
-        """Blocks handed out, stage by stage; empty while there is no pipeline."""
-        return [a.num_used for a in self._path.mirror.allocators] if self._path else []
+    def num_failovers(self) -> int:
+        """Sequences that went on elsewhere, or over a new link, with what they had."""
+        return self._pipeline.failover.num_failovers if self._pipeline else 0
+
+    @property
+    def num_restored_tokens(self) -> int:
+        """Positions that were computed again for replicas new to a sequence."""
+        return self._pipeline.traffic.num_restored_rows if self._pipeline else 0
+
+    def kv_blocks_used(self, replica_id: int) -> int:
+        """Blocks handed out; 0 for a replica that is not there."""
+        replica = self._replica(replica_id)
+        return replica.allocator.num_used if replica else 0
+
+    def num_sequences_on(self, replica_id: int) -> int:
+        """Sequences that hold blocks on a replica; 0 for one that is not there."""
+        replica = self._replica(replica_id)
+        return len(replica.residents) if replica else 0
+
+    def is_drained(self, replica_id: int) -> bool:
+        """Whether nothing is left on a replica that has been told to drain, or it is not there."""
+        replica = self._replica(replica_id)
+        if replica is None:
+            return True
+        return replica.is_draining and not replica.residents and not replica.flights
+
+    def _replica(self, replica_id: int) -> Replica | None:
+        return self._pipeline.topology.replicas.get(replica_id) if self._pipeline else None
 
     # --- events
 
@@ -125,8 +163,10 @@ class Scheduler:
         for event in events:
             self._take_in(event)
         self._expire()
-        if self._path is not None:
-            self._actions += self._path.schedule(now_s)
+        pipeline = self._pipeline
+        if pipeline is not None:
+            self._actions += pipeline.schedule(now_s)
+            self._was_ready = self._was_ready or pipeline.is_ready
         return self._actions
 
     def _take_in(self, event: Event) -> None:
@@ -137,32 +177,38 @@ class Scheduler:
                 self._on_arrival(event)
             case RequestCancelled():
                 self._on_cancel(event)
-            case StageReported():
-                if self._path is not None:
-                    self._path.observe(event)
             case Tick():
                 self._check_progress()
-            case PipelineReady():
-                self._on_ready(event)
+                self._give_up()
+            case PipelineKnown():
+                self._on_known(event)
             case PipelineLost():
                 self._lose(event.reason)
+            case _:
+                self._change(event)
 
-    def _on_ready(self, event: PipelineReady) -> None:
-        assert not self._sequences, "a pipeline became ready while another one was in use"
-        self._path = Path(
+    def _change(self, event: ReplicaEvent) -> None:
+        """Takes in what becomes of replicas and links."""
+        if self._pipeline is None:
+            return  # it was lost as a whole
+        if isinstance(event, ReplicaLost | LinkLost):
+            self._why_not_ready = event.reason
+        self._actions += self._pipeline.change(event)
+
+    def _on_known(self, event: PipelineKnown) -> None:
+        assert not self._sequences, "a pipeline became known while another one was in use"
+        self._was_ready = False
+        self._pipeline = Pipeline(
             event.facts,
-            waiting=self._waiting,
+            policy=self._settings.policy,
+            shares_prefixes=self._settings.shares_prefixes,
             speculation=self.speculation,
             ids=self._micro_batch_ids,
-            settings=self._settings.policy,
-            shares_prefixes=self._settings.shares_prefixes,
-            now_s=self._now_s,
         )
 
     def _lose(self, reason: str) -> None:
-        """Ends every request; those that come later are refused until PipelineReady."""
-        self._num_past_preemptions = self.num_preemptions
-        self._path = None
+        """Ends every request; those that come later are refused until another pipeline is ready."""
+        self._pipeline = None
         self._why_not_ready = reason
         for sequence in list(self._sequences.values()):
             self._refuse(sequence, self._unavailable())
@@ -172,13 +218,25 @@ class Scheduler:
         return Unavailable(self._why_not_ready, retry_after_s=self._settings.lost_retry_s)
 
     def _check_progress(self) -> None:
-        stalled_s = self._path.seconds_without_progress(self._now_s) if self._path else 0.0
-        if stalled_s > self._settings.micro_batch_timeout_s:
-            self._drop(f"no micro-batch returned within {stalled_s:.1f} s")
+        if self._pipeline is None:
+            return
+        timeout_s = self._settings.micro_batch_timeout_s
+        stall = self._pipeline.find_stall(self._now_s, timeout_s=timeout_s)
+        if stall is not None:
+            self._drop(stall.culprit.id, stall.reason)
 
-    def _drop(self, reason: str) -> None:
-        self._lose(reason)
-        self._actions.append(DropPipeline(reason=reason))
+    def _drop(self, replica_id: int, reason: str) -> None:
+        """Gives a replica up that is of no use."""
+        self._actions.append(DropReplica(replica_id=replica_id, reason=reason))
+        self._change(ReplicaLost(replica_id=replica_id, reason=reason))
+
+    def _give_up(self) -> None:
+        """Ends requests that have waited for a path for too long."""
+        if self._pipeline is None:
+            return
+        limit_s = self._settings.lost_limit_s
+        for sequence in self._pipeline.admission.given_up(self._now_s, limit_s=limit_s):
+            self._refuse(sequence, self._unavailable())
 
     # --- arrival
 
@@ -187,32 +245,41 @@ class Scheduler:
         if error is not None:
             self._actions.append(Refuse(request_id=event.request_id, error=error))
             return
-        sequence = Sequence(
-            request_id=event.request_id,
-            order=next(self._orders),
-            token_ids=list(event.token_ids),
-            num_prompt_tokens=len(event.token_ids),
-            sampling=event.sampling,
-            arrived_s=self._now_s,
-            traceparent=event.traceparent,
-            cache_salt=event.cache_salt,
-        )
+        assert self._pipeline is not None
+        order = next(self._orders)
+        sequence = new_sequence(event, self._pipeline.facts, order=order, now_s=self._now_s)
         self._sequences[event.request_id] = sequence
-        self._waiting.add(sequence)
+        self._pipeline.admission.queue.add(sequence)
         if event.deadline_s is not None:
             heapq.heappush(self._deadlines, (event.deadline_s, sequence.order, sequence))
+        if event.num_output_tokens:
+            self._finish_if_whole(sequence)
+
+    def _finish_if_whole(self, sequence: Sequence) -> None:
+        """Ends a request whose last token was generated elsewhere."""
+        assert self._pipeline is not None
+        reason = finish_reason(
+            sequence.token_ids[-1],
+            num_generated=sequence.num_generated,
+            parameters=sequence.sampling,
+            eos_token_ids=self._pipeline.facts.eos_token_ids,
+        )
+        if reason is not None:
+            self._finish(sequence, self._emit(sequence), FinishReason(reason))
 
     def _objection(self, event: RequestArrived) -> PenstockError | None:
         """Why a request cannot be taken, now or ever; None when it can."""
         assert event.request_id not in self._sequences, "request ids are unique"
-        if self._path is None:
+        pipeline, settings = self._pipeline, self._settings
+        if pipeline is None or not self._was_ready:
             return self._unavailable()
-        objection = _misfit(event, self._path.facts)
-        if objection is None and len(self._waiting) >= self._settings.max_waiting:
-            retry_after_s = self._pace.expected_wait_s(len(self._waiting))
-            return Exhausted(
-                f"{len(self._waiting)} requests are waiting", retry_after_s=retry_after_s
-            )
+        if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):
+            return self._unavailable()
+        objection = misfit(event, pipeline.facts, num_kv_blocks=pipeline.num_kv_blocks)
+        num_waiting = len(pipeline.admission.queue)
+        if objection is None and num_waiting >= settings.max_waiting:
+            retry_after_s = self._pace.expected_wait_s(num_waiting)
+            return Exhausted(f"{num_waiting} requests are waiting", retry_after_s=retry_after_s)
         return objection
 
     # --- departure
@@ -220,9 +287,7 @@ class Scheduler:
     def _on_cancel(self, event: RequestCancelled) -> None:
         sequence = self._sequences.get(event.request_id)
         if sequence is not None:
-            news = EmitTokens(request_id=sequence.request_id, token_ids=[], logprobs=[])
-            self._actions.append(news)
-            self._finish(sequence, news, FinishReason.CANCELLED)
+            self._finish(sequence, self._emit(sequence), FinishReason.CANCELLED)
 
     def _expire(self) -> None:
         deadlines = self._deadlines
@@ -236,6 +301,12 @@ class Scheduler:
         self._actions.append(Refuse(request_id=sequence.request_id, error=error, usage=usage))
         self._remove(sequence)
 
+    def _emit(self, sequence: Sequence) -> EmitTokens:
+        """News of a request, without tokens as yet."""
+        news = EmitTokens(request_id=sequence.request_id, token_ids=[], logprobs=[])
+        self._actions.append(news)
+        return news
+
     def _finish(self, sequence: Sequence, news: EmitTokens, reason: FinishReason) -> None:
         """Makes `news` the last of a request."""
         news.finish_reason = reason
@@ -245,41 +316,41 @@ class Scheduler:
     def _remove(self, sequence: Sequence) -> None:
         """Forgets a request. What of it is in flight is dropped on its return."""
         del self._sequences[sequence.request_id]
-        if sequence.state is State.WAITING:
-            self._waiting.remove(sequence)
-        elif self._path is not None:
-            self._path.remove(sequence)
+        if self._pipeline is not None:
+            self._pipeline.admission.withdraw(sequence)
         sequence.state = State.ENDED
 
     # --- tokens
 
     def _on_tokens(self, event: TokensSampled) -> None:
-        path = self._path
-        if path is None:
+        pipeline = self._pipeline
+        if pipeline is None:
             return
         try:
-            landed = path.land(event, self._now_s)
+            landed = pipeline.land(event, self._now_s)
         except ProtocolViolation as error:
-            self._drop(str(error))
+            answering = pipeline.traffic.flights[event.micro_batch_id].replicas[-1]
+            self._drop(answering.id, str(error))
             return
         for news in landed:
             if news.sequence.state is not State.ENDED:
-                self._accept(path, news)
+                self._accept(pipeline, news)
 
-    def _accept(self, path: Path, landed: Landed) -> None:
+    def _accept(self, pipeline: Pipeline, landed: Landed) -> None:
         """Gives a sequence its tokens, up to the one that ends it."""
         sequence = landed.sequence
-        count, reason = self._append(sequence, landed.token_ids, path.facts.eos_token_ids)
+        count, reason = self._append(sequence, landed.token_ids, pipeline.facts.eos_token_ids)
         self.num_tokens += count
         sequence.last_token_s = self._now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = self._now_s
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_tokens += sequence.num_cached
-        if sequence.state is State.RUNNING:
-            path.make_ready(sequence)
+        if sequence.path is not None:
+            sequence.path.make_ready(sequence)
         else:
-            self._waiting.num_rows += count  # was preempted while its tokens were on the way
+            # It was preempted while its tokens were on the way.
+            pipeline.admission.queue.num_rows += count
         news = EmitTokens(
             request_id=sequence.request_id,
             token_ids=list(landed.token_ids[:count]),
@@ -305,38 +376,3 @@ class Scheduler:
             if reason is not None:
                 return count, FinishReason(reason)
         return len(token_ids), None
-
-
-class _Pace:
-    """How fast requests finish, for telling those that are refused when to return."""
-
-    def __init__(self) -> None:
-        self._mean_interval_s = 1.0
-        self._last_s: float | None = None
-
-    def note_finish(self, now_s: float) -> None:
-        if self._last_s is not None:
-            self._mean_interval_s += 0.05 * (now_s - self._last_s - self._mean_interval_s)
-        self._last_s = now_s
-
-    def expected_wait_s(self, num_waiting: int) -> float:
-        """Until a tenth of the queue is gone; from half a second to half a minute."""
-        return min(max(self._mean_interval_s * num_waiting / 10, 0.5), 30.0)
-
-
-def _misfit(event: RequestArrived, facts: PipelineFacts) -> PenstockError | None:
-    """Why a request can never be served by this pipeline; None when it can."""
-    num_prompt, max_tokens = len(event.token_ids), event.sampling.max_tokens
-    if num_prompt == 0:
-        return InvalidInput("token_ids", [], "at least one token")
-    if max_tokens < 1:
-        return InvalidInput("sampling.max_tokens", max_tokens, "at least 1")
-    if num_prompt + max_tokens > facts.context_length:
-        allowed = f"prompt ({num_prompt}) and completion within {facts.context_length} tokens"
-        return InvalidInput("sampling.max_tokens", max_tokens, allowed)
-    # The last token is never computed, so its position needs no block.
-    wanted = -(-(num_prompt + max_tokens - 1) // facts.kv_block_size)
-    held = min(stage.num_kv_blocks for stage in facts.stages)
-    if wanted > held:
-        return Exhausted(f"the request may need {wanted} KV blocks; a stage has {held}")
-    return None

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 from core.pipeline.actions import Usage
 from core.pipeline.token_index import TokenIndex
 from core.sampling.parameters import SamplingParameters
+
+if TYPE_CHECKING:
+    from core.pipeline.path import Path
+    from core.pipeline.replica import Replica
 
 
 class State(Enum):
     """Where a sequence is in its life."""
 
     WAITING = 1  # in the queue: no slot, no blocks
-    RUNNING = 2  # has a slot and blocks
-    ENDED = 3
+    RUNNING = 2  # has a slot, and a seat on every replica of its path
+    STRANDED = 3  # its path is lost: has a slot, and seats on the replicas that are left
+    ENDED = 4
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """What a sequence has on one replica."""
+
+    replica: Replica
+    block_ids: list[int]
+    num_found: int  # positions that had been computed for others when it came, whole blocks
+    # Of the positions below `restore_end`, computed before it came here, those that are here by
+    # now; later ones are computed here as on all replicas.
+    num_restored: int = 0
+    restore_end: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that has landed is here too."""
+        return self.num_restored >= self.restore_end
+
+
+class Piece(NamedTuple):
+    """Positions that stages `first_stage` up to, not including, `end_stage` must compute again."""
+
+    first_stage: int
+    end_stage: int
+    first: int
+    end: int
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """Prompt and output of one request.
 
-    Positions below `num_scheduled` are in the KV cache of every stage of the path, or on
+    Positions below `num_scheduled` are in the KV cache of every replica of the path, or on
     their way there; `token_ids[num_scheduled:]` is what has yet to be computed.
     """
 
@@ -30,20 +64,29 @@ class Sequence:
     order: int  # number of arrival: a younger sequence has a greater one
     token_ids: list[int]  # prompt, then output
     num_prompt_tokens: int
+    most_blocks: int = 1  # KV blocks that it may come to need
     sampling: SamplingParameters
     arrived_s: float
     traceparent: str = ""
     cache_salt: str = ""
+    tenant: str = ""
+    priority: int = 0
     state: State = State.WAITING
+    weights: tuple[str, ...] | None = None  # of each stage, once it has begun
+    path: Path | None = None  # while it runs
     slot: int = -1
-    tables_S: list[list[int]] = field(default_factory=list)  # block ids, stage by stage
+    seats: list[Seat] = field(default_factory=list)  # in order of stages
+    latest_seats: list[Seat] = field(default_factory=list)  # where its latest rows were computed
     capacity: int = 0  # positions that its blocks can hold
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
+    root_key: bytes = b""  # of `block_keys`
     num_published: int = 0  # of its blocks, since its latest start
-    num_found: int = 0  # positions whose keys and values it found at its latest start
-    num_cached: int = 0  # of those at its first start, all the prompt's
+    num_cached: int = 0  # positions that it found at its first start, all the prompt's
     num_scheduled: int = 0
-    last_micro_batch_id: int = -1  # the latest one that carries it
+    pieces: deque[Piece] = field(default_factory=deque)  # to be restored before it goes on
+    num_restores: int = 0  # micro-batches in flight that restore some of it
+    last_micro_batch_id: int = -1  # the latest one that computes something new of it
+    void_id: int = -1  # micro-batches up to this one bring it nothing
     scheduled_s: float | None = None  # when its first chunk was scheduled
     first_token_s: float | None = None
     last_token_s: float | None = None

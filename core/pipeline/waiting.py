@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 from core.pipeline.sequences import Sequence
 
@@ -17,9 +18,8 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    @property
-    def head(self) -> Sequence | None:
-        return self._sequences[0] if self._sequences else None
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
         """Adds the youngest."""
@@ -36,11 +36,10 @@ class WaitingQueue:
         self._sequences.insert(index, sequence)
         self.num_rows += len(sequence.token_ids)
 
-    def pop_head(self) -> Sequence:
-        sequence = self._sequences.popleft()
-        self.num_rows -= len(sequence.token_ids)
-        return sequence
-
     def remove(self, sequence: Sequence) -> None:
-        self._sequences.remove(sequence)
+        """Takes one out, from the head at no cost."""
+        if self._sequences[0] is sequence:
+            self._sequences.popleft()
+        else:
+            self._sequences.remove(sequence)
         self.num_rows -= len(sequence.token_ids)

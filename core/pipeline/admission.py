@@ -1,0 +1,137 @@
+"""Who runs next, and on which path.
+
+A path takes the head of the queue in when it has time for its prompt. Where several paths share
+the work, it leaves the head to another one on which that would be served sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING
+
+from core.pipeline.flights import Traffic
+from core.pipeline.mirror import Mirror
+from core.pipeline.sequences import Sequence, State
+from core.pipeline.waiting import WaitingQueue
+
+if TYPE_CHECKING:
+    from core.pipeline.path import Path
+
+# Tokens that a request is taken to generate: weighs how fast a path generates against how
+# soon it has computed the prompt.
+_TYPICAL_OUTPUT = 64
+
+
+class Admission:
+    """The queue and the paths that take from it."""
+
+    def __init__(self, mirror: Mirror, traffic: Traffic) -> None:
+        self.queue = WaitingQueue()
+        self.stranded: set[Sequence] = set()  # without a path, though not without seats
+        self.lanes: List[Path] = ()  # for new sequences
+        # For those that began with given weights and went back to the queue.
+        self.lanes_of: dict[tuple[str, ...], List[Path]] = {}
+        # Since when there have been no lanes: for new sequences (None), for those of given weights.
+        self.down_since_s: dict[tuple[str, ...] | None, float] = {}
+        self.num_preemptions = 0
+        self._mirror = mirror
+        self._traffic = traffic
+
+    def num_rows_for(self, path: Path) -> int:
+        """Rows in the queue that the path may take, or more."""
+        if not self.queue.num_rows or (path in self.lanes):
+            return self.queue.num_rows
+        return self.queue.num_rows if self._head_for(path) else 0
+
+    def admit(self, path: Path, now_s: float) -> Sequence | None:
+        """Takes the head of the queue in, if there are a slot and blocks for it.
+
+        Beyond the prompt's blocks every second running sequence keeps one to grow into, or
+        the newcomer would be preempted at once.
+        """
+        sequence = self._head_for(path)
+        if sequence is None:
+            return None
+        if self._traffic.carries(sequence):
+            return None  # was preempted, and its last token has yet to return
+        if not self._is_best(path, sequence):
+            return None
+        if not self._mirror.start(
+            sequence, path.replicas, weights=path.weights, spare=_spare(path)
+        ):
+            return None
+        self.queue.remove(sequence)
+        sequence.state = State.RUNNING
+        path.take_in(sequence)
+        if sequence.scheduled_s is None:
+            sequence.scheduled_s = now_s
+            sequence.num_cached = sequence.num_scheduled
+        return sequence
+
+    def preempt(self, sequence: Sequence, *, publishes: bool = True) -> None:
+        """Sends a sequence back to the queue, to be computed again, output so far included."""
+        self.withdraw(sequence, publishes=publishes)
+        sequence.state = State.WAITING
+        sequence.num_scheduled = 0
+        self.queue.put_back(sequence)
+        self.num_preemptions += 1
+
+    def withdraw(self, sequence: Sequence, *, publishes: bool = True) -> None:
+        """Takes slot and blocks of a sequence back, or its place in the queue."""
+        if sequence.state is State.WAITING:
+            self.queue.remove(sequence)
+            return
+        if sequence.path is not None:
+            sequence.path.leave(sequence)
+        self.stranded.discard(sequence)
+        self._mirror.end(sequence, publishes=publishes)
+
+    def given_up(self, now_s: float, *, limit_s: float) -> list[Sequence]:
+        """Those who have been without a path for too long."""
+        late = {weights for weights, s in self.down_since_s.items() if now_s - s > limit_s}
+        if not late:
+            return []
+        return [s for s in (*self.stranded, *self.queue) if s.weights in late]
+
+    def _head_for(self, path: Path) -> Sequence | None:
+        """The first that the path may take in."""
+        for sequence in self.queue:
+            if path in self._lanes_for(sequence) and sequence.most_blocks <= path.num_kv_blocks:
+                return sequence
+        return None
+
+    def _lanes_for(self, sequence: Sequence) -> List[Path]:
+        if sequence.weights is None:
+            return self.lanes
+        return self.lanes_of.get(sequence.weights, ())
+
+    def _is_best(self, path: Path, sequence: Sequence) -> bool:
+        lanes = self._lanes_for(sequence)
+        if len(lanes) == 1:
+            return True
+        open_lanes = [lane for lane in lanes if _has_room(lane, sequence)]
+        if not open_lanes:
+            return True
+        return path is min(open_lanes, key=lambda lane: self._cost_s(lane, sequence))
+
+    def _cost_s(self, lane: Path, sequence: Sequence) -> tuple[float, float]:
+        """How long the request would take there; among equals, the least busy replicas count."""
+        cycles_s = [
+            replica.cycle_s(len(replica.residents) + 1, mean_context=lane.policy.mean_context)
+            for replica in lane.replicas
+        ]
+        found = self._mirror.num_findable(sequence, lane.replicas, lane.weights)
+        rows = lane.num_own_rows + len(sequence.token_ids) - found
+        row_s = lane.policy.seconds(rows, 0.0)
+        return _TYPICAL_OUTPUT * max(cycles_s) + row_s, sum(cycles_s)
+
+
+def _spare(path: Path) -> int:
+    return max(len(replica.residents) for replica in path.replicas) // 2
+
+
+def _has_room(lane: Path, sequence: Sequence) -> bool:
+    """Whether it could start there though it found nothing."""
+    block_size = lane.shared.facts.kv_block_size
+    wanted = -(-len(sequence.token_ids) // block_size) + _spare(lane)
+    return all(replica.allocator.num_free >= wanted for replica in lane.replicas)

@@ -1,0 +1,84 @@
+"""The decodes of a path: rows of sequences whose last token came back, and guesses beside them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from core.pipeline.flights import Sampler
+from core.pipeline.sequences import Sequence
+
+if TYPE_CHECKING:
+    from core.pipeline.path import Path
+
+
+class Decodes:
+    """Those that came back first go first. How many micro-batches carry decodes at a time follows
+    from the path's policy."""
+
+    def __init__(self, path: Path) -> None:
+        self.ready: deque[Sequence] = deque()
+        self.num_flights = 0
+        self._path = path
+        self._shared = path.shared
+        self._block_size = path.shared.facts.kv_block_size
+
+    def take(self) -> list[Sampler]:
+        """The next share of the decodes; empty when enough micro-batches carry decodes."""
+        path, ready = self._path, self.ready
+        while ready:
+            num_decodes = path.num_decodes
+            target = path.policy.decode_target(num_decodes)
+            if self.num_flights >= target:
+                break
+            share = min(-(-num_decodes // target), path.max_rows, len(ready))
+            chosen = self._make_room([ready.popleft() for _ in range(share)])
+            if chosen:
+                return self._guess(chosen)
+        return []
+
+    def _guess(self, chosen: list[Sequence]) -> list[Sampler]:
+        """Adds guesses, unless other work waits for the same rows."""
+        path, speculation = self._path, self._shared.speculation
+        decodes = []
+        space = path.max_rows - len(chosen)
+        stakes = path.policy.stakes(path.num_decodes, rows=len(chosen))
+        if path.num_backlog_rows or not speculation.pays(stakes):
+            space = 0
+        for sequence in chosen:
+            draft: list[int] = []
+            if space > 0:
+                most = min(space, self._room_to_guess(sequence))
+                draft = speculation.draft(sequence, stakes, most=most)
+                space -= len(draft)
+                self._grow(sequence, sequence.num_scheduled + 1 + len(draft))
+            decodes.append(Sampler(sequence, draft))
+        return decodes
+
+    def _room_to_guess(self, sequence: Sequence) -> int:
+        """Positions beyond its next row that cost no other sequence its place."""
+        spare_blocks = min(
+            replica.allocator.num_free - len(replica.residents) for replica in self._path.replicas
+        )
+        spare = max(spare_blocks, 0) * self._block_size
+        return sequence.capacity + spare - sequence.num_scheduled - 1
+
+    def _grow(self, sequence: Sequence, num_positions: int) -> None:
+        missing = num_positions - sequence.capacity
+        if missing > 0:
+            self._shared.mirror.grow(sequence, -(-missing // self._block_size))
+
+    def _make_room(self, chosen: list[Sequence]) -> list[Sequence]:
+        """Gives a block to each of `chosen` that needs one, at the cost of the youngest."""
+        wanting = [s for s in chosen if s.num_scheduled == s.capacity]
+        if not wanting:
+            return chosen
+        for replica in self._path.replicas:
+            while len(wanting) > replica.allocator.num_free:
+                youngest = max(replica.residents, key=lambda sequence: sequence.order)
+                self._shared.admission.preempt(youngest)
+                wanting = [s for s in wanting if s is not youngest]
+                chosen = [s for s in chosen if s is not youngest]
+        for sequence in wanting:
+            self._shared.mirror.grow(sequence, 1)
+        return chosen

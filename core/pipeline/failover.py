@@ -1,0 +1,269 @@
+"""What is done when replicas and links come and go, so that no sequence is lost.
+
+A loss drops the micro-batches in flight through it. Every replica that lives abandons those of
+them that it has not performed, which nobody can know from here: what a sequence had in flight is
+therefore taken back on all of them, to where it had landed, and sent again. Sequences of a path
+that is lost are stranded until they get another one; `Mirror.move` keeps what they have.
+
+Blocks are found from the launch on of the micro-batch that fills them. Where it is abandoned they
+hold nothing: they are forgotten, with all that was promised by those who had found them, and
+those who did begin again from the queue. What had landed cannot be among it: a replica that has
+performed a micro-batch has performed all those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from itertools import pairwise
+
+from core.pipeline.actions import AbandonMicroBatches, Action, FlushUpdates
+from core.pipeline.flights import Flight, Promise
+from core.pipeline.path import Path, Shared
+from core.pipeline.replica import Replica
+from core.pipeline.sequences import Seat, Sequence, State
+from core.pipeline.topology import Topology, Way
+
+Blocks = dict[Replica, set[int]]
+
+
+class Failover:
+    """The paths that there are, and the sequences between them."""
+
+    def __init__(self, topology: Topology, shared: Shared) -> None:
+        self.paths: dict[Way, Path] = {}
+        self.num_failovers = 0  # sequences that went on elsewhere, or over a new link
+        self.is_due = False  # something has changed: `settle` is wanted
+        self.has_closing = False  # there are paths to evacuate
+        self._topology = topology
+        self._shared = shared
+        self._admission = shared.admission
+        self._latest: Path | None = None
+
+    # --- what is lost
+
+    def lose_replica(self, replica: Replica) -> list[Action]:
+        """A replica is gone with all it held."""
+        self._topology.remove(replica)
+        lost = list(replica.flights.values())
+        actions = self._lose(lost, [p for p in self.paths.values() if replica in p.replicas])
+        for sequence in replica.residents:
+            self._shared.mirror.lose(sequence, replica)
+        replica.residents.clear()
+        return actions
+
+    def lose_link(self, upstream: Replica, downstream: Replica) -> list[Action]:
+        """What is in flight over a link will not arrive."""
+        self._topology.unlink(upstream.id, downstream.id)
+        lost = [f for f in upstream.flights.values() if _passes(f.replicas, upstream, downstream)]
+        paths = [p for way, p in self.paths.items() if _passes(way, upstream, downstream)]
+        return self._lose(lost, paths)
+
+    def _lose(self, lost: List[Flight], paths: List[Path]) -> list[Action]:
+        """Drops the flights and strands the sequences of the paths."""
+        self.is_due = True
+        actions = _abandon(lost)
+        garbage = _promised(lost)
+        for flight in reversed(lost):
+            flight.path.drop(flight)
+            for sequence, first in flight.beginnings:
+                if sequence.state is State.RUNNING:
+                    sequence.num_scheduled = first
+        for path in paths:
+            del self.paths[path.replicas]
+            for sequence in list(path.running):
+                path.leave(sequence)
+                self._strand(sequence)
+        self._take_back(garbage)
+        return actions
+
+    def _strand(self, sequence: Sequence) -> None:
+        sequence.state = State.STRANDED
+        self._admission.stranded.add(sequence)
+
+    def _take_back(self, garbage: Blocks) -> None:
+        """Forgets promised blocks that will not be filled, and all that rests on them."""
+        self._spread(garbage)
+        for replica, block_ids in garbage.items():
+            for block in block_ids:
+                replica.allocator.unpublish(block)
+        found = {
+            sequence
+            for replica in garbage
+            for sequence in replica.residents
+            if any(_stands_on(seat, garbage) for seat in sequence.seats)
+        }
+        for sequence in found:
+            sequence.void_id = sequence.last_micro_batch_id
+            self._admission.preempt(sequence, publishes=False)
+        self._void_preempted(garbage)
+
+    def _void_preempted(self, garbage: Blocks) -> None:
+        """Those in the queue have no seats to lose, yet a token on its way, from such blocks."""
+        for flight in self._shared.traffic.flights.values():
+            for sequence, _ in flight.samplers:
+                if sequence.state is State.WAITING and any(
+                    _stands_on(seat, garbage) for seat in sequence.latest_seats
+                ):
+                    sequence.void_id = flight.micro_batch_id
+
+    def _spread(self, garbage: Blocks) -> None:
+        """Adds what is in flight on other paths and was computed from such blocks."""
+        promises = [p for f in self._shared.traffic.flights.values() for p in f.promises]
+        has_grown = bool(garbage)
+        while has_grown:
+            has_grown = False
+            for promise in promises.copy():
+                if any(_stands_on(seat, garbage) for seat in promise.seats):
+                    _add(garbage, promise)
+                    promises.remove(promise)
+                    has_grown = True
+
+    # --- who goes where
+
+    def settle(self, now_s: float) -> list[Action]:
+        """Finds the lanes anew and gives sequences without a path one, the oldest first."""
+        self.is_due = False
+        self._find_lanes(now_s)
+        for sequence in sorted(self._admission.stranded, key=lambda sequence: sequence.order):
+            self._rehome(sequence, now_s)
+        return self._tell()
+
+    def evacuate(self, now_s: float) -> list[Action]:
+        """Lets sequences leave closing paths, each as soon as nothing of it is in flight."""
+        leaving = [
+            sequence
+            for path in self.paths.values()
+            if path.is_closing
+            for sequence in path.running
+            if not self._shared.traffic.carries(sequence)
+        ]
+        for sequence in sorted(leaving, key=lambda sequence: sequence.order):
+            assert sequence.path is not None
+            sequence.path.leave(sequence)
+            self._strand(sequence)
+            way = self._best_way(sequence)
+            if way is not None and any(replica.is_left for replica in way):
+                self._admission.preempt(sequence)  # there is room only where it shall not stay
+            else:
+                self._rehome(sequence, now_s)
+        return self._tell() if leaving else []
+
+    def _rehome(self, sequence: Sequence, now_s: float) -> None:
+        """Gives a stranded sequence the best path that has room; the queue, where none has. It
+        stays stranded where there is none at all."""
+        way = self._best_way(sequence)
+        is_hopeless = way is None and self._best_way(sequence, needs_room=False) is not None
+        if not sequence.seats or is_hopeless:
+            self._admission.preempt(sequence)
+            return
+        if way is None:
+            return
+        if not self._shared.mirror.move(sequence, way):
+            self._admission.preempt(sequence)
+            return
+        self._admission.stranded.remove(sequence)
+        sequence.state = State.RUNNING
+        self._path(way, now_s).resume(sequence)
+        self.num_failovers += 1
+
+    def _best_way(self, sequence: Sequence, *, needs_room: bool = True) -> Way | None:
+        assert sequence.weights is not None
+        return self._topology.best_way(
+            sequence.weights,
+            kept=[seat.replica for seat in sequence.seats],
+            num_free=len(sequence.seats[0].block_ids) if sequence.seats and needs_room else 0,
+            num_blocks=sequence.most_blocks,
+        )
+
+    def _find_lanes(self, now_s: float) -> None:
+        topology, admission = self._topology, self._admission
+        chosen = topology.chosen
+        admission.lanes = self._lanes(chosen, now_s) if chosen is not None else []
+        sequences = [*admission.queue, *admission.stranded]
+        begun = {s.weights for s in sequences} | {p.weights for p in self.paths.values()}
+        admission.lanes_of = {
+            weights: self._lanes(weights, now_s, even_draining=True)
+            for weights in begun
+            if weights is not None
+        }
+        down_since_s = admission.down_since_s
+        admission.down_since_s = {
+            weights: down_since_s.get(weights, now_s)
+            for weights, lanes in ((None, admission.lanes), *admission.lanes_of.items())
+            if not lanes
+        }
+        for path in self.paths.values():
+            path.is_closing = path.is_left and not all(
+                lane.is_left for lane in admission.lanes_of.get(path.weights, admission.lanes)
+            )
+        self.has_closing = any(path.is_closing for path in self.paths.values())
+
+    def _lanes(
+        self, weights: tuple[str, ...], now_s: float, *, even_draining: bool = False
+    ) -> list[Path]:
+        ways = self._topology.lanes(weights, even_draining=even_draining)
+        if not ways:
+            way = self._topology.best_way(weights, kept=[], num_free=0, num_blocks=0)
+            ways = [way] if way is not None else []
+        return [self._path(way, now_s) for way in ways]
+
+    def _path(self, way: Way, now_s: float) -> Path:
+        path = self.paths.get(way)
+        if path is None:
+            path = self.paths[way] = Path(way, self._shared, now_s=now_s)
+            if self._latest is not None:
+                path.policy.begin_like(self._latest.policy)
+        self._latest = path
+        return path
+
+    def _tell(self) -> list[Action]:
+        """Those who were moved begin and go back before anything else can happen to them."""
+        return [
+            FlushUpdates(replica_id=replica.id, updates=replica.take_updates())
+            for replica in self._topology.replicas.values()
+            if replica.has_news
+        ]
+
+
+def _passes(way: Way, upstream: Replica, downstream: Replica) -> bool:
+    return (upstream, downstream) in pairwise(way)
+
+
+def _abandon(lost: List[Flight]) -> list[Action]:
+    """Has every replica that lives drop what is lost."""
+    ids_of: dict[Replica, list[int]] = {}
+    for flight in lost:
+        for replica in flight.replicas:
+            if not replica.is_lost:
+                ids_of.setdefault(replica, []).append(flight.micro_batch_id)
+    return [
+        AbandonMicroBatches(replica_id=replica.id, micro_batch_ids=ids)
+        for replica, ids in ids_of.items()
+    ]
+
+
+def _promised(lost: List[Flight]) -> Blocks:
+    """Blocks that the flights would have filled, and that are not known to be filled."""
+    garbage: Blocks = {}
+    for flight in lost:
+        for promise in flight.promises:
+            _add(garbage, promise, performed_by=flight.micro_batch_id)
+    return garbage
+
+
+def _add(garbage: Blocks, promise: Promise, *, performed_by: int | None = None) -> None:
+    """Adds promised blocks; not those of replicas known to have performed the micro-batch."""
+    for seat, block_ids in zip(promise.seats, promise.block_ids_S, strict=True):
+        replica = seat.replica
+        is_filled = performed_by is not None and replica.performed_id >= performed_by
+        if block_ids and not replica.is_lost and not is_filled:
+            garbage.setdefault(replica, set()).update(block_ids)
+
+
+def _stands_on(seat: Seat, garbage: Blocks) -> bool:
+    """Whether a sequence found such blocks there."""
+    block_ids = garbage.get(seat.replica)
+    if not block_ids:
+        return False
+    num_found = seat.num_found // seat.replica.block_size
+    return not block_ids.isdisjoint(seat.block_ids[:num_found])

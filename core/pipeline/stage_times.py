@@ -1,0 +1,82 @@
+"""How long one replica of a stage takes, alone in the pipeline and beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from core.pipeline.batch_time import BatchTimeCurve, Coefficients
+
+# Fewer observations under overlap say less than those alone and the prior of contention.
+_ENOUGH = 32
+# After so many micro-batches alone, what was measured under overlap is out of date.
+_OUT_OF_DATE = 400
+# Micro-batches after which the times are the replica's own, no longer the prior's.
+_KNOWN = 8
+
+
+class StageTimes:
+    """Two curves; until it was measured enough under overlap, its times alone, contended."""
+
+    def __init__(self, prior: Coefficients, *, contention: float) -> None:
+        """`contention`: factor of the fixed cost under overlap, until that was measured."""
+        self._contention = contention
+        self._contended = prior._replace(fixed_s=prior.fixed_s * contention)
+        self._alone = BatchTimeCurve(prior)
+        self._overlapped = BatchTimeCurve(self._contended)
+        self._alone_since = 0  # observations since the last under overlap
+        self._num_own = 0
+        self.fit()
+
+    def for_sibling(self) -> StageTimes:
+        """The same knowledge, for another replica of the stage to begin with."""
+        times = deepcopy(self)
+        times._num_own = 0
+        return times
+
+    @property
+    def num_alone(self) -> int:
+        """Observations without others."""
+        return self._alone.num_observations
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the replica itself was measured."""
+        return self._num_own >= _KNOWN
+
+    @property
+    def variation(self) -> float:
+        """Standard deviation of times under overlap over predicted ones."""
+        return self._overlapped.variation
+
+    def observe(
+        self,
+        *,
+        overlapped: bool,
+        rows: Sequence[float],
+        pairs: Sequence[float],
+        seconds: Sequence[float],
+    ) -> None:
+        """Takes in micro-batches; `overlapped`: others were in flight. They count from the next
+        `fit` on."""
+        self._num_own += len(rows)
+        if overlapped:
+            self._overlapped.observe(rows, pairs, seconds)
+            self._alone_since = 0
+            return
+        self._alone.observe(rows, pairs, seconds)
+        self._alone_since += len(rows)
+        if self._alone_since > _OUT_OF_DATE:
+            # Overlap may pay by now: it will be tried again.
+            self._overlapped = BatchTimeCurve(self._contended)
+            self._alone_since = 0
+
+    def fit(self) -> None:
+        """Brings `alone` and `overlapped` up to date."""
+        self._alone.fit()
+        self._overlapped.fit()
+        self.alone = self._alone.coefficients
+        if self._overlapped.num_observations < _ENOUGH and self.num_alone > 0:
+            fixed_s = self.alone.fixed_s * self._contention
+            self._overlapped.coefficients = self.alone._replace(fixed_s=fixed_s)
+        self.overlapped = self._overlapped.coefficients
