@@ -117,6 +117,8 @@ class RequestArrived:
     cache_salt: str = ""
     tenant: str = ""  # all of one tenant share what is its share of the mesh
     priority: int = 0  # all of a higher one are admitted first
+    # It takes the weights of this replica, whether they are chosen or not. None: those chosen.
+    probed_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

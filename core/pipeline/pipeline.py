@@ -91,6 +91,14 @@ class Pipeline:
         down_since_s = self.admission.down_since_s.get(None, now_s)
         return not self.is_ready and now_s - down_since_s > limit_s
 
+    def weights_with(self, replica_id: int) -> tuple[str, ...] | None:
+        """The chosen weights, but for the stage of a replica its own; None where it is not there."""
+        replica, chosen = self.topology.replicas.get(replica_id), self.topology.chosen
+        if replica is None or chosen is None:
+            return None
+        stage = replica.stage_index
+        return (*chosen[:stage], replica.facts.weights, *chosen[stage + 1 :])
+
     # --- replicas and links
 
     def change(self, event: ReplicaEvent) -> list[Action]:

@@ -248,6 +248,9 @@ class Scheduler:
         assert self._pipeline is not None
         order = next(self._orders)
         sequence = new_sequence(event, self._pipeline.facts, order=order, now_s=self._now_s)
+        if event.probed_id is not None:
+            sequence.weights = self._pipeline.weights_with(event.probed_id)
+            self._pipeline.failover.is_due = True  # for paths with these weights
         self._sequences[event.request_id] = sequence
         self._pipeline.admission.queue.add(sequence)
         if event.deadline_s is not None:
@@ -275,6 +278,8 @@ class Scheduler:
             return self._unavailable()
         if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):
             return self._unavailable()
+        if event.probed_id is not None and pipeline.weights_with(event.probed_id) is None:
+            return Unavailable("the replica to be probed is gone")
         objection = misfit(event, pipeline.facts, num_kv_blocks=pipeline.num_kv_blocks)
         num_waiting = len(pipeline.admission.queue)
         if objection is None and num_waiting >= settings.max_waiting:

@@ -60,6 +60,9 @@ def main(
     ] = 16,
     micro_batch_timeout_s: Annotated[
         float, typer.Option(help="seconds without a result after which a stage has hung")
+    ] = 10.0,
+    lost_limit_s: Annotated[
+        float, typer.Option(help="seconds that requests wait for a stage that has no replica")
     ] = 30.0,
     pulse_timeout_s: Annotated[
         float, typer.Option(help="seconds without a word after which a stage is lost")
@@ -87,6 +90,7 @@ def main(
             max_waiting=max_waiting,
             speculation=speculation,
             micro_batch_timeout_s=micro_batch_timeout_s,
+            lost_limit_s=lost_limit_s,
             pulse_timeout_s=pulse_timeout_s,
             prefix_cache=prefix_cache,
             open_timeout_s=open_timeout_s,

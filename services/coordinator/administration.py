@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from penstock.v1 import coordinator_pb2, generation_pb2
 
@@ -61,28 +61,24 @@ class Administration:
         )
         try:
             requests.submit(stream, submission, probed_id=link.incarnation.replica_id)
-            return _response(await _answer(stream))
+            return await _answer(stream)
         finally:
             requests.disconnect(stream)
 
 
-async def _answer(stream: GatewayStream) -> list[coordinator_pb2.RequestUpdate]:
-    """All updates of the stream's one request; raises Unavailable when it was refused."""
-    updates: list[coordinator_pb2.RequestUpdate] = []
-    while not (updates and updates[-1].finish_reason):
+async def _answer(stream: GatewayStream) -> coordinator_pb2.ProbeReplicaResponse:
+    """What the stream's one request brings; raises Unavailable when it was refused."""
+    answer = coordinator_pb2.ProbeReplicaResponse()
+    has_ended = False
+    while not has_ended:
         message = await stream.next_message()
         if message is None:
             raise Unavailable("the coordinator is stopping")
-        updates += message.updates
-    if updates[-1].HasField("refusal"):
-        raise Unavailable(updates[-1].refusal.message)
-    return updates
-
-
-def _response(
-    updates: Sequence[coordinator_pb2.RequestUpdate],
-) -> coordinator_pb2.ProbeReplicaResponse:
-    return coordinator_pb2.ProbeReplicaResponse(
-        token_ids=[token_id for update in updates for token_id in update.token_ids],
-        logprobs=[entry.chosen.logprob for update in updates for entry in update.logprobs],
-    )
+        answer.token_ids.extend(message.token_ids)
+        for update in message.updates:
+            if update.HasField("refusal"):
+                raise Unavailable(update.refusal.message)
+            answer.token_ids.extend(update.token_ids)
+            answer.logprobs.extend(entry.chosen.logprob for entry in update.logprobs)
+            has_ended = bool(update.finish_reason)
+    return answer

@@ -59,6 +59,7 @@ class Conductor:
             SchedulerSettings(
                 max_waiting=settings.max_waiting,
                 micro_batch_timeout_s=settings.micro_batch_timeout_s,
+                lost_limit_s=settings.lost_limit_s,
                 shares_prefixes=settings.prefix_cache,
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
@@ -102,7 +103,10 @@ class Conductor:
 
     def _let_drained_leave(self) -> None:
         for link in list(self.replicas.links):
-            if link.is_draining and not self.num_sequences(link):
+            incarnation = link.incarnation
+            if link.is_draining and (
+                incarnation is None or self.scheduler.is_drained(incarnation.replica_id)
+            ):
                 self.replicas.remove(link)
 
     async def _watch(self) -> None:
@@ -243,7 +247,7 @@ class Conductor:
             tokens_guessed=scheduler.speculation.num_drafted,
             tokens_guessed_right=scheduler.speculation.num_accepted,
             sequences_moved=scheduler.num_failovers,
-            positions_restored=scheduler.num_restored,
+            positions_restored=scheduler.num_restored_tokens,
         )
         response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))
         return response
@@ -258,7 +262,7 @@ class Conductor:
         """KV blocks that sequences hold on a replica."""
         if link.incarnation is None:
             return 0
-        return self.scheduler.num_kv_blocks_used(link.incarnation.replica_id)
+        return self.scheduler.kv_blocks_used(link.incarnation.replica_id)
 
     def num_sequences(self, link: ReplicaLink) -> int:
         """Sequences that hold blocks on a replica."""

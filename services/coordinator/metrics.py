@@ -52,7 +52,7 @@ def register_metrics(telemetry: Telemetry, conductor: Conductor) -> None:
     observe(names.TOKENS_GUESSED, one(lambda: scheduler.speculation.num_drafted))
     observe(names.TOKENS_GUESSED_RIGHT, one(lambda: scheduler.speculation.num_accepted))
     observe(names.SEQUENCES_MOVED, one(lambda: scheduler.num_failovers))
-    observe(names.POSITIONS_RESTORED, one(lambda: scheduler.num_restored))
+    observe(names.POSITIONS_RESTORED, one(lambda: scheduler.num_restored_tokens))
     observe(names.KV_BLOCKS_USED, by_replica(conductor.num_kv_blocks_used))
     observe(
         names.KV_BLOCKS_TOTAL,

@@ -18,8 +18,9 @@ class CoordinatorSettings:
     max_sequences: int = 256  # running at a time
     max_waiting: int = 1024  # waiting for admission; one more is refused
     speculation: int = 16  # most guesses of a sequence in a micro-batch; 0: none
-    micro_batch_timeout_s: float = 30.0  # a replica that returns nothing for so long has hung
+    micro_batch_timeout_s: float = 10.0  # a replica that returns nothing for so long has hung
     pulse_timeout_s: float = 2.0  # a replica that says nothing for so long is lost
+    lost_limit_s: float = 30.0  # how long requests wait where a stage has no replica
     prefix_cache: bool = True  # prompts that begin alike are computed once
     open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
@@ -33,6 +34,8 @@ class CoordinatorSettings:
             raise InvalidInput("max_waiting", self.max_waiting, "at least 1")
         if self.speculation < 0:
             raise InvalidInput("speculation", self.speculation, "0 or more")
+        if not self.lost_limit_s >= 0:
+            raise InvalidInput("lost_limit_s", self.lost_limit_s, "0 or more")
         for name in ("micro_batch_timeout_s", "pulse_timeout_s", "open_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidInput(name, getattr(self, name), "above 0")
