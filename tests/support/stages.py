@@ -222,6 +222,7 @@ class HandDrivenCoordinator:
         self._stack = AsyncExitStack()
         self._num_links = 0
         self.links: dict[tuple[int, int], int] = {}
+        self.lost: set[int] = set()  # replicas that get no micro-batches any more
         self.controls: list[ControlStream] = []
 
     async def __aenter__(self) -> HandDrivenCoordinator:
@@ -291,7 +292,8 @@ class HandDrivenCoordinator:
                 order.upstream_link = self.links[path[number - 1], index]
             if number + 1 < len(path):
                 order.downstream_link = self.links[index, path[number + 1]]
-            await self.controls[index].send(micro_batch=order)
+            if index not in self.lost:
+                await self.controls[index].send(micro_batch=order)
 
     async def abandon(self, index: int, *micro_batch_ids: int) -> None:
         """Has a replica abandon micro-batches."""

@@ -11,10 +11,12 @@ from core.pipeline.actions import EmitTokens, FlushUpdates, RunMicroBatch
 from core.pipeline.batch import PositionLogprobs
 from core.pipeline.events import (
     Event,
+    LinkReady,
     PipelineFacts,
-    PipelineReady,
+    PipelineKnown,
+    ReplicaFacts,
+    ReplicaReady,
     RequestArrived,
-    StageFacts,
     TokensSampled,
 )
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
@@ -85,9 +87,14 @@ class Served:
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[PositionLogprobs]] = {}
         self.num_cached: dict[int, int] = {}
-        stage = StageFacts(num_kv_blocks=60, max_rows=max_rows)
-        facts = PipelineFacts(stages=(stage,) * len(chain.engines), num_slots=8, context_length=256)
-        self._handle(PipelineReady(facts=facts))
+        num_stages = len(chain.engines)
+        facts = PipelineFacts(num_stages=num_stages, num_slots=8, context_length=256)
+        replica = ReplicaFacts(num_kv_blocks=60, max_rows=max_rows)
+        self._handle(PipelineKnown(facts=facts))
+        for index in range(num_stages):
+            self._handle(ReplicaReady(replica_id=index, stage_index=index, facts=replica))
+        for index in range(num_stages - 1):
+            self._handle(LinkReady(upstream_id=index, downstream_id=index + 1))
 
     def answer(self, prompts: list[list[int]], sampling: list[SamplingParameters]) -> None:
         """Serves requests that arrive together."""
@@ -110,8 +117,7 @@ class Served:
                 case RunMicroBatch():
                     self._run(action)
                 case FlushUpdates():
-                    for engine, updates in zip(self._engines, action.updates_S, strict=True):
-                        engine.apply(updates)
+                    self._engines[action.replica_id].apply(action.updates)
                 case EmitTokens():
                     self.tokens[action.request_id] += action.token_ids
                     self.logprobs[action.request_id] += action.logprobs
@@ -120,8 +126,8 @@ class Served:
 
     def _run(self, action: RunMicroBatch) -> None:
         hidden = sampled = None
-        for index, engine in enumerate(self._engines):
-            result = engine.step(action.for_stage(index), hidden)
+        for number, replica_id in enumerate(action.path):
+            result = self._engines[replica_id].step(action.for_replica(number), hidden)
             hidden, sampled = result.hidden_TH, result.sampled
             if hidden is not None:
                 hidden = hidden.copy()

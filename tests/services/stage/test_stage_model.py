@@ -1,0 +1,72 @@
+"""What a stage says of the model that it has loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from penstock.v1 import stage_pb2
+
+from services.stage.model import load_model
+from services.stage.settings import StageSettings
+from services.stage.slowed_engine import SlowedEngine
+from tests.support.models import TinyModel, random_weights, write_hugging_face, write_safetensors
+
+
+def load(folder: Path, layers: tuple[int, int], **settings: Any) -> stage_pb2.StageReady:
+    """The manifest of a stage."""
+    first, end = layers
+    return load_model(
+        StageSettings(
+            model=folder, name="tiny", first_layer=first, end_layer=end, listen="", **settings
+        )
+    ).manifest
+
+
+def tuned(folder: Path, tensor: str) -> Path:
+    """A model that differs from the others in one element of one tensor."""
+    write_hugging_face(folder, TinyModel())
+    weights = random_weights(TinyModel())
+    weights[tensor] = weights[tensor].copy()
+    weights[tensor][-1, -1] += np.float32(0.125)
+    write_safetensors(folder / "model.safetensors", weights)
+    return folder
+
+
+def test_weights_are_named_stage_by_stage_and_the_model_by_its_configuration(
+    tmp_path: Path,
+) -> None:
+    one = write_hugging_face(tmp_path / "one", TinyModel())
+    same = write_hugging_face(tmp_path / "same", TinyModel())
+    other = tuned(tmp_path / "other", "model.layers.2.mlp.up_proj.weight")
+    first, second = (0, 2), (2, 4)
+    digests = {
+        (folder.name, layers): load(folder, layers).weights_digest
+        for folder in (one, same, other)
+        for layers in (first, second)
+    }
+    assert digests["one", first] == digests["same", first] == digests["other", first]
+    assert digests["one", second] == digests["same", second] != digests["other", second]
+    assert digests["one", first] != digests["one", second]
+    assert all(len(digest) == 64 for digest in digests.values())
+    assert load(one, first).model_digest == load(other, second).model_digest
+    wider = write_hugging_face(tmp_path / "wider", TinyModel(intermediate_size=128))
+    assert load(wider, first).model_digest != load(one, first).model_digest
+
+
+def test_weights_in_another_arithmetic_have_another_name(tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path, TinyModel())
+    names = {
+        load(folder, (0, 2), number_format=number_format, wire=wire).weights_digest
+        for number_format, wire in [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16")]
+    }
+    assert len(names) == 3
+
+
+def test_a_stage_can_be_made_slow(tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path, TinyModel())
+    settings = StageSettings(
+        model=folder, name="tiny", first_layer=0, end_layer=2, listen="", slow_down=1.5
+    )
+    assert isinstance(load_model(settings).engine, SlowedEngine)
