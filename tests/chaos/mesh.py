@@ -19,7 +19,7 @@ from tests.chaos.parts import Part, PartCommand
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0  # kernels may have to be compiled first
 MODEL_NAME = "chaos"
 
 
