@@ -191,7 +191,7 @@ class ControlStream:
             self._seen.append(response)
 
     async def report(self) -> Any:
-        """Asks for a report, and returns the next one."""
+        """Asks for a report, and returns the next one: stages send some of themselves, too."""
         await self.send(report=stage_pb2.ReportRequest())
         return await self.next("report")
 

@@ -63,6 +63,7 @@ async def test_frames_that_come_of_them_are_dropped_and_their_credits_go_back(
             batch = micro_batch(id, {1: [id]}, first_position=id - 2, starts=starts)
             await coordinator.run(batch, path=[0, 2])
         await coordinator.abandon(2, *range(2, 30))
+        await coordinator.controls[2].report()  # it has heard
         stages[1].engine.gate.set()
         assert (await coordinator.sampled()).micro_batch_id == 1
         await until_performed(coordinator, 0, 29)

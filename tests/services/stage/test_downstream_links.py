@@ -67,10 +67,12 @@ async def test_rows_are_sent_again_over_another_link(offers_shortcuts: bool) -> 
         )
         await coordinator.run(again, path=[0, 2], replays=True)
         restored = await coordinator.controls[2].next("sampled")
-        report = await coordinator.controls[0].report()
+        reports = [await coordinator.controls[0].report()]
+        while reports[-1].performed_id != 2:
+            reports.append(await coordinator.controls[0].report())
     assert list(restored.token_ids) == [7 + 0 + 2, 8 + 1 + 2, 9 + 2 + 2]
-    assert report.performed_id == 2
-    assert 2 not in list(report.batch_rows)  # a replay says nothing about what computing takes
+    # A replay says nothing about how long computing takes.
+    assert [rows for report in reports for rows in report.batch_rows] == [3]
 
 
 @both_ways

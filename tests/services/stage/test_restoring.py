@@ -210,7 +210,6 @@ async def test_a_link_that_is_cut_within_a_frame_changes_nothing(
         await generation.land()
         for _ in range(NUM_STEPS - 1):
             await generation.step()
-        assert (await coordinator.controls[0].report()).performed_id == NUM_STEPS + 1
     assert generation.answers == expected
 
 

@@ -1,0 +1,137 @@
+"""One stage of a real mesh gets other weights while it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from penstock.v1 import generation_pb2 as pb
+
+from tests.support.client import Client, connect, make_request
+from tests.support.local_mesh import LocalMesh
+from tests.support.models import TinyModel, random_weights, write_safetensors, write_servable
+
+MODEL = TinyModel(context_length=8192)
+OPTIONS = ("--split", "0:2,2:4", "--kv-memory", "8MiB", "--speculation", "0", "--dtype", "bf16")
+LONG_TOKENS = 2000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models of one shape: `new` and `bad` differ from `old` in the second stage alone."""
+    folder = tmp_path_factory.mktemp("models")
+    old = random_weights(MODEL)
+    other = random_weights(dataclasses.replace(MODEL, seed=1))
+    second = {name: other[name] for name in old if name.startswith(("model.layers.2.", "lm_head"))}
+    bad = {"lm_head.weight": np.full_like(old["lm_head.weight"], 3e38)}  # logits overflow
+    for name, changes in (("old", {}), ("new", second), ("bad", bad)):
+        write_servable(folder / name, MODEL)
+        write_safetensors(folder / name / "model.safetensors", old | changes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mesh(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
+    yield from started(tmp_path_factory.mktemp("mesh"), folder / "old")
+
+
+def started(runtime: Path, model: Path) -> Iterator[LocalMesh]:
+    mesh = LocalMesh(runtime=runtime, environment={})
+    mesh.start("--model", str(model), *OPTIONS)
+    try:
+        yield mesh
+    finally:
+        mesh.stop()
+
+
+def request(number: int, num_tokens: int = 24) -> pb.GenerateRequest:
+    drawn = {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "seed": number}
+    sampling = drawn | {"max_tokens": num_tokens, "ignore_eos": True}
+    return make_request(token_ids=[5, 6, 7 + number], sampling=sampling)
+
+
+def connected(mesh: LocalMesh) -> Iterator[Client]:
+    record = mesh.record
+    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        yield client
+
+
+@pytest.fixture
+def client(mesh: LocalMesh) -> Iterator[Client]:
+    yield from connected(mesh)
+
+
+@pytest.fixture(scope="module")
+def of_new_weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """What a mesh answers that began with the new weights."""
+    for mesh in started(tmp_path_factory.mktemp("other"), folder / "new"):
+        for client in connected(mesh):
+            return tokens(client)
+    raise AssertionError
+
+
+def tokens(client: Client) -> list[list[int]]:
+    return [client.send(request(number)).token_ids for number in range(8)]
+
+
+def test_weights_that_are_no_good_change_nothing(
+    mesh: LocalMesh, client: Client, folder: Path
+) -> None:
+    before, processes = tokens(client), mesh.record.processes
+    done = mesh.run("update", "--stage", "1", "--model", str(folder / "bad"))
+    assert done.returncode == 1, done.stdout
+    assert "no finite log probability" in done.stderr
+    assert "all goes on as it was" in done.stdout
+    assert tokens(client) == before
+    assert mesh.record.processes == processes
+    assert len(client.mesh().stages) == 2
+
+
+def test_weights_of_another_shape_are_refused_in_one_line(mesh: LocalMesh, tmp_path: Path) -> None:
+    other = write_servable(tmp_path / "other", dataclasses.replace(MODEL, num_layers=6))
+    done = mesh.run("update", "--stage", "1", "--model", str(other))
+    assert done.returncode == 2
+    assert "weights of the same shapes" in done.stderr
+    assert mesh.run("update", "--stage", "2", "--model", str(other)).returncode == 2
+
+
+def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
+    mesh: LocalMesh, client: Client, folder: Path, of_new_weights: list[list[int]]
+) -> None:
+    of_old_weights = tokens(client)
+    assert all(old != new for old, new in zip(of_old_weights, of_new_weights, strict=True))
+    long_before = client.send(request(1, LONG_TOKENS)).token_ids
+    pids = {one.name: one.pid for one in mesh.record.processes}
+    is_over = threading.Event()
+
+    def keep_asking(number: int) -> list[list[int]]:
+        answers = []
+        while not is_over.is_set():
+            answers.append(client.send(request(number)).token_ids)
+        return answers
+
+    with ThreadPoolExecutor(max_workers=9) as pool:
+        call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+        begun = [*next(call).token_ids]
+        loads = [pool.submit(keep_asking, number) for number in range(8)]
+        long = pool.submit(lambda: [token for message in call for token in message.token_ids])
+        try:
+            done = mesh.run("update", "--stage", "1", "--model", str(folder / "new"))
+        finally:
+            is_over.set()
+        assert done.returncode == 0, done.stdout + done.stderr
+        for number, load in enumerate(loads):
+            old, new = of_old_weights[number], of_new_weights[number]
+            answers = load.result()
+            num_old = answers.index(new) if new in answers else len(answers)
+            assert answers == [old] * num_old + [new] * (len(answers) - num_old)
+        assert begun + long.result() == long_before
+    assert tokens(client) == of_new_weights
+    now = {one.name: one.pid for one in mesh.record.processes}
+    assert now.pop("stage-1-b") not in pids.values()
+    assert now == {name: pid for name, pid in pids.items() if name != "stage-1"}
