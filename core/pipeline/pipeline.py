@@ -72,6 +72,7 @@ class Pipeline:
         )
         self.topology = Topology(facts.num_stages)
         self.failover = Failover(self.topology, shared)
+        self.was_ready = False  # ever
         self.num_kv_blocks = 0  # that a sequence could have on the roomiest lane seen last
         self._policy = policy
 
@@ -162,12 +163,19 @@ class Pipeline:
         flight = self.traffic.flights.get(event.micro_batch_id)
         return [] if flight is None else flight.path.land(flight, event, now_s)
 
+    def settle(self, now_s: float) -> list[Action]:
+        """Acts upon changes of replicas and links, if there are any."""
+        if not self.failover.is_due:
+            return []
+        actions = self.failover.settle(now_s)
+        if self.admission.lanes:
+            self.was_ready = True
+            self.num_kv_blocks = max(lane.num_kv_blocks for lane in self.admission.lanes)
+        return actions
+
     def schedule(self, now_s: float) -> list[Action]:
         """Gives sequences paths, launches micro-batches, tells idle replicas their updates."""
-        actions: list[Action] = []
-        if self.failover.is_due:
-            actions += self.failover.settle(now_s)
-            self._note_room()
+        actions = self.settle(now_s)
         if self.failover.has_closing:
             actions += self.failover.evacuate(now_s)
         paths = list(self.failover.paths.values())
@@ -189,7 +197,3 @@ class Pipeline:
                 has_launched = has_launched or bool(launched)
             if len(paths) == 1:
                 return
-
-    def _note_room(self) -> None:
-        if self.admission.lanes:
-            self.num_kv_blocks = max(lane.num_kv_blocks for lane in self.admission.lanes)

@@ -82,7 +82,6 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings | None = None) -> None:
         self._settings = settings or SchedulerSettings()
         self._pipeline: Pipeline | None = None
-        self._was_ready = False
         self._why_not_ready = "the pipeline is starting"
         self._sequences: dict[int, Sequence] = {}  # those that have not ended
         self.speculation = Speculation(self._settings.speculation)
@@ -166,7 +165,6 @@ class Scheduler:
         pipeline = self._pipeline
         if pipeline is not None:
             self._actions += pipeline.schedule(now_s)
-            self._was_ready = self._was_ready or pipeline.is_ready
         return self._actions
 
     def _take_in(self, event: Event) -> None:
@@ -197,7 +195,6 @@ class Scheduler:
 
     def _on_known(self, event: PipelineKnown) -> None:
         assert not self._sequences, "a pipeline became known while another one was in use"
-        self._was_ready = False
         self._pipeline = Pipeline(
             event.facts,
             policy=self._settings.policy,
@@ -274,7 +271,10 @@ class Scheduler:
         """Why a request cannot be taken, now or ever; None when it can."""
         assert event.request_id not in self._sequences, "request ids are unique"
         pipeline, settings = self._pipeline, self._settings
-        if pipeline is None or not self._was_ready:
+        if pipeline is None:
+            return self._unavailable()
+        self._actions += pipeline.settle(self._now_s)
+        if not pipeline.was_ready:
             return self._unavailable()
         if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):
             return self._unavailable()

@@ -1,8 +1,8 @@
 """Drives the scheduler under a virtual clock with invented or measured stage times.
 
-Stages work first in, first out and never block each other, so a micro-batch's whole way can
-be computed when it is launched: it begins on a stage when it has arrived and the stage has
-finished the one before.
+Replicas work first in, first out, so a micro-batch's whole way can be computed when it is
+launched: it begins on a replica when it has arrived and the replica has finished the one before.
+What replicas abandon leaves a gap in their work only where nothing was planned behind it yet.
 """
 
 from __future__ import annotations
@@ -10,17 +10,29 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from core.pipeline.actions import Action, EmitTokens, Refuse, RunMicroBatch
+from core.pipeline.actions import (
+    AbandonMicroBatches,
+    Action,
+    DropReplica,
+    EmitTokens,
+    Refuse,
+    RunMicroBatch,
+)
 from core.pipeline.batch_time import Coefficients
 from core.pipeline.events import (
     Event,
+    LinkLost,
+    LinkReady,
     PipelineFacts,
-    PipelineReady,
+    PipelineKnown,
+    ReplicaFacts,
+    ReplicaLost,
+    ReplicaReady,
     RequestArrived,
-    StageFacts,
     StageReported,
     TokensSampled,
 )
@@ -42,10 +54,22 @@ class SimulatedRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimulatedFault:
+    """A replica is lost, or its link to a replica of the next stage."""
+
+    at_s: float
+    replica: int  # its number: those of `stages` from 0, then those of `further_replicas`
+    downstream: int | None = None  # None: the replica itself; else the link is lost
+    back_s: float | None = None  # when it is there again, empty; None: never
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
     """The simulated pipeline."""
 
     stages: tuple[Coefficients, ...]  # true times of each stage
+    further_replicas: tuple[tuple[int, Coefficients], ...] = ()  # of which stage, and its times
+    faults: tuple[SimulatedFault, ...] = ()
     hop_s: float = 0.0  # between two stages, and from and to the coordinator
     jitter: float = 0.0  # each stage time is multiplied by uniform(1 - jitter, 1 + jitter)
     seed: int = 0
@@ -64,13 +88,17 @@ class SimulationReport:
     """What the simulated pipeline did after its warm-up."""
 
     seconds: float  # of virtual time
-    busy_S: tuple[float, ...]  # share of time that each stage computed; the rest is bubble
+    busy_S: tuple[
+        float, ...
+    ]  # share of time that each stage's replicas computed; the rest is bubble
     tokens_per_second: float
     time_to_first_token_s: tuple[float, ...]  # of each request that got one, in order of arrival
     longest_gap_s: float  # between two tokens of one request
     mean_in_flight: float  # micro-batches
     mean_rows: float  # of a micro-batch
     num_preemptions: int
+    num_failovers: int
+    num_restored_tokens: int
     cached_share: float  # of the prompt tokens of all requests that got a token
     num_ended: int  # requests
 
@@ -86,6 +114,18 @@ def simulate(
     return _Simulation(requests, settings).run()
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Replica:
+    """A simulated replica. Another one takes its place when it comes back."""
+
+    id: int
+    stage_index: int
+    times: Coefficients
+    free_at_s: float = 0.0
+    work: deque[tuple[int, float, float]] = field(default_factory=deque)  # id, beginning, end
+    report: StageReported | None = None
+
+
 class _Simulation:
     def __init__(self, requests: Sequence[SimulatedRequest], settings: SimulationSettings) -> None:
         self._settings = settings
@@ -94,11 +134,12 @@ class _Simulation:
         self._scheduler = Scheduler(settings.scheduler)
         # No token comes twice, so that there is nothing to guess.
         self._token_ids = itertools.count(settings.context_length)
-        self._events: list[tuple[float, int, Event]] = []
+        self._events: list[tuple[float, int, Event | _Replica]] = []
         self._num_events = 0
-        self._free_at_S = [0.0] * len(settings.stages)
+        self._replicas: dict[int, _Replica] = {}  # by id, those that live
+        self._ids: list[int] = []  # of each number, the latest
+        self._replica_ids = itertools.count()
         self._busy_S = [0.0] * len(settings.stages)
-        self._reports_S: list[StageReported | None] = [None] * len(settings.stages)
         self._last_token_s: dict[int, float] = {}
         self._first_token_s: dict[int, float] = {}
         self._num_tokens = self._num_ended = self._num_batches = self._num_rows = 0
@@ -106,7 +147,11 @@ class _Simulation:
         self._was_cut_off = False
 
     def run(self) -> SimulationReport:
-        self._push(0.0, PipelineReady(facts=self._facts()))
+        self._push(0.0, PipelineKnown(facts=self._facts()))
+        kinds = (*enumerate(self._settings.stages), *self._settings.further_replicas)
+        for stage_index, times in kinds:
+            self._ids.append(self._open(0.0, stage_index, times))
+        self._plan_faults()
         for number, request in enumerate(self._requests):
             arrived = RequestArrived(
                 request_id=number,
@@ -123,26 +168,68 @@ class _Simulation:
 
     def _facts(self) -> PipelineFacts:
         settings = self._settings
-        stage = StageFacts(num_kv_blocks=settings.num_kv_blocks, max_rows=settings.max_rows)
         return PipelineFacts(
-            stages=(stage,) * len(settings.stages),
+            num_stages=len(settings.stages),
             num_slots=settings.num_slots,
             context_length=settings.context_length,
             kv_block_size=settings.kv_block_size,
         )
 
-    def _push(self, time_s: float, event: Event) -> None:
+    # --- replicas
+
+    def _open(self, time_s: float, stage_index: int, times: Coefficients) -> int:
+        """Plans that a replica is ready, linked with all that are there by then; its id."""
+        replica = _Replica(id=next(self._replica_ids), stage_index=stage_index, times=times)
+        self._push(time_s, replica)
+        return replica.id
+
+    def _ready(self, replica: _Replica) -> list[Event]:
+        settings = self._settings
+        facts = ReplicaFacts(num_kv_blocks=settings.num_kv_blocks, max_rows=settings.max_rows)
+        ready = ReplicaReady(replica_id=replica.id, stage_index=replica.stage_index, facts=facts)
+        links = [
+            LinkReady(upstream_id=upstream.id, downstream_id=downstream.id)
+            for other in self._replicas.values()
+            for upstream, downstream in ((other, replica), (replica, other))
+            if upstream.stage_index + 1 == downstream.stage_index
+        ]
+        self._replicas[replica.id] = replica
+        return [ready, *links]
+
+    def _plan_faults(self) -> None:
+        """In order of time, so that a replica that comes back can be lost again."""
+        kinds = (*enumerate(self._settings.stages), *self._settings.further_replicas)
+        for fault in sorted(self._settings.faults, key=lambda fault: fault.at_s):
+            lost_id = self._ids[fault.replica]
+            if fault.downstream is not None:
+                ids = {"upstream_id": lost_id, "downstream_id": self._ids[fault.downstream]}
+                self._push(fault.at_s, LinkLost(**ids, reason="a fault"))
+                if fault.back_s is not None:
+                    self._push(fault.back_s, LinkReady(**ids))
+                continue
+            self._push(fault.at_s, ReplicaLost(replica_id=lost_id, reason="a fault"))
+            if fault.back_s is not None:
+                self._ids[fault.replica] = self._open(fault.back_s, *kinds[fault.replica])
+
+    # --- time
+
+    def _push(self, time_s: float, event: Event | _Replica) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (time_s, self._num_events, event))
 
     def _step(self) -> None:
         """Hands the scheduler everything that happens at the next instant."""
         self._now_s = now_s = self._events[0][0]
-        events = []
+        events: list[Event] = []
         while self._events and self._events[0][0] == now_s:
             event = heapq.heappop(self._events)[2]
-            if isinstance(event, StageReported):
-                self._reports_S[event.stage_index] = None
+            if isinstance(event, _Replica):
+                events += self._ready(event)
+                continue
+            if isinstance(event, StageReported) and event.replica_id in self._replicas:
+                self._replicas[event.replica_id].report = None
+            elif isinstance(event, ReplicaLost):
+                self._replicas.pop(event.replica_id, None)
             events.append(event)
         for action in self._scheduler.handle_all(events, now_s):
             self._perform(action)
@@ -151,29 +238,36 @@ class _Simulation:
         match action:
             case RunMicroBatch():
                 self._compute(action)
+            case AbandonMicroBatches():
+                self._abandon(action)
             case EmitTokens():
                 self._count(action)
             case Refuse():
                 self._num_ended += 1
+            case DropReplica():
+                raise AssertionError(f"simulated replicas do not hang: {action.reason}")
             case _:
                 pass
 
     def _compute(self, action: RunMicroBatch) -> None:
         settings = self._settings
-        rows = len(action.token_ids_T)
+        rows = sum(action.num_rows_R)
         pairs = sum(
             count * (first + 0.5 * count)
             for first, count in zip(action.first_positions_R, action.num_rows_R, strict=True)
         )
         time_s = self._now_s + settings.hop_s
-        for stage, times in enumerate(settings.stages):
-            begin_s = max(time_s, self._free_at_S[stage])
+        for number, replica_id in enumerate(action.path):
+            replica = self._replicas[replica_id]
+            begin_s = max(time_s, replica.free_at_s)
             factor = 1.0 + settings.jitter * (2.0 * self._random.random() - 1.0)
-            seconds = times.seconds(rows, pairs) * factor
+            seconds = replica.times.seconds(rows, pairs) * factor
+            if action.replays and number == 0:
+                seconds = 0.0
             time_s = begin_s + seconds
-            self._free_at_S[stage] = time_s
-            self._busy_S[stage] += self._counted(begin_s, time_s)
-            self._note(stage, rows, seconds, time_s)
+            self._occupy(replica, action.micro_batch_id, begin_s, time_s)
+            if seconds:
+                self._note(replica, rows, seconds)
             time_s += settings.hop_s
         token_ids = [next(self._token_ids) for _ in range(sum(action.num_samples_R))]
         self._push(time_s, TokensSampled(micro_batch_id=action.micro_batch_id, token_ids=token_ids))
@@ -182,18 +276,34 @@ class _Simulation:
             self._num_rows += rows
         self._flight_s += self._counted(self._now_s, time_s)
 
+    def _occupy(self, replica: _Replica, batch_id: int, begin_s: float, end_s: float) -> None:
+        while replica.work and replica.work[0][2] <= self._now_s:
+            replica.work.popleft()
+        replica.work.append((batch_id, begin_s, end_s))
+        replica.free_at_s = end_s
+        self._busy_S[replica.stage_index] += self._counted(begin_s, end_s)
+
+    def _abandon(self, action: AbandonMicroBatches) -> None:
+        """Drops planned work that has not begun."""
+        replica, ids = self._replicas[action.replica_id], set(action.micro_batch_ids)
+        dropped = [work for work in replica.work if work[0] in ids and work[1] > self._now_s]
+        for work in dropped:
+            replica.work.remove(work)
+            self._busy_S[replica.stage_index] -= self._counted(work[1], work[2])
+        replica.free_at_s = max((end_s for _, _, end_s in replica.work), default=self._now_s)
+
     def _counted(self, begin_s: float, end_s: float) -> float:
         """Seconds of an interval that lie within what is measured."""
         settings = self._settings
         return max(min(end_s, settings.until_s) - max(begin_s, settings.warm_up_s), 0.0)
 
-    def _note(self, stage: int, rows: int, seconds: float, end_s: float) -> None:
-        """Adds to the stage's next report; one is on its way as long as it is busy."""
-        report = self._reports_S[stage]
+    def _note(self, replica: _Replica, rows: int, seconds: float) -> None:
+        """Adds to the replica's next report; one is on its way as long as it is busy."""
+        report = replica.report
         if report is None or len(report.batch_rows) >= 64:
-            report = StageReported(stage_index=stage, batch_rows=[], batch_seconds=[])
-            self._reports_S[stage] = report
-            self._push(end_s + _REPORT_S, report)
+            report = StageReported(replica_id=replica.id, batch_rows=[], batch_seconds=[])
+            replica.report = report
+            self._push(replica.free_at_s + _REPORT_S, report)
         assert isinstance(report.batch_rows, list)
         assert isinstance(report.batch_seconds, list)
         report.batch_rows.append(rows)
@@ -217,9 +327,14 @@ class _Simulation:
         settings = self._settings
         end_s = settings.until_s if self._was_cut_off else self._now_s
         seconds = max(end_s - settings.warm_up_s, 1e-9)
+        stages = [stage for stage, _ in settings.further_replicas]
+        num_replicas_S = [1 + stages.count(stage) for stage in range(len(settings.stages))]
         return SimulationReport(
             seconds=seconds,
-            busy_S=tuple(busy / seconds for busy in self._busy_S),
+            busy_S=tuple(
+                busy / seconds / count
+                for busy, count in zip(self._busy_S, num_replicas_S, strict=True)
+            ),
             tokens_per_second=self._num_tokens / seconds,
             time_to_first_token_s=tuple(
                 self._first_token_s[number] - request.arrival_s
@@ -230,6 +345,8 @@ class _Simulation:
             mean_in_flight=self._flight_s / seconds,
             mean_rows=self._num_rows / max(self._num_batches, 1),
             num_preemptions=self._scheduler.num_preemptions,
+            num_failovers=self._scheduler.num_failovers,
+            num_restored_tokens=self._scheduler.num_restored_tokens,
             cached_share=(
                 self._scheduler.num_cached_tokens / max(self._scheduler.num_prompt_tokens, 1)
             ),

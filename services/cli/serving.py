@@ -26,7 +26,7 @@ from services.local.catalogue import DEFAULT_MODEL
 from services.local.layout import MeshLayout
 from services.local.prepare import prepare
 from services.local.run_folder import RunFolder, default_folder
-from services.local.settings import MeshSettings, parse_bytes, parse_counts
+from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
@@ -60,6 +60,13 @@ def mesh(
             help="Processes of each stage that wait until one fails: 1, or 0,1 stage by stage.",
         ),
     ] = "0",
+    slow: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PENSTOCK_SLOW",
+            help="Stages that take so many times as long, such as 1=2.0, to try out slow nodes.",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -130,6 +137,7 @@ def mesh(
         stages=stages,
         replicas=parse_counts("replicas", replicas),
         spares=parse_counts("spares", spares),
+        slow_down={} if slow is None else parse_factors("slow", slow),
         dtype=dtype,
         device=device,
         split=split,

@@ -33,6 +33,7 @@ class StageLayout:
     first_layer: int
     end_layer: int
     replicas: tuple[ReplicaLayout, ...]
+    slow_down: float = 1.0
 
     @property
     def layers(self) -> str:
@@ -124,6 +125,7 @@ class MeshLayout:
                 "--kv-blocks": str(self.kv_blocks),
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
+                "--slow-down": str(self.stages[index].slow_down),
             },
         )
 

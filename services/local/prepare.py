@@ -79,6 +79,7 @@ def _stages(settings: MeshSettings, plan: PipelinePlan, ports: _Ports) -> tuple[
         StageLayout(
             first_layer=stage.stage_slice.first_layer,
             end_layer=stage.stage_slice.end_layer,
+            slow_down=settings.slow_down.get(index, 1.0),
             replicas=tuple(
                 ReplicaLayout(
                     number=number,

@@ -49,6 +49,7 @@ class MeshProcess:
         self.log_path = log_path
         self._lifeline_fd = lifeline_fd
         self._process: asyncio.subprocess.Process | None = None
+        self._record: ProcessRecord | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +76,13 @@ class MeshProcess:
                 start_new_session=True,
                 env=os.environ | ONE_THREAD,
             )
+        self._record = record_process(
+            self.name,
+            self._process.pid,
+            address=self.command.address,
+            metrics_port=self.command.metrics_port,
+            log=str(self.log_path),
+        )
 
     async def wait(self) -> int:
         """Waits for its end; returns the exit code, negative for a signal."""
@@ -82,15 +90,9 @@ class MeshProcess:
         return await self._process.wait()
 
     def record(self) -> ProcessRecord:
-        """Describes it for the run folder."""
-        assert self._process is not None
-        return record_process(
-            self.name,
-            self._process.pid,
-            address=self.command.address,
-            metrics_port=self.command.metrics_port,
-            log=str(self.log_path),
-        )
+        """Describes it, as it was started last, for the run folder."""
+        assert self._record is not None
+        return self._record
 
     async def stop(self, *, grace_s: float) -> None:
         """Asks it to drain, and kills it when it has not ended after `grace_s`."""

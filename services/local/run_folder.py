@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -137,11 +138,15 @@ class RunFolder:
 def record_process(
     name: str, pid: int, *, address: str = "", metrics_port: int = 0, log: str = ""
 ) -> ProcessRecord:
-    """Describes a living process of ours."""
+    """Describes a process of ours that has just been started."""
+    try:
+        started_at = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:  # it has ended already
+        started_at = time.time()
     return ProcessRecord(
         name=name,
         pid=pid,
-        started_at=psutil.Process(pid).create_time(),
+        started_at=started_at,
         address=address,
         metrics_port=metrics_port,
         log=log,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
@@ -27,6 +29,8 @@ class MeshSettings:
     replicas: tuple[int, ...] = (1,)
     # Processes of each stage that wait until one of these fails; likewise.
     spares: tuple[int, ...] = (0,)
+    # Times as long as they need that stages take to compute, by stage: to try what slow nodes do.
+    slow_down: Mapping[int, float] = field(default_factory=dict)
     # Of weights, activations and KV cache; "auto": by the model's file, see `number_format`.
     dtype: str = "auto"
     # Where stages compute: "cpu", "cuda", or "auto": a GPU where one can be used.
@@ -57,6 +61,10 @@ class MeshSettings:
             raise InvalidInput("speculation", self.speculation, "0 or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
+        for stage_index, factor in self.slow_down.items():
+            if stage_index >= self.num_stages or not 1.0 <= factor < math.inf:
+                allowed = f"a stage below {self.num_stages}, and at least 1"
+                raise InvalidInput("slow", f"{stage_index}={factor:g}", allowed)
         self._check_counts("replicas", self.replicas, least=1)
         self._check_counts("spares", self.spares, least=0)
 
@@ -87,6 +95,14 @@ def parse_counts(field: str, text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise InvalidInput(field, text, "a number for all stages such as 2, or a list such as 1,2")
     return tuple(map(int, parts))
+
+
+def parse_factors(field: str, text: str) -> dict[int, float]:
+    """Reads "1=2.0" or "0=1.5,1=2", stage by stage; raises InvalidInput, naming the option."""
+    parts = [re.fullmatch(r"\s*(\d+)=(\d+(?:\.\d+)?)\s*", part) for part in text.split(",")]
+    if not all(parts):
+        raise InvalidInput(field, text, "STAGE=FACTOR, such as 1=2.0")
+    return {int(part[1]): float(part[2]) for part in parts if part is not None}
 
 
 def parse_bytes(field: str, text: str) -> int:

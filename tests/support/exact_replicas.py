@@ -295,11 +295,13 @@ class ExactReplica:
         )
 
     def _arrived(self, link: ExactLink, batch_id: int) -> list[Row] | None:
+        """Rows of a micro-batch, if they are there. None, too, where those of a later one came
+        instead: then the sender has abandoned it, and this replica will hear that it shall."""
         while link.frames and link.frames[0][0] in self._abandoned:
             link.frames.popleft()
-        if not link.frames:
+        if not link.frames or link.frames[0][0] > batch_id:
             return None
-        assert link.frames[0][0] == batch_id, "frames in another order than the micro-batches"
+        assert link.frames[0][0] == batch_id, "frames that nobody waits for"
         return link.frames.popleft()[1]
 
     def _perform(self, order: Order, batch: MicroBatch, rows: list[Row] | None) -> None:

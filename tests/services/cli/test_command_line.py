@@ -28,15 +28,8 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(
-            *SHARED,
-            "--replicas",
-            "--spares",
-            "--device",
-            "--kv-memory",
-            "--prefix-cache",
-            "--speculation",
-        ),
+        *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
+        *("--kv-memory", "--prefix-cache", "--speculation"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
     "stop": [],

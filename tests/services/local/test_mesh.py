@@ -147,6 +147,33 @@ async def test_the_first_restart_is_at_once_and_faults_of_others_do_not_count(
     assert all(line.endswith("starting it again at once") for line in said_lines)
 
 
+async def test_processes_that_die_together_are_all_started_again(tmp_path: Path) -> None:
+    names = ("stage-0", "stage-1", "gateway")
+    mesh = Mesh(
+        tuple(part(name, "serve") for name in names),
+        run_folder=RunFolder(tmp_path),
+        say=lambda _: None,
+    )
+
+    def record_all() -> None:
+        for process in mesh.processes:
+            process.record()
+        num_restarts.release()
+
+    num_restarts = asyncio.Semaphore(0)
+    async with mesh.running():
+        keeping = asyncio.create_task(mesh.keep_alive(restarted=record_all))
+        for process in mesh.processes:
+            await said_something(process)
+        for process in mesh.processes:
+            os.kill(process.record().pid, signal.SIGKILL)
+        for _ in names:
+            await num_restarts.acquire()
+        assert all(find_process(process.record()) for process in mesh.processes)
+        assert not keeping.done()
+        keeping.cancel()
+
+
 async def test_a_process_can_be_added_and_is_kept_alive_only_when_told_so(tmp_path: Path) -> None:
     changed = asyncio.Event()
     mesh = Mesh((part("stage-0", "serve"),), run_folder=RunFolder(tmp_path), say=lambda _: None)

@@ -22,7 +22,7 @@ from services.local.memory import (
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import free_ports
 from services.local.prepare import prepare, read_model
-from services.local.settings import MeshSettings, parse_bytes, parse_counts
+from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
 from tests.support.models import TinyModel, write_gguf, write_servable
 
 GIB = 2**30
@@ -245,6 +245,19 @@ def test_what_is_no_count_is_refused_by_name(text: str) -> None:
         parse_counts("replicas", text)
 
 
+def test_a_stage_can_be_slowed_down(lay: Lay) -> None:
+    commands = lay(slow_down=parse_factors("slow", "1=2.5")).commands()
+    slow_downs = [one.arguments[one.arguments.index("--slow-down") + 1] for one in commands[:2]]
+    assert slow_downs == ["1.0", "2.5"]
+
+
+@pytest.mark.parametrize("text", ["", "1", "1=", "=2", "1=-2", "a=1", "1=2,"])
+def test_what_is_no_factor_is_refused_by_name(text: str) -> None:
+    assert parse_factors("slow", "0=1.5, 1=2") == {0: 1.5, 1: 2.0}
+    with pytest.raises(InvalidInput, match="slow"):
+        parse_factors("slow", text)
+
+
 def test_any_taken_metrics_port_is_refused(lay: Lay) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -276,6 +289,8 @@ def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
         ({"replicas": (0,)}, "replicas"),
         ({"replicas": (1, 2, 3)}, "replicas"),
         ({"spares": ()}, "spares"),
+        ({"slow_down": {2: 2.0}}, "slow"),
+        ({"slow_down": {1: 0.5}}, "slow"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], field: str) -> None:

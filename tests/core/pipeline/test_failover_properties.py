@@ -1,0 +1,102 @@
+"""Random histories with faults at every step: no request is lost, and no answer changes."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from core.pipeline.actions import DropReplica
+from core.pipeline.events import ReplicaDraining, Tick
+from tests.support.pipeline_machine import PipelineMachine, Repetitive
+
+MOST_REPLICAS = 7
+
+
+class FaultyMachine(PipelineMachine):
+    """Replicas and links die, stop and come back; news of it travels as slowly as all else."""
+
+    num_replicas_S = (1, 2, 2)
+
+    @rule(stage=st.integers(0, 2), is_spare=st.booleans(), num_kv_blocks=st.sampled_from([12, 20]))
+    def open(self, stage: int, is_spare: bool, num_kv_blocks: int) -> None:
+        if len(self.replicas) < MOST_REPLICAS:
+            self.pipeline.open(stage, is_spare=is_spare, num_kv_blocks=num_kv_blocks)
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data(), tells=st.booleans())
+    def kill(self, data: st.DataObject, tells: bool) -> None:
+        replica = data.draw(st.sampled_from(self.replicas))
+        self.pipeline.kill(replica.id, tells=tells)
+
+    @precondition(lambda self: self.pipeline.exact.links)
+    @rule(data=st.data(), tells=st.booleans())
+    def cut(self, data: st.DataObject, tells: bool) -> None:
+        link = data.draw(st.sampled_from(sorted(self.pipeline.exact.links)))
+        self.pipeline.cut(*link, tells=tells)
+
+    @rule(data=st.data())
+    def mend(self, data: st.DataObject) -> None:
+        if broken := self._broken():
+            self.pipeline.connect(*data.draw(st.sampled_from(broken)))
+
+    @rule()
+    def tell(self) -> None:
+        self.pipeline.tell()
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data(), moves=st.booleans())
+    def drain(self, data: st.DataObject, moves: bool) -> None:
+        replica = data.draw(st.sampled_from(self.replicas))
+        self.pipeline.handle(ReplicaDraining(replica_id=replica.id, moves=moves))
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        """It hangs, and is found out, sooner or later."""
+        data.draw(st.sampled_from(self.replicas)).is_stopped = True
+
+    def _broken(self) -> list[tuple[int, int]]:
+        pipeline = self.pipeline
+        return [
+            (upstream_id, downstream_id)
+            for stage in range(pipeline.num_stages - 1)
+            for upstream_id in pipeline.of_stage(stage)
+            for downstream_id in pipeline.of_stage(stage + 1)
+            if (upstream_id, downstream_id) not in pipeline.exact.links
+        ]
+
+    def something_is_in_flight_while_requests_are_open(self) -> None:
+        """Not so while those who are to go on wait for replicas."""
+
+    def teardown(self) -> None:
+        """When all faults are over, every request is answered."""
+        pipeline = self.pipeline
+        pipeline.tell()
+        for stage in range(pipeline.num_stages):
+            pipeline.open(stage)
+        for link in self._broken():
+            pipeline.connect(*link)
+        for _ in range(20):
+            pipeline.finish()
+            for replica in pipeline.replicas:
+                replica.report()
+            pipeline.finish()
+            pipeline.now_s += 1e10
+            if not any(isinstance(a, DropReplica) for a in pipeline.handle(Tick())):
+                break
+        for replica in pipeline.replicas:
+            if replica.is_stopped and not replica.is_idle:
+                replica.is_stopped = False
+        super().teardown()
+
+
+class RepetitiveFaultyMachine(Repetitive, FaultyMachine):
+    """Verifies guesses."""
+
+
+_SETTINGS = settings(max_examples=150, stateful_step_count=60, deadline=None)
+FaultyMachine.TestCase.settings = _SETTINGS
+RepetitiveFaultyMachine.TestCase.settings = _SETTINGS
+TestFaultyPipeline = FaultyMachine.TestCase
+TestRepetitiveFaultyPipeline = RepetitiveFaultyMachine.TestCase
