@@ -28,8 +28,9 @@ from tests.chaos.mesh import ChaosMesh, Shape
 from tests.support.models import TinyModel, write_servable
 
 NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 16, 64
-# Clients that together keep the mesh full, to find what it can serve.
-NUM_SATURATING = 48
+# Clients that together keep the mesh full, to find what it can serve. All may come in one turn, and
+# then all wait.
+NUM_SATURATING = 32
 SATURATION_S = 4.0
 TIMES_SATURATION = 3.0
 DEADLINE_S = 5.0
