@@ -11,14 +11,14 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS
+	ROUNDS PEERS FAULTS KINDS MINUTES
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update stop plan models pull test check format protos bench gpu bench-peers quality simulate clean
+.PHONY: help mesh generate status update stop plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -84,6 +84,13 @@ quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 i
 
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
 	@$(PYTHON) -m tests.benchmarks.simulated
+
+chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32
+	@$(PYTHON) -m tests.chaos
+	@$(PYTHON) -m tests.chaos.overload
+
+soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MINUTES=30 SEED=1
+	@$(PYTHON) -m tests.chaos.soak
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -11,7 +11,7 @@ from tests.support.allowed_skips import read_allowed, unexpected
 
 ROOT = Path(__file__).parent
 # Cheap tests fail first: what starts processes or loads real models comes last.
-LAST_ROOMS = ("services", "numerics", "benchmarks", "end_to_end")
+LAST_ROOMS = ("services", "numerics", "benchmarks", "end_to_end", "chaos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ from core.pipeline.actions import (
     Refuse,
     RunMicroBatch,
 )
-from core.pipeline.events import Event, PipelineLost, Tick
+from core.pipeline.events import Event, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
 from services.common.health import HealthService
@@ -37,6 +37,8 @@ from services.coordinator.requests import Requests
 from services.coordinator.settings import CoordinatorSettings
 
 _TICK_S = 0.05
+# As coordinator.proto promises gateways.
+_PULSE_S = 0.5
 
 
 class Conductor:
@@ -80,6 +82,7 @@ class Conductor:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.replicas.run())
             group.create_task(self._tick())
+            group.create_task(self._beat())
             group.create_task(self._keep_health())
             group.create_task(self._watch())
 
@@ -92,6 +95,11 @@ class Conductor:
             elif self._events:
                 self._be_due()  # reports of an idle mesh
             self._let_drained_leave()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(_PULSE_S)
+            self.requests.beat()
 
     def _let_drained_leave(self) -> None:
         for link in list(self.replicas.links):
@@ -118,10 +126,8 @@ class Conductor:
                 await self._health.set(f"{model}/stage/{index}", serving=is_ready)
 
     async def stop(self) -> None:
-        """Refuses what is open and lets every gateway's stream end."""
+        """Lets every gateway's stream end: they take their requests to the next coordinator."""
         await self._health.stop_serving()
-        self._events.append(PipelineLost(reason="the coordinator is stopping"))
-        self._turn()
         self.requests.close()
 
     def connect(self) -> GatewayStream:

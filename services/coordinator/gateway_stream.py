@@ -23,6 +23,7 @@ class GatewayStream:
         self._token_request_ids: list[int] = []
         self._token_ids: list[int] = []
         self._has_news = asyncio.Event()
+        self._is_pulse_due = False
         self._is_closed = False
 
     def add_tokens(self, request_id: int, token_ids: Sequence[int]) -> None:
@@ -43,6 +44,11 @@ class GatewayStream:
         self._pending.mesh.CopyFrom(mesh)
         self._has_news.set()
 
+    def beat(self) -> None:
+        """Sends a message even if there is nothing to say: the coordinator's pulse."""
+        self._is_pulse_due = True
+        self._has_news.set()
+
     def wake(self) -> None:
         """Lets what was added be sent."""
         self._has_news.set()
@@ -53,7 +59,7 @@ class GatewayStream:
         self._has_news.set()
 
     async def next_message(self) -> coordinator_pb2.ConnectResponse | None:
-        """Everything new since the last message; None when closed.
+        """Everything new since the last message, which may be just the pulse; None when closed.
 
         Raises Exhausted when the gateway has fallen hopelessly behind.
         """
@@ -62,6 +68,7 @@ class GatewayStream:
                 return None
             self._has_news.clear()
             await self._has_news.wait()
+        self._is_pulse_due = False
         message, self._pending = self._pending, coordinator_pb2.ConnectResponse()
         message.token_request_ids.extend(self._token_request_ids)
         message.token_ids.extend(self._token_ids)
@@ -75,4 +82,5 @@ class GatewayStream:
     @property
     def _has_pending(self) -> bool:
         pending = self._pending
-        return bool(self._token_ids or pending.updates or pending.HasField("mesh"))
+        has_news = self._token_ids or pending.updates or pending.HasField("mesh")
+        return bool(has_news) or self._is_pulse_due

@@ -114,7 +114,12 @@ class MeshView:
 
     def state(self) -> coordinator_pb2.MeshState:
         """What gateways must know."""
-        return coordinator_pb2.MeshState(model=self.model(), stages_ready=self.stages_ready())
+        manifest = self.replicas.manifest
+        return coordinator_pb2.MeshState(
+            model=self.model(),
+            stages_ready=self.stages_ready(),
+            eos_token_ids=manifest.eos_token_ids if manifest is not None else (),
+        )
 
     def replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:
         """One replica in full, but for what the scheduler knows of it."""

@@ -78,6 +78,11 @@ class Requests:
         for gateway in self._gateways:
             gateway.close()
 
+    def beat(self) -> None:
+        """Gives every gateway a sign of life."""
+        for gateway in self._gateways:
+            gateway.beat()
+
     def tell_mesh(self, mesh: coordinator_pb2.MeshState) -> None:
         """Tells all gateways at once."""
         for gateway in self._gateways:

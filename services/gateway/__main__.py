@@ -28,11 +28,14 @@ async def serve(settings: GatewaySettings) -> None:
 
 
 def main(
-    coordinator: Annotated[str, typer.Option(help="host:port of the coordinator")],
+    coordinator: Annotated[str, typer.Option(help="host:port, then of those that stand by")],
     model: Annotated[Path, typer.Option(help="weight file or folder with the tokenizer")],
     listen: Annotated[str, typer.Option(help="host:port to serve on")] = "127.0.0.1:8001",
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     drain_s: Annotated[float, typer.Option(help="seconds open requests have at the end")] = 10.0,
+    resume_limit_s: Annotated[
+        float, typer.Option(help="seconds requests wait for a coordinator when theirs was lost")
+    ] = 30.0,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option(help="stop when standard input is closed")
@@ -42,11 +45,12 @@ def main(
     configure_logging("gateway", level=log_level)
     try:
         settings = GatewaySettings(
-            coordinator=coordinator,
+            coordinators=tuple(address.strip() for address in coordinator.split(",")),
             model=model,
             listen=listen,
             metrics_port=metrics_port,
             drain_s=drain_s,
+            resume_limit_s=resume_limit_s,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

@@ -10,7 +10,7 @@ from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core.tokens.stop_strings import StopStrings
 from core.tokens.tokenizer import Tokenizer
-from services.gateway.coordinator_link import News
+from services.gateway.open_request import News
 from services.gateway.validation import PreparedRequest
 
 _STOP = generation_pb2.FINISH_REASON_STOP

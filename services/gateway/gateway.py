@@ -10,7 +10,6 @@ from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.tokens.tokenizer import Tokenizer
-from services.common.channels import open_channel
 from services.common.health import HealthService, add_reflection
 from services.common.servers import bind, create_server, run_until_stopped
 from services.common.telemetry import Telemetry
@@ -18,14 +17,13 @@ from services.gateway.coordinator_link import CoordinatorLink
 from services.gateway.generation import TextGenerator
 from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.mesh_view import MeshView
+from services.gateway.open_requests import OpenRequests
 from services.gateway.servicer import GenerationServicer
 from services.gateway.settings import GatewaySettings
 
 _LOG = logging.getLogger(__name__)
 # After the drain, for the last messages to leave.
 _WRITE_GRACE_S = 1.0
-# The coordinator batches news of many requests into one message.
-_MAX_COORDINATOR_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
 class Gateway:
@@ -36,17 +34,15 @@ class Gateway:
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
-        self._channel = open_channel(
-            settings.coordinator, max_message_bytes=_MAX_COORDINATOR_MESSAGE_BYTES
-        )
         self.health = HealthService()
         mesh = MeshView(
             self.health,
             vocab_size=tokenizer.vocab_size,
             has_chat_template=tokenizer.has_chat_template,
         )
-        self.link = CoordinatorLink(self._channel, on_mesh=mesh.update)
-        self._generator = TextGenerator(tokenizer, mesh, self.link, telemetry)
+        self.requests = OpenRequests(resume_limit_s=settings.resume_limit_s)
+        self.link = CoordinatorLink(settings.coordinators, self.requests, on_mesh=mesh.update)
+        self._generator = TextGenerator(tokenizer, mesh, self.requests, telemetry)
         self._server = create_server(telemetry, max_receive_bytes=settings.max_message_bytes)
 
     async def start(self) -> int:
@@ -66,9 +62,8 @@ class Gateway:
         add_reflection(self._server, services=services)
         port = bind(self._server, self._settings.listen)
         await self._server.start()
-        _LOG.info(
-            "gateway listens", extra={"port": port, "coordinator": self._settings.coordinator}
-        )
+        facts = {"port": port, "coordinators": self._settings.coordinators}
+        _LOG.info("gateway listens", extra=facts)
         return port
 
     async def run(self) -> None:
@@ -90,12 +85,11 @@ class Gateway:
         await self.health.stop_serving()
         try:
             async with asyncio.timeout(self._settings.drain_s):
-                await self.link.wait_until_idle()
+                await self.requests.wait_until_idle()
         except TimeoutError:
-            _LOG.warning("requests were cut off", extra={"open": self.link.num_open})
+            _LOG.warning("requests were cut off", extra={"open": self.requests.num_open})
 
     async def close(self) -> None:
         """Cuts off what is still open and lets go of everything."""
         await self._server.stop(_WRITE_GRACE_S)
-        await self._channel.close()
         self._tokenizer.close()

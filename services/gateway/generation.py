@@ -25,8 +25,10 @@ from core.tokens.tokenizer import Tokenizer
 from services.common.statuses import status_from_error
 from services.common.telemetry import Telemetry, traceparent_of
 from services.gateway.completion import Completion
-from services.gateway.coordinator_link import CoordinatorLink, OpenRequest
 from services.gateway.mesh_view import MeshView
+from services.gateway.open_request import OpenRequest
+from services.gateway.open_requests import OpenRequests
+from services.gateway.share import Share
 from services.gateway.validation import PreparedRequest, prepare
 
 _LOG = logging.getLogger(__name__)
@@ -45,11 +47,11 @@ class TextGenerator:
     """Generates text for the servicers. Owns no state beyond its open requests."""
 
     def __init__(
-        self, tokenizer: Tokenizer, mesh: MeshView, link: CoordinatorLink, telemetry: Telemetry
+        self, tokenizer: Tokenizer, mesh: MeshView, requests: OpenRequests, telemetry: Telemetry
     ) -> None:
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self._link = link
+        self._requests = requests
         self._telemetry = telemetry
         self._first_token = telemetry.histogram(names.TIME_TO_FIRST_TOKEN)
         self._token_gap = telemetry.histogram(names.INTER_TOKEN_LATENCY)
@@ -67,6 +69,7 @@ class TextGenerator:
         request: generation_pb2.GenerateRequest,
         *,
         timeout_s: float | None,
+        share: Share,
         parent: Context | None = None,
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
         """Checks, submits and streams; the last response has `finish_reason` and `usage`.
@@ -83,7 +86,8 @@ class TextGenerator:
             prepared = await prepare(request, model, self.tokenizer)
             record.describe(prepared)
             completion = Completion(prepared, self.tokenizer)
-            submitted = self._link.submit(_submission(prepared, timeout_s, record.span))
+            submission = _submission(prepared, timeout_s, share, record.span)
+            submitted = self._requests.submit(submission)
             try:
                 response = await _next_response(submitted, completion, record)
                 while not response.finish_reason:
@@ -117,7 +121,7 @@ class TextGenerator:
                             completion.usage = update.usage
         except (TimeoutError, Unavailable):
             # The text is complete; only the queue's and the prefill's durations are missing.
-            self._link.forget(request)
+            self._requests.forget(request)
 
 
 async def _next_response(
@@ -212,12 +216,14 @@ class _Record:
 
 
 def _submission(
-    prepared: PreparedRequest, timeout_s: float | None, span: Span
+    prepared: PreparedRequest, timeout_s: float | None, share: Share, span: Span
 ) -> coordinator_pb2.Submission:
     submission = coordinator_pb2.Submission(
         token_ids=prepared.token_ids,
         sampling=prepared.sampling,
         traceparent=traceparent_of(span),
+        tenant=share.tenant,
+        priority=share.priority,
     )
     if timeout_s is not None:
         submission.timeout.FromNanoseconds(max(1, round(timeout_s * 1e9)))

@@ -17,6 +17,7 @@ from core.errors import NotFound, PenstockError
 from services.common.telemetry import context_from
 from services.gateway import inference_tensors as tensors
 from services.gateway.generation import TextGenerator
+from services.gateway.share import share_from
 
 # Requests of one stream that are worked on at a time; further ones wait in HTTP/2's window.
 MAX_REQUESTS_A_STREAM = 64
@@ -71,7 +72,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         texts = [] if inference.excludes_input else [inference.request.prompt]
         last = generation_pb2.GenerateResponse()
         timeout_s = context.time_remaining()
-        generated = self._generator.generate(inference.request, timeout_s=timeout_s)
+        share = share_from(context.invocation_metadata())
+        generated = self._generator.generate(inference.request, timeout_s=timeout_s, share=share)
         async with aclosing(generated):
             async for last in generated:
                 texts.append(last.text)
@@ -107,6 +109,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             generated = self._generator.generate(
                 inference.request,
                 timeout_s=answering.context.time_remaining(),
+                share=answering.share,
                 parent=answering.parent,
             )
             async with aclosing(generated):
@@ -183,6 +186,7 @@ class _StreamAnswering:
     def __init__(self, context: Any) -> None:
         self.context = context
         self.parent = context_from(_traceparent(context))
+        self.share = share_from(context.invocation_metadata())
         self.places = asyncio.Semaphore(MAX_REQUESTS_A_STREAM)
         self._writing = asyncio.Lock()
 

@@ -9,6 +9,7 @@ from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.errors import InvalidInput
 from services.gateway.generation import TextGenerator
+from services.gateway.share import share_from
 from services.gateway.validation import check_token_ids, set_fields, tokenise
 
 
@@ -21,7 +22,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        return self._generator.generate(request, timeout_s=context.time_remaining())
+        share = share_from(context.invocation_metadata())
+        return self._generator.generate(request, timeout_s=context.time_remaining(), share=share)
 
     async def ListModels(
         self, request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext

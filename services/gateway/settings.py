@@ -12,8 +12,8 @@ from core.errors import InvalidInput
 class GatewaySettings:
     """What one gateway is started with."""
 
-    coordinator: str
-    """host:port of the pipeline's coordinator."""
+    coordinators: tuple[str, ...]
+    """host:port of the pipeline's coordinator, and of those that stand by."""
     model: Path
     """Weight file or folder: the tokenizer is read from it, or from beside it."""
     listen: str = "127.0.0.1:8001"
@@ -24,10 +24,16 @@ class GatewaySettings:
     """Bigger requests get RESOURCE_EXHAUSTED."""
     drain_s: float = 10.0
     """How long open requests may go on after a signal to stop."""
+    resume_limit_s: float = 30.0
+    """How long requests wait for the next coordinator when one was lost; then they fail."""
     exit_with_parent: bool = False
     """Stop when standard input ends: whoever started this process has gone."""
 
     def __post_init__(self) -> None:
+        if not self.coordinators or not all(self.coordinators):
+            raise InvalidInput("coordinator", ",".join(self.coordinators), "host:port, with commas")
+        if not self.resume_limit_s > 0:
+            raise InvalidInput("resume_limit_s", self.resume_limit_s, "above 0")
         if self.max_message_bytes < 1024:
             raise InvalidInput("max_message_bytes", self.max_message_bytes, "at least 1024")
         if not 0 <= self.drain_s <= 3600:

@@ -13,6 +13,9 @@ Update = coordinator_pb2.RequestUpdate
 Script = Callable[[coordinator_pb2.Submission], Iterable[Update]]
 
 
+_PULSE_S, _PULSE = 0.5, coordinator_pb2.ConnectResponse()
+
+
 def tokens(*token_ids: int) -> Update:
     """An update with tokens."""
     return Update(token_ids=token_ids)
@@ -49,6 +52,29 @@ def echo(submission: coordinator_pb2.Submission) -> Iterable[Update]:
     yield end("LENGTH")
 
 
+def generate(
+    submission: coordinator_pb2.Submission, *, end_apart: bool = False
+) -> Iterable[Update]:
+    """Answers as a model does whose every token follows from all before it, one an update.
+
+    With `end_apart` the end is an update of its own, behind the last token.
+    """
+    sampling = submission.sampling
+    token_ids = list(submission.token_ids)
+    num_left = sampling.max_tokens - submission.num_output_tokens
+    assert num_left > 0, "a request was submitted that had come to its end"
+    for left in range(num_left, 0, -1):
+        token_ids.append((sum(token_ids) * 31 + len(token_ids)) % 251)
+        update = tokens(token_ids[-1])
+        if sampling.HasField("logprobs"):
+            update.logprobs.add().chosen.token_id = token_ids[-1]
+        if left == 1 and not end_apart:
+            update.MergeFrom(end("LENGTH"))
+        yield update
+    if end_apart:
+        yield end("LENGTH")
+
+
 class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """Sends each request the updates of `script` at once; one that they do not end waits for its
     cancellation, which it answers as a coordinator does. What arrives is kept.
@@ -63,6 +89,12 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.submissions: list[coordinator_pb2.Submission] = []
         self.cancelled: asyncio.Queue[int] = asyncio.Queue()
         self.num_messages = 0
+        self.num_streams = 0
+        self.answers_cancellations = True
+        self.is_silent = False  # has no pulse
+        self._has_stream = asyncio.Condition()
+        # One for each stream to come: it breaks off behind so many messages. Then they last.
+        self.breaks: list[int] = []
         self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
         self._open: set[int] = set()
         self._server: grpc.aio.Server | None = None
@@ -71,11 +103,19 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, requests: AsyncIterator[coordinator_pb2.ConnectRequest], context: Any
     ) -> AsyncIterator[coordinator_pb2.ConnectResponse]:
         self._outgoing = asyncio.Queue()
+        self._open.clear()
+        async with self._has_stream:
+            self.num_streams += 1
+            self._has_stream.notify_all()
+        num_left = self.breaks.pop(0) if self.breaks else -1
         self.tell_mesh()
         reading = asyncio.ensure_future(self._read(requests))
         try:
             while True:
-                message = await self._outgoing.get()
+                if num_left == 0:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "by the test")
+                message = await self._next_message()
+                num_left -= message != _PULSE
                 if isinstance(message, grpc.StatusCode):
                     if message is not grpc.StatusCode.OK:
                         await context.abort(message, "by the script")
@@ -83,6 +123,19 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 yield message
         finally:
             reading.cancel()
+
+    async def _next_message(self) -> Any:
+        while True:
+            try:
+                return await asyncio.wait_for(self._outgoing.get(), _PULSE_S)
+            except TimeoutError:
+                if not self.is_silent:
+                    return _PULSE
+
+    async def wait_for_stream(self, number: int) -> None:
+        """Returns once so many streams have been opened in all."""
+        async with self._has_stream:
+            await self._has_stream.wait_for(lambda: self.num_streams >= number)
 
     def tell_mesh(self) -> None:
         """Sends the state of the mesh."""
@@ -121,7 +174,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 for update in self.script(submission):
                     self.send(submission.request_id, update)
             for cancellation in request.cancellations:
-                if cancellation.request_id in self._open:
+                if self.answers_cancellations and cancellation.request_id in self._open:
                     self.send(cancellation.request_id, end("CANCELLED"))
                 self.cancelled.put_nowait(cancellation.request_id)
 

@@ -79,7 +79,7 @@ def test_every_option_of_make_reaches_a_program() -> None:
     block = re.search(r"^OPTIONS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
     assert block is not None
     options = block[1].replace("\\\n", " ").split()
-    rooms = (ROOT / "services", ROOT / "tests" / "benchmarks")
+    rooms = (ROOT / "services", ROOT / "tests" / "benchmarks", ROOT / "tests" / "chaos")
     sources = [source for room in rooms for source in room.rglob("*.py")]
     read = set(
         re.findall(r"PENSTOCK_([A-Z_]+)", "".join(p.read_text() for p in sources) + MAKEFILE)

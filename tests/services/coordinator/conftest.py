@@ -95,6 +95,11 @@ class Gateway:
     async def next_update(self, request_id: int) -> coordinator_pb2.RequestUpdate:
         return await self._queues[request_id].get()
 
+    def has_ended(self, request_id: int) -> bool:
+        """Whether a last update waits to be read; takes all that wait."""
+        queue = self._queues[request_id]
+        return any(queue.get_nowait().finish_reason for _ in range(queue.qsize()))
+
     async def finish(self, request_id: int) -> tuple[list[int], coordinator_pb2.RequestUpdate]:
         """All tokens of a request up to its last update, and that update."""
         tokens: list[int] = []

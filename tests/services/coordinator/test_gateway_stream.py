@@ -44,3 +44,13 @@ async def test_a_closed_stream_sends_its_last_tokens_first() -> None:
     assert message is not None
     assert list(message.token_ids) == [1]
     assert await next_message(stream) is None
+
+
+async def test_a_beat_sends_an_empty_message_once() -> None:
+    stream = GatewayStream()
+    stream.beat()
+    assert await next_message(stream) == coordinator_pb2.ConnectResponse()
+    stream.add_tokens(7, [1])
+    message = await next_message(stream)
+    assert message is not None
+    assert list(message.token_ids) == [1]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2_grpc
 
@@ -61,6 +63,15 @@ async def wait_for_health(channel: grpc.aio.Channel, status: int, *, name: str =
     raise AssertionError("the watch ended")
 
 
+def retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
+    """What the RetryInfo of an error says; None where it has none."""
+    retry = error_details_pb2.RetryInfo()
+    status = rpc_status.from_call(error)
+    assert status is not None
+    found = [detail for detail in status.details if detail.Unpack(retry)]
+    return retry.retry_delay.ToNanoseconds() / 1e9 if found else None
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokenizer]:
     loaded = load_tokenizer(write_tiny_tokenizer(tmp_path_factory.mktemp("tiny")))
@@ -69,15 +80,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokenizer]:
 
 
 @pytest.fixture
-async def setup(tokenizer: Tokenizer) -> AsyncIterator[Setup]:
+def resume_limit_s() -> float:
+    """So long that it never passes; tests of what happens then choose another."""
+    return 600.0
+
+
+@pytest.fixture
+async def setup(tokenizer: Tokenizer, resume_limit_s: float) -> AsyncIterator[Setup]:
     """A gateway that has found its coordinator."""
     coordinator = FakeCoordinator()
     coordinator_port = await coordinator.start()
     settings = GatewaySettings(
-        coordinator=f"127.0.0.1:{coordinator_port}",
+        coordinators=(f"127.0.0.1:{coordinator_port}",),
         model=Path("unused"),
         listen="127.0.0.1:0",
         drain_s=5.0,
+        resume_limit_s=resume_limit_s,
     )
     gateway = Gateway(settings, tokenizer, no_telemetry())
     port = await gateway.start()

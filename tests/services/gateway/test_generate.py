@@ -7,15 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-from penstock.v1 import coordinator_pb2
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
-from core.errors import Unavailable
 from services.common.channels import open_channel
-from tests.services.gateway.conftest import NOT_SERVING, SERVING, Setup
+from tests.services.gateway.conftest import NOT_SERVING, Setup, retry_delay_s
 from tests.support.fake_coordinator import end, refusal, tokens
 
 
@@ -164,7 +160,7 @@ async def test_a_client_that_cancels_cancels_at_the_coordinator(setup: Setup) ->
     call.cancel()
     request_id = setup.coordinator.submissions[0].request_id
     assert await asyncio.wait_for(setup.coordinator.cancelled.get(), 30) == request_id
-    await asyncio.wait_for(setup.gateway.link.wait_until_idle(), 30)
+    await asyncio.wait_for(setup.gateway.requests.wait_until_idle(), 30)
 
 
 async def test_a_client_that_disconnects_cancels_at_the_coordinator(setup: Setup) -> None:
@@ -204,14 +200,6 @@ async def test_a_refusal_becomes_the_rpcs_status(
     assert retry_delay_s(caught.value) == retry_s
 
 
-def retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
-    retry = error_details_pb2.RetryInfo()
-    status = rpc_status.from_call(error)
-    assert status is not None
-    found = [detail for detail in status.details if detail.Unpack(retry)]
-    return retry.retry_delay.ToNanoseconds() / 1e9 if found else None
-
-
 async def test_many_requests_share_the_stream(setup: Setup) -> None:
     texts = [f"request {index} says hello" for index in range(100)]
     answers = await asyncio.gather(*(generate(setup, prompt=text) for text in texts))
@@ -219,44 +207,6 @@ async def test_many_requests_share_the_stream(setup: Setup) -> None:
     request_ids = {submission.request_id for submission in setup.coordinator.submissions}
     assert len(request_ids) == 100
     assert setup.coordinator.num_messages < 100
-
-
-async def test_open_requests_end_with_unavailable_when_the_coordinator_dies_and_it_is_found_again(
-    setup: Setup,
-) -> None:
-    setup.coordinator.script = lambda _: [tokens(65)]
-    call = setup.generation.Generate(pb.GenerateRequest(prompt="a"), timeout=60)
-    assert (await call.read()).token_ids == [65]
-    await setup.coordinator.stop()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert retry_delay_s(caught.value) == 1.0
-    await setup.wait_for_health(NOT_SERVING)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await generate(setup, prompt="a")
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    listed = await setup.generation.ListModels(pb.ListModelsRequest())
-    assert [(model.name, model.ready) for model in listed.models] == [("tiny", False)]
-
-    setup.coordinator.script = lambda _: [tokens(66), end()]
-    await setup.coordinator.start(setup.coordinator_port)
-    await setup.wait_for_health(SERVING)
-    assert token_ids_of(await generate(setup, prompt="a")) == [66]
-
-
-@pytest.mark.parametrize("code", ["OK", "CANCELLED", "INTERNAL", "UNAVAILABLE"])
-async def test_however_the_stream_ends_it_is_opened_again(setup: Setup, code: str) -> None:
-    setup.coordinator.script = lambda _: [tokens(65)]
-    call = setup.generation.Generate(pb.GenerateRequest(prompt="a"), timeout=60)
-    await call.read()
-    setup.coordinator.script = lambda _: [tokens(66), end()]
-    setup.coordinator.end_stream(grpc.StatusCode[code])
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    await setup.wait_for_health(SERVING)
-    assert token_ids_of(await generate(setup, prompt="a")) == [66]
 
 
 async def test_while_draining_open_requests_finish_and_new_ones_are_refused(setup: Setup) -> None:
@@ -275,8 +225,27 @@ async def test_while_draining_open_requests_finish_and_new_ones_are_refused(setu
     await asyncio.wait_for(draining, 30)
 
 
-async def test_without_a_coordinator_the_link_refuses_at_once(setup: Setup) -> None:
-    await setup.coordinator.stop()
-    await setup.wait_for_health(NOT_SERVING)
-    with pytest.raises(Unavailable):
-        setup.gateway.link.submit(coordinator_pb2.Submission())
+async def test_tenant_and_priority_of_the_metadata_are_submitted(setup: Setup) -> None:
+    metadata = [("penstock-tenant", "acme"), ("penstock-priority", "-3")]
+    call = setup.generation.Generate(pb.GenerateRequest(prompt="a"), metadata=metadata, timeout=30)
+    async for _ in call:
+        pass
+    submission = setup.coordinator.submissions[0]
+    assert (submission.tenant, submission.priority) == ("acme", -3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("penstock-priority", "high"),
+        ("penstock-priority", "101"),
+        ("penstock-tenant", "a" * 129),
+    ],
+)
+async def test_metadata_that_cannot_be_right_is_refused(setup: Setup, key: str, value: str) -> None:
+    call = setup.generation.Generate(
+        pb.GenerateRequest(prompt="a"), metadata=[(key, value)], timeout=30
+    )
+    with pytest.raises(grpc.aio.AioRpcError, match=key) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -28,7 +28,7 @@ async def use_gateway(tokenizer: Tokenizer, coordinator: FakeCoordinator) -> Non
     """One good and one bad request through a gateway with telemetry."""
     telemetry = start_telemetry("penstock-gateway", metrics_port=0)
     address = f"127.0.0.1:{await coordinator.start()}"
-    settings = GatewaySettings(coordinator=address, model=Path("unused"), listen="127.0.0.1:0")
+    settings = GatewaySettings(coordinators=(address,), model=Path("unused"), listen="127.0.0.1:0")
     gateway = Gateway(settings, tokenizer, telemetry)
     port = await gateway.start()
     linking = asyncio.create_task(gateway.link.run())

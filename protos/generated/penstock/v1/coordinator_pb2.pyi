@@ -85,12 +85,14 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class MeshState(_message.Message):
-    __slots__ = ("model", "stages_ready")
+    __slots__ = ("model", "stages_ready", "eos_token_ids")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_READY_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages_ready: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ...) -> None: ...
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetMeshRequest(_message.Message):
     __slots__ = ()

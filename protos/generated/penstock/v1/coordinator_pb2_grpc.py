@@ -73,8 +73,9 @@ class CoordinatorServiceServicer:
 
     def Connect(self, request_iterator, context):
         """Carries all requests of one gateway. The first response describes the mesh;
-        later ones are sent when anything changes. When the stream ends, its open
-        requests are cancelled.
+        later ones are sent when anything changes, and at least twice a second, if need be
+        empty: a coordinator that is silent for two seconds is lost. When the stream ends, its open
+        requests are cancelled; the gateway submits them again to the next coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

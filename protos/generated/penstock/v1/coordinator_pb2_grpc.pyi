@@ -38,8 +38,9 @@ class CoordinatorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CoordinatorServiceAsyncStub: ...
     Connect: _grpc.StreamStreamMultiCallable[_coordinator_pb2.ConnectRequest, _coordinator_pb2.ConnectResponse]
     """Carries all requests of one gateway. The first response describes the mesh;
-    later ones are sent when anything changes. When the stream ends, its open
-    requests are cancelled.
+    later ones are sent when anything changes, and at least twice a second, if need be
+    empty: a coordinator that is silent for two seconds is lost. When the stream ends, its open
+    requests are cancelled; the gateway submits them again to the next coordinator.
     """
     GetMesh: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetMeshRequest, _coordinator_pb2.GetMeshResponse]
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
@@ -70,8 +71,9 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Connect: _aio.StreamStreamMultiCallable[_coordinator_pb2.ConnectRequest, _coordinator_pb2.ConnectResponse]  # type: ignore[assignment]
     """Carries all requests of one gateway. The first response describes the mesh;
-    later ones are sent when anything changes. When the stream ends, its open
-    requests are cancelled.
+    later ones are sent when anything changes, and at least twice a second, if need be
+    empty: a coordinator that is silent for two seconds is lost. When the stream ends, its open
+    requests are cancelled; the gateway submits them again to the next coordinator.
     """
     GetMesh: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetMeshRequest, _coordinator_pb2.GetMeshResponse]  # type: ignore[assignment]
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
@@ -105,8 +107,9 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.ConnectResponse], _abc.AsyncIterator[_coordinator_pb2.ConnectResponse]]:
         """Carries all requests of one gateway. The first response describes the mesh;
-        later ones are sent when anything changes. When the stream ends, its open
-        requests are cancelled.
+        later ones are sent when anything changes, and at least twice a second, if need be
+        empty: a coordinator that is silent for two seconds is lost. When the stream ends, its open
+        requests are cancelled; the gateway submits them again to the next coordinator.
         """
 
     @_abc_1.abstractmethod

@@ -68,6 +68,9 @@ class GenerationServiceServicer:
         (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
         UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
         idempotent in what it bills; the same request and seed yields the same tokens.
+        Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
+        default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
+        before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,6 +43,9 @@ class GenerationServiceStub:
     (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
     UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
     idempotent in what it bills; the same request and seed yields the same tokens.
+    Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
+    default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
+    before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
     """Lists the models that this mesh serves. Idempotent."""
@@ -67,6 +70,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
     UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
     idempotent in what it bills; the same request and seed yields the same tokens.
+    Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
+    default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
+    before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that this mesh serves. Idempotent."""
@@ -94,6 +100,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
         UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
         idempotent in what it bills; the same request and seed yields the same tokens.
+        Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
+        default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
+        before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,103 @@
+"""What can go wrong with a mesh, one thing at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from tests.chaos.mesh import ChaosMesh
+from tests.support.fault_proxy import Faults
+
+# How long a fault lasts that does not end by itself: longer than anyone waits for a pulse.
+HOLD_S = 4.0
+ACTIVATE = b"/penstock.v1.StageService/Activate"
+
+# Does it to a part of the mesh; returns when it is over.
+Deed = Callable[[ChaosMesh, str], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """`room`: kind of the parts that it can befall. Streams outlive it, unless `ends_streams`."""
+
+    name: str
+    room: str
+    deed: Deed
+    ends_streams: bool = False
+
+    def choose_part(self, mesh: ChaosMesh, rng: random.Random) -> str:
+        return rng.choice([name for name in mesh.parts if name.startswith(self.room)])
+
+
+async def kill(mesh: ChaosMesh, part: str) -> None:
+    mesh.parts[part].signal(signal.SIGKILL)
+
+
+async def freeze(mesh: ChaosMesh, part: str) -> None:
+    """Stands still, and then goes on as if nothing had been."""
+    mesh.parts[part].signal(signal.SIGSTOP)
+    await asyncio.sleep(HOLD_S)
+    mesh.parts[part].signal(signal.SIGCONT)
+
+
+async def freeze_and_kill(mesh: ChaosMesh, part: str) -> None:
+    mesh.parts[part].signal(signal.SIGSTOP)
+    await asyncio.sleep(HOLD_S)
+    mesh.parts[part].signal(signal.SIGKILL)
+
+
+async def cut(mesh: ChaosMesh, part: str) -> None:
+    mesh.wires[part].cut()
+
+
+async def partition(mesh: ChaosMesh, part: str) -> None:
+    wire = mesh.wires[part]
+    wire.faults = Faults(refuses=True)
+    wire.cut()
+    await asyncio.sleep(HOLD_S)
+    wire.faults = Faults()
+
+
+def bad_wire(faults: Faults) -> Deed:
+    """A wire that is bad for a while."""
+
+    async def deed(mesh: ChaosMesh, part: str) -> None:
+        mesh.wires[part].faults = faults
+        await asyncio.sleep(HOLD_S)
+        mesh.wires[part].faults = Faults()
+
+    return deed
+
+
+STALL = bad_wire(Faults(stalls=True))
+DELAY = bad_wire(Faults(delay_s=0.05))
+LOSS = bad_wire(Faults(loses_every_bytes=200_000, resend_s=0.2))
+CORRUPTION = bad_wire(Faults(corrupts_every_bytes=20_000, corrupts_calls=ACTIVATE))
+
+FAULTS = (
+    Fault(name="stage killed", room="stage", deed=kill),
+    Fault(name="stage frozen", room="stage", deed=freeze),
+    Fault(name="stage frozen, then killed", room="stage", deed=freeze_and_kill),
+    Fault(name="stage's links cut", room="stage", deed=cut),
+    Fault(name="stage's links stall", room="stage", deed=STALL),
+    Fault(name="stage cut off", room="stage", deed=partition),
+    Fault(name="stage's links lose packets", room="stage", deed=LOSS),
+    Fault(name="stage 50 ms away", room="stage", deed=DELAY),
+    Fault(name="activations corrupted", room="stage-1", deed=CORRUPTION),
+    Fault(name="coordinator killed", room="coordinator", deed=kill),
+    Fault(name="coordinator frozen", room="coordinator", deed=freeze),
+    Fault(name="gateway's link cut", room="coordinator", deed=cut),
+    Fault(name="gateway's link stalls", room="coordinator", deed=STALL),
+    Fault(name="gateway cut off", room="coordinator", deed=partition),
+    Fault(name="coordinator 50 ms away", room="coordinator", deed=DELAY),
+    Fault(name="gateway killed", room="gateway", deed=kill, ends_streams=True),
+)
+
+
+def find_faults(names: str) -> tuple[Fault, ...]:
+    """Those whose names contain one of `names` (with commas); all when it is empty."""
+    wanted = [name.strip() for name in names.split(",")]
+    return tuple(fault for fault in FAULTS if any(name in fault.name for name in wanted))
