@@ -55,7 +55,8 @@ class Arithmetic:
     "avx512bf16" multiplies pairs of bfloat16; "avx512" and "portable" (whatever LLVM makes
     of vectors on the host) widen weights to float32 and differ only in the size of tiles.
     Sums of the first and the others differ, so `name` belongs to the numerics fingerprint.
-    "avx512vnni" is for int8: it multiplies four pairs of bytes and adds them to an int32.
+    "avx512vnni" and "avx2" are for int8: the first multiplies four pairs of bytes and adds them to
+    an int32, the second two pairs of 16 bits. All kinds of int8 compute the same bits.
     """
 
     number_format: str
@@ -89,6 +90,11 @@ class Arithmetic:
         return 4 // self.elements_per_word
 
     @property
+    def has_many_registers(self) -> bool:
+        """Whether there are 32 registers of 16 floats, not 16 of 8."""
+        return self.instructions.startswith("avx512")
+
+    @property
     def dots_pairs(self) -> bool:
         """Whether one instruction multiplies pairs of bfloat16."""
         return self.instructions == "avx512bf16"
@@ -99,9 +105,16 @@ class Arithmetic:
         return 2 if self.dots_pairs else 4
 
     @property
+    def widens_integers(self) -> bool:
+        """Whether int8 inputs of a product lie as 16 bits each."""
+        return self.is_integer and self.instructions == "avx2"
+
+    @property
     def input_group_bytes(self) -> int:
         """Bytes of a group of a product's inputs; of int8 with its scale and its correction."""
-        return GROUP + 8 if self.is_integer else GROUP * self.input_bytes
+        if self.is_integer:
+            return (2 * GROUP if self.widens_integers else GROUP) + 8
+        return GROUP * self.input_bytes
 
     @property
     def weight_group_bytes(self) -> int:
@@ -122,7 +135,7 @@ class Arithmetic:
         A CPU without AVX-512 has half as many registers of at most half the width. Tall tiles are
         narrow: they load and widen weights half as often for each row.
         """
-        if self.instructions == "portable":
+        if not self.has_many_registers:
             return 1
         if self.is_integer:
             return 4 if num_rows <= LOW_INTEGER_TILE_ROWS else 2
@@ -141,7 +154,7 @@ def host_arithmetic(number_format: str) -> Arithmetic:
     features = llvm.get_host_cpu_features()
     if number_format == "int8":
         beside = host_arithmetic("bf16").instructions
-        return Arithmetic("int8", "avx512vnni" if has_vnni() else "portable", beside)
+        return Arithmetic("int8", _integer_instructions(), beside)
     if not features.get("avx512f"):
         return Arithmetic(number_format, "portable")
     pairs_pay = llvm.get_host_cpu_name().startswith("znver")
@@ -154,6 +167,12 @@ def has_vnni() -> bool:
     """Whether this host multiplies four pairs of bytes in each lane of 16."""
     features = llvm.get_host_cpu_features()
     return bool(features.get("avx512f") and features.get("avx512vnni"))
+
+
+def _integer_instructions() -> str:
+    if has_vnni():
+        return "avx512vnni"
+    return "avx2" if llvm.get_host_cpu_features().get("avx2") else "portable"
 
 
 class ArithmeticType(types.Opaque):

@@ -2,7 +2,8 @@
 
 int8 inputs have a scale for each group of 64: the largest magnitude becomes 127, the others
 are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the scale (float32) and
--128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`.
+-128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`. For "avx2" the
+integers have 16 bits, and of each four the second and the third change places.
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -21,6 +22,7 @@ from core.kernels.compile import intrinsic, kernel
 from core.kernels.elements import emit_store_inputs, load_inputs
 from core.kernels.vectors import (
     F32,
+    HALVES,
     I32,
     WORDS,
     emit_call,
@@ -40,6 +42,8 @@ LEAST_MAGNITUDE = 1e-30
 _ROUNDER = float(3 << 22)
 _ROUNDER_BITS = 0x4B400000
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+# Of four bytes in a word, the first and the third are one pair of 16 bits, the others one.
+_IN_PAIRS = [first + offset for first in range(0, LANES, 4) for offset in (0, 2, 1, 3)]
 
 
 @intrinsic
@@ -50,7 +54,7 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         _, where, *vectors = args
         if kind.is_integer:
-            _emit_quantised(builder, where, vectors)
+            _emit_quantised(builder, where, vectors, in_pairs=kind.widens_integers)
         else:
             for number, floats in enumerate(vectors):
                 offset = index(number * LANES * kind.input_bytes)
@@ -60,8 +64,19 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     return types.void(arithmetic, types.intp, *[float32x16] * 4), codegen
 
 
-def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> None:
-    """A group as 64 signed bytes, its scale and its correction. A NaN makes the scale one."""
+@intrinsic
+def store_byte_group(typing_context, where, first, second, third, fourth):
+    """64 neighbouring weights of a column as signed bytes, and their scale."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        _emit_quantised(builder, args[0], args[1:], in_pairs=False)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, *[float32x16] * 4), codegen
+
+
+def _emit_quantised(builder: Any, where: Any, vectors: list[Any], *, in_pairs: bool) -> None:
+    """A group as 64 signed integers, its scale and its correction. A NaN makes the scale one."""
     # As integers, the bits of magnitudes are in order, and NaN is the greatest.
     largest = splat_word(0)
     for floats in vectors:
@@ -80,12 +95,18 @@ def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> None:
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
         rounded = builder.bitcast(builder.fadd(scaled, splat_constant(_ROUNDER)), WORDS)
         total = builder.add(total, builder.sub(rounded, splat_word(_ROUNDER_BITS)))
-        at = builder.add(where, index(number * LANES))
-        emit_store(builder, builder.trunc(rounded, _BYTES), at)
+        if in_pairs:
+            integers = builder.trunc(rounded, HALVES)
+            integers = builder.shuffle_vector(integers, integers, ir.Constant(WORDS, _IN_PAIRS))
+            emit_store(builder, integers, builder.add(where, index(2 * number * LANES)))
+        else:
+            integers = builder.trunc(rounded, _BYTES)
+            emit_store(builder, integers, builder.add(where, index(number * LANES)))
     total = emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [total])
     correction = builder.mul(total, ir.Constant(I32, -UNSIGNED_OFFSET))
-    emit_store(builder, scale, builder.add(where, index(GROUP)))
-    emit_store(builder, correction, builder.add(where, index(GROUP + 4)))
+    end = builder.add(where, index(2 * GROUP if in_pairs else GROUP))
+    emit_store(builder, scale, end)
+    emit_store(builder, correction, builder.add(end, index(4)))
 
 
 @kernel

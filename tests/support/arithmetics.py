@@ -29,6 +29,8 @@ def host_arithmetics() -> list[Arithmetic]:
 def integer_arithmetics() -> list[Arithmetic]:
     """int8 in every kind of instructions."""
     found = [Arithmetic("int8", "portable")]
+    if llvm.get_host_cpu_features().get("avx2"):
+        found.append(Arithmetic("int8", "avx2"))
     if has_vnni():
         found.append(host_arithmetic("int8"))
     return found
@@ -44,16 +46,22 @@ def rounded(values: FloatArray, number_format: str) -> FloatArray:
 def to_inputs(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32]:
     """Rows, padded to whole groups, as a product's inputs, in words."""
     if arithmetic.is_integer:
-        return quantised_words(rows)
+        return quantised_words(rows, in_pairs=arithmetic.widens_integers)
     return (bf16_bits(rows) if arithmetic.dots_pairs else rows).view(np.uint32)
 
 
-def quantised_words(rows: FloatArray) -> npt.NDArray[np.uint32]:
-    """Every group as 64 bytes, its scale and -128 x its sum."""
+def quantised_words(rows: FloatArray, *, in_pairs: bool) -> npt.NDArray[np.uint32]:
+    """Every group as 64 bytes (or as 16 bits, see `core.kernels.inputs`), its scale and -128 x its
+    sum."""
     quantised = quantise(rows, group=GROUP)
     integers_TGE = quantised.integers_TK.reshape(len(rows), -1, GROUP)
-    words_TGW = np.empty((*integers_TGE.shape[:2], GROUP // 4 + 2), np.uint32)
-    words_TGW[:, :, :-2] = integers_TGE.view(np.uint32)
+    stored_TGE = integers_TGE
+    if in_pairs:
+        pairs = integers_TGE.reshape(*integers_TGE.shape[:2], -1, 4)[..., [0, 2, 1, 3]]
+        stored_TGE = np.ascontiguousarray(pairs.reshape(integers_TGE.shape).astype(np.int16))
+    num_words = GROUP * stored_TGE.itemsize // 4
+    words_TGW = np.empty((*integers_TGE.shape[:2], num_words + 2), np.uint32)
+    words_TGW[:, :, :-2] = stored_TGE.view(np.uint32)
     words_TGW[:, :, -2] = quantised.scales_TG.view(np.uint32)
     sums_TG = integers_TGE.sum(axis=2, dtype=np.int32)
     words_TGW[:, :, -1] = (-128 * sums_TG).view(np.uint32)
@@ -63,8 +71,11 @@ def quantised_words(rows: FloatArray) -> npt.NDArray[np.uint32]:
 def inputs_to_floats(arithmetic: Arithmetic, words: npt.NDArray[np.uint32]) -> FloatArray:
     """What a kernel stored as inputs of a product; groups of int8 one behind the other."""
     if arithmetic.is_integer:
-        groups = words.reshape(-1, GROUP // 4 + 2)
+        groups = words.reshape(-1, arithmetic.input_group_bytes // 4)
         integers = np.ascontiguousarray(groups[:, :-2]).view(np.int8)
+        if arithmetic.widens_integers:
+            pairs = np.ascontiguousarray(groups[:, :-2]).view(np.int16).reshape(-1, 4)
+            integers = pairs[:, [0, 2, 1, 3]].reshape(-1, GROUP)
         scales = np.ascontiguousarray(groups[:, -2:-1]).view(np.float32)
         corrections = np.ascontiguousarray(groups[:, -1]).view(np.int32)
         np.testing.assert_array_equal(corrections, -128 * integers.sum(axis=1, dtype=np.int32))
