@@ -2,7 +2,8 @@
 
 int8 inputs have a scale for each group of 64: the largest magnitude becomes 127, the others
 are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the scale (float32) and
--128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`.
+-128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`. Instead of the
+last, int4 has the scale x the sum of the integers (float32) of each half of the group.
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -50,7 +51,9 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         _, where, *vectors = args
         if kind.is_integer:
-            _emit_quantised(builder, where, vectors)
+            scale, totals = _emit_quantised(builder, where, vectors)
+            emit_end = _emit_scaled_sums if kind.has_nibbles else _emit_correction
+            emit_end(builder, builder.add(where, index(GROUP)), scale, totals)
         else:
             for number, floats in enumerate(vectors):
                 offset = index(number * LANES * kind.input_bytes)
@@ -60,8 +63,9 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     return types.void(arithmetic, types.intp, *[float32x16] * 4), codegen
 
 
-def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> None:
-    """A group as 64 signed bytes, its scale and its correction. A NaN makes the scale one."""
+def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> tuple[Any, list[Any]]:
+    """A group as 64 signed bytes; its scale, which a NaN makes one, and the sums of each vector's
+    integers, lane by lane."""
     # As integers, the bits of magnitudes are in order, and NaN is the greatest.
     largest = splat_word(0)
     for floats in vectors:
@@ -75,17 +79,38 @@ def _emit_quantised(builder: Any, where: Any, vectors: list[Any]) -> None:
         builder.fdiv(ir.Constant(F32, float(LARGEST)), magnitude),
         ir.Constant(F32, 0.0),
     )
-    total = splat_word(0)
+    totals = []
     for number, floats in enumerate(vectors):
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
         rounded = builder.bitcast(builder.fadd(scaled, splat_constant(_ROUNDER)), WORDS)
-        total = builder.add(total, builder.sub(rounded, splat_word(_ROUNDER_BITS)))
+        totals.append(builder.sub(rounded, splat_word(_ROUNDER_BITS)))
         at = builder.add(where, index(number * LANES))
         emit_store(builder, builder.trunc(rounded, _BYTES), at)
-    total = emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [total])
-    correction = builder.mul(total, ir.Constant(I32, -UNSIGNED_OFFSET))
-    emit_store(builder, scale, builder.add(where, index(GROUP)))
-    emit_store(builder, correction, builder.add(where, index(GROUP + 4)))
+    return scale, totals
+
+
+def _emit_correction(builder: Any, where: Any, scale: Any, totals: list[Any]) -> None:
+    """The scale, and what corrects a sum with unsigned weights."""
+    correction = builder.mul(_emit_sum(builder, totals), ir.Constant(I32, -UNSIGNED_OFFSET))
+    emit_store(builder, scale, where)
+    emit_store(builder, correction, builder.add(where, index(4)))
+
+
+def _emit_scaled_sums(builder: Any, where: Any, scale: Any, totals: list[Any]) -> None:
+    """The scale, and the sum of each half, scaled."""
+    emit_store(builder, scale, where)
+    for number, half in enumerate((totals[:2], totals[2:])):
+        total = builder.sitofp(_emit_sum(builder, half), F32)
+        at = builder.add(where, index(4 + 4 * number))
+        emit_store(builder, builder.fmul(total, scale), at)
+
+
+def _emit_sum(builder: Any, totals: list[Any]) -> Any:
+    """The sum of all lanes of all vectors."""
+    lanes = totals[0]
+    for total in totals[1:]:
+        lanes = builder.add(lanes, total)
+    return emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [lanes])
 
 
 @kernel
