@@ -62,8 +62,9 @@ class Arithmetic:
     "avx512bf16" multiplies pairs of bfloat16; "avx512" and "portable" (whatever LLVM makes
     of vectors on the host) widen weights to float32 and differ only in the size of tiles.
     Sums of the first and the others differ, so `name` belongs to the numerics fingerprint.
-    "avx512vnni" is for int8: it multiplies four pairs of bytes and adds them to an int32. "avx2" is
-    for int4: it multiplies pairs of bytes and adds them to 16 bits.
+    "avx512vnni" and "avx2" are for int8: the first multiplies four pairs of bytes and adds them to
+    an int32, the second two pairs of 16 bits. All kinds of int8 compute the same bits, and so do
+    those of int4, where "avx2" multiplies pairs of bytes and adds them to 16 bits.
     """
 
     number_format: str
@@ -109,6 +110,11 @@ class Arithmetic:
         return 4 // self.elements_per_word
 
     @property
+    def has_many_registers(self) -> bool:
+        """Whether there are 32 registers of 16 floats, not 16 of 8."""
+        return self.instructions.startswith("avx512")
+
+    @property
     def dots_pairs(self) -> bool:
         """Whether one instruction multiplies pairs of bfloat16."""
         return self.instructions == "avx512bf16"
@@ -119,12 +125,19 @@ class Arithmetic:
         return 2 if self.dots_pairs else 4
 
     @property
+    def widens_integers(self) -> bool:
+        """Whether int8 inputs of a product lie as 16 bits each."""
+        return self.number_format == "int8" and self.instructions == "avx2"
+
+    @property
     def input_group_bytes(self) -> int:
         """Bytes of a group of a product's inputs; of int8 with its scale and its correction,
         of int4 with its scale and its scaled sums."""
         if self.has_nibbles:
             return GROUP + 4 + 4 * (GROUP // NIBBLE_GROUP)
-        return GROUP + 8 if self.is_integer else GROUP * self.input_bytes
+        if self.is_integer:
+            return (2 * GROUP if self.widens_integers else GROUP) + 8
+        return GROUP * self.input_bytes
 
     @property
     def weight_group_bytes(self) -> int:
@@ -150,7 +163,7 @@ class Arithmetic:
         A CPU without AVX-512 has half as many registers of at most half the width. Tall tiles are
         narrow: they load and widen weights half as often for each row.
         """
-        if self.instructions == "portable":
+        if not self.has_many_registers:
             return 1
         if self.is_integer:
             return 4 if num_rows <= LOW_INTEGER_TILE_ROWS else 2
@@ -174,11 +187,9 @@ def host_arithmetic(number_format: str) -> Arithmetic:
     if number_format not in NUMBER_FORMATS:
         raise InvalidInput("number_format", number_format, " or ".join(NUMBER_FORMATS))
     features = llvm.get_host_cpu_features()
-    if number_format == "int8":
+    if number_format in ("int8", "int4"):
         beside = host_arithmetic("bf16").instructions
-        return Arithmetic("int8", "avx512vnni" if has_vnni() else "portable", beside)
-    if number_format == "int4":
-        return Arithmetic("int4", _nibble_instructions(), host_arithmetic("bf16").instructions)
+        return Arithmetic(number_format, _integer_instructions(), beside)
     if not features.get("avx512f"):
         return Arithmetic(number_format, "portable")
     pairs_pay = llvm.get_host_cpu_name().startswith("znver")
@@ -193,7 +204,7 @@ def has_vnni() -> bool:
     return bool(features.get("avx512f") and features.get("avx512vnni"))
 
 
-def _nibble_instructions() -> str:
+def _integer_instructions() -> str:
     if has_vnni():
         return "avx512vnni"
     return "avx2" if llvm.get_host_cpu_features().get("avx2") else "portable"

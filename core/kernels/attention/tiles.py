@@ -9,11 +9,11 @@ reads: asked for all at once, lines would wait for each other and the products f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from numba import types
 
-from core.kernels.arithmetic import LANES
+from core.kernels.arithmetic import LANES, Arithmetic
 from core.kernels.compile import intrinsic
 from core.kernels.tiles import (
     emit_dot,
@@ -23,7 +23,6 @@ from core.kernels.tiles import (
     emit_prefetch,
     emit_row_addresses,
     emit_weights,
-    vector_addresses,
 )
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
@@ -62,35 +61,15 @@ def scores_tile(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, num_rows, queries, query_stride, keys_0, keys_1, num_words, *rest = args
         scores, score_stride, *fetched = rest
-        zero = splat_constant(0.0)
         num_pairs = builder.lshr(num_words, index(1))
 
         def emit(rows: int) -> None:
             query_rows = emit_row_addresses(builder, queries, query_stride, rows)
-
-            def body(step: Any, sums: list[Any]) -> list[Any]:
-                results = list(sums)
-                for parity in range(2):
-                    word = builder.add(builder.mul(step, index(2)), index(parity))
-                    key_offset = builder.mul(word, index(BYTES_OF_FLOATS))
-                    for block in fetched:
-                        emit_prefetch(builder, builder.add(block, key_offset), 1)
-                    keys = [
-                        emit_weights(builder, kind, builder.add(block, key_offset))
-                        for block in (keys_0, keys_1)
-                    ]
-                    for number, query_row in enumerate(query_rows):
-                        query = emit_inputs(builder, kind, query_row, word)
-                        for block, key in enumerate(keys):
-                            at = (number * 2 + block) * 2 + parity
-                            results[at] = emit_dot(builder, kind, sums[at], query, key)
-                return results
-
-            sums = emit_loop(builder, num_pairs, [zero] * (rows * 4), body)
-            for number, row in enumerate(emit_row_addresses(builder, scores, score_stride, rows)):
-                for block, at in enumerate(vector_addresses(builder, row, 2)):
-                    first = (number * 2 + block) * 2
-                    emit_store(builder, builder.fadd(sums[first], sums[first + 1]), at)
+            score_rows = emit_row_addresses(builder, scores, score_stride, rows)
+            blocks = list(zip((keys_0, keys_1), fetched, (0, 1), strict=True))
+            for some_rows in _shares(list(zip(query_rows, score_rows, strict=True)), kind, most=3):
+                for some_blocks in _shares(blocks, kind, most=1):
+                    _emit_scores(builder, kind, num_pairs, some_rows, some_blocks)
 
         emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
@@ -140,6 +119,15 @@ def values_tile(
 
         def emit(rows: int) -> None:
             weight_rows = emit_row_addresses(builder, weights, weight_stride, rows)
+            output_rows = emit_row_addresses(builder, outputs, output_stride, rows)
+            for some_rows in _shares(
+                list(zip(weight_rows, output_rows, strict=True)), kind, most=3
+            ):
+                for some_vectors in _shares(list(range(count)), kind, most=2):
+                    emit_some(some_rows, some_vectors)
+
+        def emit_some(some_rows: list[tuple[Any, Any]], some_vectors: list[int]) -> None:
+            offsets = [index(BYTES_OF_FLOATS * vector) for vector in some_vectors]
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
@@ -148,27 +136,70 @@ def values_tile(
                 is_last = builder.icmp_signed(">", entry, last_fetched)
                 entry_fetched = builder.select(is_last, last_fetched, entry)
                 ahead = block_address(fetched_table, entry_fetched, fetched_values)
-                emit_prefetch(builder, builder.add(ahead, offset), count)
+                ahead = builder.add(ahead, offset)
                 row = builder.add(block_address(block_table, entry, values), offset)
-                elements = [
-                    emit_weights(builder, kind, at) for at in vector_addresses(builder, row, count)
-                ]
-                results = []
-                for number, weight_row in enumerate(weight_rows):
+                elements = []
+                for vector in offsets:
+                    emit_prefetch(builder, builder.add(ahead, vector), 1)
+                    elements.append(emit_weights(builder, kind, builder.add(row, vector)))
+                results: list[Any] = []
+                for weight_row, _ in some_rows:
                     weight = emit_inputs(builder, kind, weight_row, step)
-                    results += [
-                        emit_dot(builder, kind, sums[number * count + vector], weight, element)
-                        for vector, element in enumerate(elements)
-                    ]
+                    for element in elements:
+                        results.append(emit_dot(builder, kind, sums[len(results)], weight, element))
                 return results
 
             zero = splat_constant(0.0)
-            sums = emit_loop(builder, num_words, [zero] * (rows * count), body)
-            for number, row in enumerate(emit_row_addresses(builder, outputs, output_stride, rows)):
-                for vector, at in enumerate(vector_addresses(builder, row, count)):
-                    emit_store(builder, sums[number * count + vector], at)
+            sums = emit_loop(builder, num_words, [zero] * (len(some_rows) * len(offsets)), body)
+            targets = [builder.add(row, vector) for _, row in some_rows for vector in offsets]
+            for value, at in zip(sums, targets, strict=True):
+                emit_store(builder, value, at)
 
         emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
 
     return types.void(arithmetic, types.intp, vectors, *[types.intp] * 12), codegen
+
+
+def _emit_scores(
+    builder: Any,
+    kind: Arithmetic,
+    num_pairs: Any,
+    rows: list[tuple[Any, Any]],
+    blocks: list[tuple[Any, Any, int]],
+) -> None:
+    """Scores of queries with blocks: addresses of a query and its scores, and of a block's keys,
+    what is fetched meanwhile, and the block's number."""
+
+    def body(step: Any, sums: list[Any]) -> list[Any]:
+        results = list(sums)
+        for parity in range(2):
+            word = builder.add(builder.mul(step, index(2)), index(parity))
+            offset = builder.mul(word, index(BYTES_OF_FLOATS))
+            for _, fetched, _ in blocks:
+                emit_prefetch(builder, builder.add(fetched, offset), 1)
+            keys = [emit_weights(builder, kind, builder.add(at, offset)) for at, _, _ in blocks]
+            for number, (query_row, _) in enumerate(rows):
+                query = emit_inputs(builder, kind, query_row, word)
+                for block, key in enumerate(keys):
+                    at = (number * len(blocks) + block) * 2 + parity
+                    results[at] = emit_dot(builder, kind, sums[at], query, key)
+        return results
+
+    zero = splat_constant(0.0)
+    sums = emit_loop(builder, num_pairs, [zero] * (len(rows) * len(blocks) * 2), body)
+    for number, (_, score_row) in enumerate(rows):
+        for block, (_, _, place) in enumerate(blocks):
+            first = (number * len(blocks) + block) * 2
+            score = builder.fadd(sums[first], sums[first + 1])
+            emit_store(builder, score, builder.add(score_row, index(BYTES_OF_FLOATS * place)))
+
+
+Item = TypeVar("Item")
+
+
+def _shares(items: list[Item], kind: Arithmetic, *, most: int) -> list[list[Item]]:
+    """What is computed at a time: everything, but at most so much where registers are few."""
+    if kind.has_many_registers:
+        return [items]
+    return [items[first : first + most] for first in range(0, len(items), most)]

@@ -31,7 +31,7 @@ from core.kernels.arithmetic import (
 )
 from core.kernels.compile import kernel
 from core.kernels.elements import store_elements, widen_words
-from core.kernels.inputs import store_input_group
+from core.kernels.inputs import store_byte_group
 from core.kernels.linear.tiles import product_tile
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import (
@@ -91,8 +91,8 @@ def pack_integer_column(arithmetic, floats, num_inputs, where):
     """As `pack_column`, for int8: a group's words, 128 added to each byte, then its scale."""
     for group in range(num_inputs // GROUP):
         source = floats + group * GROUP * 4
-        store_input_group(
-            arithmetic, source, load_floats(source), load_floats(source + BYTES_OF_FLOATS),
+        store_byte_group(
+            source, load_floats(source), load_floats(source + BYTES_OF_FLOATS),
             load_floats(source + 2 * BYTES_OF_FLOATS), load_floats(source + 3 * BYTES_OF_FLOATS),
         )  # fmt: skip
         target = where + group * weight_group_bytes(arithmetic)

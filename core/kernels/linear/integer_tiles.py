@@ -7,13 +7,18 @@ added to a float32 sum, group by group.
 
 The instruction that multiplies bytes wants one operand unsigned. Weights are stored with 128
 added, which adds 128 x (the sum of the group's inputs) to the sum; the correction takes that back.
+
+AVX2 has no such instruction that does not saturate: there both operands become 16 bits, the inputs
+when they are quantised, the weights for each tile, and pairs of them are multiplied and added.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from core.kernels.arithmetic import GROUP, Arithmetic
+from llvmlite import ir
+
+from core.kernels.arithmetic import GROUP, LANES, Arithmetic
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
     emit_for_rows,
@@ -25,6 +30,7 @@ from core.kernels.tiles import (
 from core.kernels.vectors import (
     F32,
     FLOATS,
+    I16,
     I32,
     WORDS,
     emit_call,
@@ -39,8 +45,11 @@ from core.kernels.vectors import (
 
 STEPS = GROUP // 4  # words of a group
 STEPS_AT_A_TIME = 4
-SCALE = GROUP  # offsets within a group of inputs
-CORRECTION = GROUP + 4
+# Offsets of a group of inputs from its end.
+SCALE = -8
+CORRECTION = -4
+_HALF = ir.VectorType(I32, LANES // 2)
+_PAIRS = ir.VectorType(I16, LANES)
 
 
 def emit_integer_tiles(
@@ -78,7 +87,7 @@ def emit_integer_tiles(
             rows_before = builder.mul(group, index(STEPS + 1))
             ahead = builder.add(fetch, builder.mul(rows_before, fetch_step))
             sums = _emit_group(builder, kind, groups, panel, ahead, fetch_step, vectors)
-            return _emit_scaled(builder, groups, panel, sums, floats, vectors)
+            return _emit_scaled(builder, kind, groups, panel, sums, floats, vectors)
 
         biases = [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)]
         zero = splat_constant(0.0)
@@ -105,7 +114,8 @@ def _emit_group(
     """The integer sums of one group, row by row."""
     sums = []
     for group in groups:
-        correction = emit_load(builder, builder.add(group, index(CORRECTION)), I32)
+        at = builder.add(group, index(kind.input_group_bytes + CORRECTION))
+        correction = emit_load(builder, at, I32)
         sums += [emit_splat(builder, correction)] * vectors
 
     def add_words(step: Any, sums: list[Any]) -> list[Any]:
@@ -117,18 +127,62 @@ def _emit_group(
             weights = [
                 emit_load(builder, at, WORDS) for at in vector_addresses(builder, row, vectors)
             ]
-            results: list[Any] = []
-            for group in groups:
-                at = builder.add(group, builder.mul(number, index(4)))
-                values = emit_splat(builder, emit_load(builder, at, I32))
-                for weight in weights:
-                    results.append(_emit_dot(builder, kind, sums[len(results)], weight, values))
-            sums = results
+            if kind.widens_integers:
+                sums = _emit_pairs(builder, groups, number, weights, sums)
+            else:
+                sums = _emit_bytes(builder, kind, groups, number, weights, sums)
         return sums
 
     scales = builder.add(fetch, builder.mul(fetch_step, index(STEPS)))
     emit_prefetch(builder, scales, vectors)
     return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
+
+
+def _emit_bytes(
+    builder: Any, kind: Arithmetic, groups: list[Any], number: Any, weights: list[Any], sums: Any
+) -> list[Any]:
+    """Adds the products of a word of each row, row by row."""
+    results: list[Any] = []
+    for group in groups:
+        at = builder.add(group, builder.mul(number, index(4)))
+        values = emit_splat(builder, emit_load(builder, at, I32))
+        for weight in weights:
+            results.append(_emit_dot(builder, kind, sums[len(results)], weight, values))
+    return results
+
+
+def _emit_pairs(
+    builder: Any, groups: list[Any], number: Any, weights: list[Any], sums: list[Any]
+) -> list[Any]:
+    """As `_emit_bytes`, with pairs of 16 bits: of a word the first and third bytes, then the
+    others."""
+    even = [builder.and_(weight, splat_word(0x00FF00FF)) for weight in weights]
+    odd = [
+        builder.and_(builder.lshr(weight, splat_word(8)), splat_word(0x00FF00FF))
+        for weight in weights
+    ]
+    for offset, pairs in ((0, even), (4, odd)):
+        results: list[Any] = []
+        for group in groups:
+            at = builder.add(group, builder.add(builder.mul(number, index(8)), index(offset)))
+            values = emit_splat(builder, emit_load(builder, at, I32))
+            for pair in pairs:
+                product = _emit_pair_products(builder, pair, values)
+                results.append(builder.add(sums[len(results)], product))
+        sums = results
+    return sums
+
+
+def _emit_pair_products(builder: Any, a: Any, b: Any) -> Any:
+    """In each lane a.low x b.low + a.high x b.high, of signed 16 bits."""
+    halves = []
+    for first in (0, LANES // 2):
+        lanes = ir.Constant(_HALF, list(range(first, first + LANES // 2)))
+        pair = [
+            builder.bitcast(builder.shuffle_vector(value, value, lanes), _PAIRS) for value in (a, b)
+        ]
+        halves.append(emit_call(builder, "llvm.x86.avx2.pmadd.wd", _HALF, pair))
+    return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
 
 
 def _emit_dot(builder: Any, kind: Arithmetic, sums: Any, weights: Any, inputs: Any) -> Any:
@@ -145,7 +199,13 @@ def _emit_dot(builder: Any, kind: Arithmetic, sums: Any, weights: Any, inputs: A
 
 
 def _emit_scaled(
-    builder: Any, groups: list[Any], panel: Any, sums: list[Any], floats: list[Any], vectors: int
+    builder: Any,
+    kind: Arithmetic,
+    groups: list[Any],
+    panel: Any,
+    sums: list[Any],
+    floats: list[Any],
+    vectors: int,
 ) -> list[Any]:
     """floats + sums x (scale of the row's group x scale of the column's)."""
     columns = [
@@ -156,7 +216,7 @@ def _emit_scaled(
     ]
     results: list[Any] = []
     for group in groups:
-        at = builder.add(group, index(SCALE))
+        at = builder.add(group, index(kind.input_group_bytes + SCALE))
         row = emit_splat(builder, emit_load(builder, at, F32))
         for column in columns:
             number = len(results)
