@@ -34,7 +34,6 @@ from core.models.llama.weight_names import (
     read_final_norm,
     read_head_nibbles,
     read_head_rows,
-    require_nibbles,
 )
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
@@ -48,12 +47,9 @@ def load_weights(
 ) -> StageWeights:
     """Reads and packs the stage's own tensors and no others.
 
-    Raises CorruptWeights where one is missing or damaged, InvalidInput for a model without
-    weights of 4 bits in int4.
+    Raises CorruptWeights where one is missing or damaged.
     """
     config, first = layout.config, stage_slice.first_layer
-    if layout.arithmetic.has_nibbles:
-        require_nibbles(checkpoint, config)
     readers = [
         LayerReader(checkpoint, config, layer) for layer in range(first, stage_slice.end_layer)
     ]

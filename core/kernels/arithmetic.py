@@ -39,6 +39,7 @@ from numba.extending import (
 
 from core.errors import InvalidInput
 from core.kernels.compile import intrinsic
+from core.kernels.host_cpu import integer_instructions
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
@@ -189,25 +190,13 @@ def host_arithmetic(number_format: str) -> Arithmetic:
     features = llvm.get_host_cpu_features()
     if number_format in ("int8", "int4"):
         beside = host_arithmetic("bf16").instructions
-        return Arithmetic(number_format, _integer_instructions(), beside)
+        return Arithmetic(number_format, integer_instructions(), beside)
     if not features.get("avx512f"):
         return Arithmetic(number_format, "portable")
     pairs_pay = llvm.get_host_cpu_name().startswith("znver")
     if number_format == "bf16" and features.get("avx512bf16") and pairs_pay:
         return Arithmetic(number_format, "avx512bf16")
     return Arithmetic(number_format, "avx512")
-
-
-def has_vnni() -> bool:
-    """Whether this host multiplies four pairs of bytes in each lane of 16."""
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512vnni"))
-
-
-def _integer_instructions() -> str:
-    if has_vnni():
-        return "avx512vnni"
-    return "avx2" if llvm.get_host_cpu_features().get("avx2") else "portable"
 
 
 class ArithmeticType(types.Opaque):

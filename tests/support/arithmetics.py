@@ -6,7 +6,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic, has_vnni, host_arithmetic
+from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic, host_arithmetic
+from core.kernels.host_cpu import has_vnni
 from core.kernels.linear.reference import quantise
 from tests.support.models import bf16_bits
 

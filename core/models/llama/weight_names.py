@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import CorruptWeights, InvalidInput
+from core.errors import CorruptWeights
 from core.models.llama.config import LlamaConfig
 from core.weights.checkpoint import Checkpoint
 from core.weights.gguf import GgufCheckpoint
@@ -247,13 +247,11 @@ def read_head_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> Nibbles:
     return _read_nibbles(checkpoint, name, config.vocab_size)
 
 
-def require_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """Raises InvalidInput where no matrix of any layer has weights of 4 bits, so that int4 would be
-    an empty word. Reads headers only; raises CorruptWeights."""
+def has_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> bool:
+    """Whether the weights of any matrix of the layers have 4 bits in the file. Reads headers only;
+    raises CorruptWeights."""
     readers = (LayerReader(checkpoint, config, layer) for layer in range(config.num_layers))
-    if not any(reader.has_nibbles([field]) for reader in readers for field in MATRIX_FIELDS):
-        wanted = f"int8 or bf16: {checkpoint.path} has no blocks of Q4_0, Q4_1 or Q4_K"
-        raise InvalidInput("number_format", "int4", wanted)
+    return any(reader.has_nibbles([field]) for reader in readers for field in MATRIX_FIELDS)
 
 
 def read_final_norm(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
