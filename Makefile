@@ -79,7 +79,7 @@ bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STRE
 gpu: $(DEV_STAMP) ## tests and measures the CUDA engine on this machine's GPU: JSON=path
 	@$(PYTHON) -m tests.benchmarks.gpu
 
-quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 int8" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
+quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 int8 int4" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
 	@$(PYTHON) -m tests.benchmarks.quality
 
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages

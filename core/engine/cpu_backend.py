@@ -81,7 +81,7 @@ class CpuBackend:
 
     @property
     def weights_bytes(self) -> int:
-        return sum(array.nbytes for array in self._weights)
+        return sum(part.nbytes for part in self._weights if isinstance(part, np.ndarray))
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,9 @@ WIRE_FORMATS = ("f32", "bf16")
 class EngineSettings:
     """Sizes of an engine. Raises InvalidInput where one makes no sense."""
 
-    number_format: str  # of weights and KV cache: "fp32", "bf16", or "int8" with a bf16 cache
+    number_format: (
+        str  # of weights and KV cache: "fp32", "bf16", or "int8" or "int4" with a bf16 cache
+    )
     num_kv_blocks: int  # of 16 positions each
     num_slots: int = 256  # most sequences at a time
     max_rows: int = 512  # most rows of a micro-batch

@@ -23,14 +23,18 @@ from core.models.llama.packing import (
     pack_embedding,
     pack_final_norm,
     pack_head,
+    pack_head_nibbles,
     pack_layer,
+    place_matrices,
     rotary_angles,
 )
 from core.models.llama.weight_names import (
+    LayerReader,
+    head_has_nibbles,
     read_embedding_rows,
     read_final_norm,
+    read_head_nibbles,
     read_head_rows,
-    read_layer,
 )
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
@@ -47,30 +51,43 @@ def load_weights(
     Raises CorruptWeights where one is missing or damaged.
     """
     config, first = layout.config, stage_slice.first_layer
-    num_layers = stage_slice.end_layer - first
-    panels_L = aligned_zeros((num_layers, layout.layer_words), np.uint32)
-    vectors_L = aligned_zeros((num_layers, layout.layer_floats), np.float32)
-    for layer in range(num_layers):
-        weights = read_layer(checkpoint, config, first + layer)
-        pack_layer(layout, weights, panels_L[layer], vectors_L[layer])
+    readers = [
+        LayerReader(checkpoint, config, layer) for layer in range(first, stage_slice.end_layer)
+    ]
+    nibbles_LM = np.array([layout.nibbles_of_layer(reader) for reader in readers], np.bool_)
+    offsets_LM, num_words = place_matrices(layout, nibbles_LM)
+    panels = aligned_zeros((num_words,), np.uint32)
+    vectors_L = aligned_zeros((len(readers), layout.layer_floats), np.float32)
+    for layer, reader in enumerate(readers):
+        mine = panels[offsets_LM[layer, 0] // 4 :]
+        pack_layer(layout, reader, nibbles_LM[layer], mine, vectors_L[layer])
     elements = element_type(layout.arithmetic)
     embedding_VG = aligned_zeros((0, layout.hidden), elements)
     if stage_slice.is_first:
         rows = read_embedding_rows(checkpoint, config, count=VOCABULARY_PART)
         embedding_VG = pack_embedding(layout, rows)
     head_panels = aligned_zeros((0,), np.uint32)
+    head_nibbles = False
     head_bias_V, final_norm_G = (aligned_zeros((0,), np.float32) for _ in range(2))
     if stage_slice.is_last:
-        rows = read_head_rows(checkpoint, config, count=VOCABULARY_PART)
-        head_panels, head_bias_V = pack_head(layout, rows), head_bias(layout)
+        head_nibbles = layout.arithmetic.has_nibbles and head_has_nibbles(checkpoint, config)
+        if head_nibbles:
+            head_panels = pack_head_nibbles(layout, read_head_nibbles(checkpoint, config))
+        else:
+            rows = read_head_rows(checkpoint, config, count=VOCABULARY_PART)
+            head_panels = pack_head(layout, rows)
+        head_bias_V = head_bias(layout)
         final_norm_G = pack_final_norm(layout, read_final_norm(checkpoint, config))
     angles = rotary_angles(config, num_positions)
     return StageWeights(
-        panels_L=panels_L,
+        panels=panels,
+        offsets_LM=offsets_LM,
+        nibbles_LM=nibbles_LM,
         vectors_L=vectors_L,
         windows_L=layer_windows(config, first, stage_slice.end_layer),
         embedding_VG=embedding_VG,
         head_panels=head_panels,
+        head_nibbles=head_nibbles,
         head_bias_V=head_bias_V,
         final_norm_G=final_norm_G,
         cos=angles.cos,

@@ -10,6 +10,9 @@ int8 is a format for the products with a model's weights only, the rest is bf16 
 operands are cut into groups of 64 inputs, each with a scale, and a word holds four of them;
 see `core.kernels.linear.integer_tiles`.
 
+int4 is int8 with weights as a file of 4 bits has them; matrices that have no 4 bits there are int8
+beside it. See `core.kernels.linear.nibble_tiles` and `core.kernels.mixed`.
+
 `Arithmetic` is a value that numba types by its content: kernels take it as their first
 argument and are compiled once for each. (Kernels made by a factory would do as well,
 but numba's disk cache misses closures at every start.)
@@ -36,16 +39,21 @@ from numba.extending import (
 
 from core.errors import InvalidInput
 from core.kernels.compile import intrinsic
+from core.kernels.host_cpu import integer_instructions
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
+NIBBLE_GROUP = 32  # inputs that share a scale and a minimum of weights of 4 bits
 GROUP = 64  # inputs of a product that share a scale, where they have one; all sizes are multiples
 MAX_TILE_ROWS = 6  # 6 rows x 4 vectors of sums, 4 of weights and 1 of inputs fill 32 registers
 LOW_INTEGER_TILE_ROWS = 2  # sums of integers and of floats take twice as many registers
+# 5 rows x 2 registers of 16-bit sums, 2 of weights and 1 of inputs.
+NIBBLE_TILE_ROWS = 5
+NIBBLE_TILE_COLUMNS = (64, 32)  # of tiles of one and of two rows; higher ones have 16
 TALL_TILE_ROWS = 13  # 13 rows x 2 vectors of sums, 2 x 2 of widened weights and 1 of inputs, too
 
-NUMBER_FORMATS = ("fp32", "bf16", "int8")
-_ELEMENTS_PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
+NUMBER_FORMATS = ("fp32", "bf16", "int8", "int4")
+_ELEMENTS_PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,13 @@ class Arithmetic:
     of vectors on the host) widen weights to float32 and differ only in the size of tiles.
     Sums of the first and the others differ, so `name` belongs to the numerics fingerprint.
     "avx512vnni" and "avx2" are for int8: the first multiplies four pairs of bytes and adds them to
-    an int32, the second two pairs of 16 bits. All kinds of int8 compute the same bits.
+    an int32, the second two pairs of 16 bits. All kinds of int8 compute the same bits, and so do
+    those of int4, where "avx2" multiplies pairs of bytes and adds them to 16 bits.
     """
 
     number_format: str
     instructions: str
-    # Of what is bf16 beside int8 weights; empty: the same.
+    # Of what is bf16 beside int8 and int4 weights; empty: the same.
     bf16_instructions: str = ""
 
     @property
@@ -72,7 +81,19 @@ class Arithmetic:
     @property
     def is_integer(self) -> bool:
         """Whether products with weights are sums of integers."""
-        return self.number_format == "int8"
+        return self.number_format in ("int8", "int4")
+
+    @property
+    def has_nibbles(self) -> bool:
+        """Whether weights have 4 bits each, where the file has them so."""
+        return self.number_format == "int4"
+
+    @property
+    def of_bytes(self) -> Arithmetic:
+        """The arithmetic of matrices that have no 4 bits in the file."""
+        if not self.has_nibbles:
+            return self
+        return Arithmetic("int8", self.instructions, self.bf16_instructions)
 
     @property
     def unquantised(self) -> Arithmetic:
@@ -107,24 +128,32 @@ class Arithmetic:
     @property
     def widens_integers(self) -> bool:
         """Whether int8 inputs of a product lie as 16 bits each."""
-        return self.is_integer and self.instructions == "avx2"
+        return self.number_format == "int8" and self.instructions == "avx2"
 
     @property
     def input_group_bytes(self) -> int:
-        """Bytes of a group of a product's inputs; of int8 with its scale and its correction."""
+        """Bytes of a group of a product's inputs; of int8 with its scale and its correction,
+        of int4 with its scale and its scaled sums."""
+        if self.has_nibbles:
+            return GROUP + 4 + 4 * (GROUP // NIBBLE_GROUP)
         if self.is_integer:
             return (2 * GROUP if self.widens_integers else GROUP) + 8
         return GROUP * self.input_bytes
 
     @property
     def weight_group_bytes(self) -> int:
-        """Bytes of a group of inputs in a panel of weights; of int8 with their scales."""
+        """Bytes of a group of inputs in a panel of weights; of int8 with their scales, of int4
+        with float16 scales and minima."""
+        if self.has_nibbles:
+            return PANEL_COLUMNS * (GROUP // 2 + GROUP // NIBBLE_GROUP * 4)
         scale_bytes = 4 if self.is_integer else 0
         return PANEL_COLUMNS * (GROUP * self.element_bytes + scale_bytes)
 
     @property
     def most_tile_rows(self) -> int:
         """Rows of the highest register tile of a product."""
+        if self.has_nibbles:
+            return NIBBLE_TILE_ROWS
         if self.is_integer:
             return MAX_TILE_ROWS
         return TALL_TILE_ROWS if self.instructions == "avx512" else MAX_TILE_ROWS
@@ -141,6 +170,13 @@ class Arithmetic:
             return 4 if num_rows <= LOW_INTEGER_TILE_ROWS else 2
         return 4 if num_rows <= MAX_TILE_ROWS else 2
 
+    def tile_columns(self, num_rows: int) -> int:
+        """Columns of a register tile of a product: the same for all heights of the tiles that
+        rows beyond the highest are cut into."""
+        if not self.has_nibbles:
+            return self.tile_vectors(num_rows) * LANES
+        return (*NIBBLE_TILE_COLUMNS, LANES)[min(num_rows - 1, len(NIBBLE_TILE_COLUMNS))]
+
 
 def host_arithmetic(number_format: str) -> Arithmetic:
     """The fastest arithmetic of this host for a number format; raises InvalidInput for others.
@@ -152,27 +188,15 @@ def host_arithmetic(number_format: str) -> Arithmetic:
     if number_format not in NUMBER_FORMATS:
         raise InvalidInput("number_format", number_format, " or ".join(NUMBER_FORMATS))
     features = llvm.get_host_cpu_features()
-    if number_format == "int8":
+    if number_format in ("int8", "int4"):
         beside = host_arithmetic("bf16").instructions
-        return Arithmetic("int8", _integer_instructions(), beside)
+        return Arithmetic(number_format, integer_instructions(), beside)
     if not features.get("avx512f"):
         return Arithmetic(number_format, "portable")
     pairs_pay = llvm.get_host_cpu_name().startswith("znver")
     if number_format == "bf16" and features.get("avx512bf16") and pairs_pay:
         return Arithmetic(number_format, "avx512bf16")
     return Arithmetic(number_format, "avx512")
-
-
-def has_vnni() -> bool:
-    """Whether this host multiplies four pairs of bytes in each lane of 16."""
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512vnni"))
-
-
-def _integer_instructions() -> str:
-    if has_vnni():
-        return "avx512vnni"
-    return "avx2" if llvm.get_host_cpu_features().get("avx2") else "portable"
 
 
 class ArithmeticType(types.Opaque):
@@ -262,6 +286,18 @@ def unquantised(typing_context, arithmetic):
 
 
 @intrinsic
+def has_nibbles(typing_context, arithmetic):
+    """Whether weights may have 4 bits each: a constant of the kernel."""
+    return types.boolean(arithmetic), _flag(arithmetic.arithmetic.has_nibbles)
+
+
+@intrinsic
+def of_bytes(typing_context, arithmetic):
+    """The arithmetic of matrices that have no 4 bits in the file."""
+    return _other_arithmetic(arithmetic, arithmetic.arithmetic.of_bytes)
+
+
+@intrinsic
 def widens(typing_context, arithmetic):
     """Whether weights become float32 before they are multiplied: a constant of the kernel."""
     kind = arithmetic.arithmetic
@@ -286,11 +322,13 @@ def most_tile_rows(typing_context, arithmetic):
 def tile_columns(typing_context, arithmetic, num_rows):
     """Columns of a register tile of so many rows: 64, 32 or 16."""
     kind = arithmetic.arithmetic
-    low, high = (kind.tile_vectors(rows) * LANES for rows in (1, kind.most_tile_rows))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        most_low = LOW_INTEGER_TILE_ROWS if kind.is_integer else MAX_TILE_ROWS
-        is_low = builder.icmp_signed("<=", args[1], ir.Constant(args[1].type, most_low))
-        return builder.select(is_low, *(ir.Constant(ir.IntType(64), n) for n in (low, high)))
+        found = ir.Constant(ir.IntType(64), kind.tile_columns(kind.most_tile_rows))
+        for rows in range(kind.most_tile_rows - 1, 0, -1):
+            is_low = builder.icmp_signed("<=", args[1], ir.Constant(args[1].type, rows))
+            columns = ir.Constant(ir.IntType(64), kind.tile_columns(rows))
+            found = builder.select(is_low, columns, found)
+        return found
 
     return types.intp(arithmetic, types.intp), codegen

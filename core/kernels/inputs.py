@@ -3,7 +3,8 @@
 int8 inputs have a scale for each group of 64: the largest magnitude becomes 127, the others
 are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the scale (float32) and
 -128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`. For "avx2" the
-integers have 16 bits, and of each four the second and the third change places.
+integers have 16 bits, and of each four the second and the third change places. Instead of the last,
+int4 has the scale x the sum of the integers (float32) of each half of the group.
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -54,7 +55,11 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         _, where, *vectors = args
         if kind.is_integer:
-            _emit_quantised(builder, where, vectors, in_pairs=kind.widens_integers)
+            in_pairs = kind.widens_integers
+            scale, wholes = _emit_quantised(builder, where, vectors, in_pairs=in_pairs)
+            end = builder.add(where, index(2 * GROUP if in_pairs else GROUP))
+            emit_end = _emit_scaled_sums if kind.has_nibbles else _emit_correction
+            emit_end(builder, end, scale, wholes)
         else:
             for number, floats in enumerate(vectors):
                 offset = index(number * LANES * kind.input_bytes)
@@ -69,14 +74,18 @@ def store_byte_group(typing_context, where, first, second, third, fourth):
     """64 neighbouring weights of a column as signed bytes, and their scale."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        _emit_quantised(builder, args[0], args[1:], in_pairs=False)
+        scale, _ = _emit_quantised(builder, args[0], args[1:], in_pairs=False)
+        emit_store(builder, scale, builder.add(args[0], index(GROUP)))
         return context.get_dummy_value()
 
     return types.void(types.intp, *[float32x16] * 4), codegen
 
 
-def _emit_quantised(builder: Any, where: Any, vectors: list[Any], *, in_pairs: bool) -> None:
-    """A group as 64 signed integers, its scale and its correction. A NaN makes the scale one."""
+def _emit_quantised(
+    builder: Any, where: Any, vectors: list[Any], *, in_pairs: bool
+) -> tuple[Any, list[Any]]:
+    """A group as 64 signed integers; its scale, which a NaN makes one, and the integers of each
+    vector, as words."""
     # As integers, the bits of magnitudes are in order, and NaN is the greatest.
     largest = splat_word(0)
     for floats in vectors:
@@ -90,11 +99,11 @@ def _emit_quantised(builder: Any, where: Any, vectors: list[Any], *, in_pairs: b
         builder.fdiv(ir.Constant(F32, float(LARGEST)), magnitude),
         ir.Constant(F32, 0.0),
     )
-    total = splat_word(0)
+    wholes = []
     for number, floats in enumerate(vectors):
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
         rounded = builder.bitcast(builder.fadd(scaled, splat_constant(_ROUNDER)), WORDS)
-        total = builder.add(total, builder.sub(rounded, splat_word(_ROUNDER_BITS)))
+        wholes.append(builder.sub(rounded, splat_word(_ROUNDER_BITS)))
         if in_pairs:
             integers = builder.trunc(rounded, HALVES)
             integers = builder.shuffle_vector(integers, integers, ir.Constant(WORDS, _IN_PAIRS))
@@ -102,11 +111,31 @@ def _emit_quantised(builder: Any, where: Any, vectors: list[Any], *, in_pairs: b
         else:
             integers = builder.trunc(rounded, _BYTES)
             emit_store(builder, integers, builder.add(where, index(number * LANES)))
-    total = emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [total])
-    correction = builder.mul(total, ir.Constant(I32, -UNSIGNED_OFFSET))
-    end = builder.add(where, index(2 * GROUP if in_pairs else GROUP))
-    emit_store(builder, scale, end)
-    emit_store(builder, correction, builder.add(end, index(4)))
+    return scale, wholes
+
+
+def _emit_correction(builder: Any, where: Any, scale: Any, wholes: list[Any]) -> None:
+    """The scale, and what corrects a sum with unsigned weights."""
+    correction = builder.mul(_emit_sum(builder, wholes), ir.Constant(I32, -UNSIGNED_OFFSET))
+    emit_store(builder, scale, where)
+    emit_store(builder, correction, builder.add(where, index(4)))
+
+
+def _emit_scaled_sums(builder: Any, where: Any, scale: Any, wholes: list[Any]) -> None:
+    """The scale, and the sum of each half, scaled."""
+    emit_store(builder, scale, where)
+    for number, half in enumerate((wholes[:2], wholes[2:])):
+        total = builder.sitofp(_emit_sum(builder, half), F32)
+        at = builder.add(where, index(4 + 4 * number))
+        emit_store(builder, builder.fmul(total, scale), at)
+
+
+def _emit_sum(builder: Any, wholes: list[Any]) -> Any:
+    """The sum of all lanes of all vectors."""
+    lanes = wholes[0]
+    for total in wholes[1:]:
+        lanes = builder.add(lanes, total)
+    return emit_call(builder, "llvm.vector.reduce.add.v16i32", I32, [lanes])
 
 
 @kernel

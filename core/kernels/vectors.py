@@ -19,6 +19,7 @@ from numba.extending import models, register_model
 from core.kernels.arithmetic import LANES
 from core.kernels.compile import intrinsic
 
+I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)

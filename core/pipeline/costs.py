@@ -44,7 +44,9 @@ class DecoderShape:
     query_size: int  # heads * head_dim
     kv_size: int  # KV heads * head_dim
     vocab_size: int
-    bytes_per_weight: float  # of products: 1.06 for int8 with its scales, 2 for bf16, 4 for fp32
+    # Of the layers' products: 1.06 for int8 with its scales, 2 for bf16, 4 for fp32.
+    bytes_per_weight: float
+    bytes_per_head_weight: float | None = None  # None: as the layers'
     bytes_per_embedding: int = 2  # of one element
     bytes_per_kv: int = 2  # of one element
     kv_block_size: int = 16
@@ -64,6 +66,7 @@ def estimate_costs(shape: DecoderShape) -> ModelCosts:
     layer_weights = attention + 3 * shape.hidden_size * shape.intermediate_size
     vocabulary_weights = shape.vocab_size * shape.hidden_size
     layer_work = layer_weights + _ATTENTION_WEIGHTS_PER_QUERY_ELEMENT * shape.query_size
+    head_bytes = shape.bytes_per_head_weight or shape.bytes_per_weight
     kv_block_bytes = 2 * shape.kv_size * shape.bytes_per_kv * shape.kv_block_size
     return ModelCosts(
         layer_s=(layer_work * _LAYER_S_PER_WEIGHT,) * shape.num_layers,
@@ -71,5 +74,5 @@ def estimate_costs(shape: DecoderShape) -> ModelCosts:
         kv_block_bytes=(kv_block_bytes,) * shape.num_layers,
         embedding_bytes=vocabulary_weights * shape.bytes_per_embedding,
         head_s=vocabulary_weights * _HEAD_S_PER_WEIGHT,
-        head_bytes=int(vocabulary_weights * shape.bytes_per_weight),
+        head_bytes=int(vocabulary_weights * head_bytes),
     )

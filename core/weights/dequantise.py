@@ -78,14 +78,14 @@ def _decode_in_pieces(raw: Bytes, block_type: GGMLQuantizationType) -> Floats:
     return out_BN
 
 
-def _half(blocks_BS: Bytes, offset: int) -> Floats:
+def half(blocks_BS: Bytes, offset: int) -> Floats:
     """The float16 at a byte offset of every block, as float32 [B, 1]."""
     return np.ascontiguousarray(blocks_BS[:, offset : offset + 2]).view("<f2").astype(np.float32)
 
 
 def _decode_q8_0(blocks_BS: Bytes, out_BN: Floats) -> None:
     out_BN[...] = blocks_BS[:, 2:].view(np.int8)
-    out_BN *= _half(blocks_BS, 0)
+    out_BN *= half(blocks_BS, 0)
 
 
 def _decode_q4_0(blocks_BS: Bytes, out_BN: Floats) -> None:
@@ -93,15 +93,15 @@ def _decode_q4_0(blocks_BS: Bytes, out_BN: Floats) -> None:
     out_BN[:, :16] = nibbles & 15
     out_BN[:, 16:] = nibbles >> 4
     out_BN -= 8.0
-    out_BN *= _half(blocks_BS, 0)
+    out_BN *= half(blocks_BS, 0)
 
 
 def _decode_q4_1(blocks_BS: Bytes, out_BN: Floats) -> None:
     nibbles = blocks_BS[:, 4:]
     out_BN[:, :16] = nibbles & 15
     out_BN[:, 16:] = nibbles >> 4
-    out_BN *= _half(blocks_BS, 0)
-    out_BN += _half(blocks_BS, 2)
+    out_BN *= half(blocks_BS, 0)
+    out_BN += half(blocks_BS, 2)
 
 
 def _decode_q5_0(blocks_BS: Bytes, out_BN: Floats) -> None:
@@ -111,10 +111,10 @@ def _decode_q5_0(blocks_BS: Bytes, out_BN: Floats) -> None:
     out_BN[:, :16] = (nibbles & 15) | high[:, :16]
     out_BN[:, 16:] = (nibbles >> 4) | high[:, 16:]
     out_BN -= 16.0
-    out_BN *= _half(blocks_BS, 0)
+    out_BN *= half(blocks_BS, 0)
 
 
-def _k_scales_and_minimums(packed: Bytes) -> tuple[Floats, Floats]:
+def k_scales_and_minimums(packed: Bytes) -> tuple[Floats, Floats]:
     """Unpacks the eight 6-bit scales and eight 6-bit minimums of Q4_K and Q5_K from 12 bytes.
 
     Returns two arrays [B, 8].
@@ -126,9 +126,9 @@ def _k_scales_and_minimums(packed: Bytes) -> tuple[Floats, Floats]:
 
 
 def _decode_q4_k(blocks_BS: Bytes, out_BN: Floats) -> None:
-    scales_B8, minimums_B8 = _k_scales_and_minimums(blocks_BS[:, 4:16])
-    scales_B8 *= _half(blocks_BS, 0)
-    minimums_B8 *= _half(blocks_BS, 2)
+    scales_B8, minimums_B8 = k_scales_and_minimums(blocks_BS[:, 4:16])
+    scales_B8 *= half(blocks_BS, 0)
+    minimums_B8 *= half(blocks_BS, 2)
     nibbles = blocks_BS[:, 16:].reshape(-1, 4, 32)
     values = out_BN.reshape(-1, 4, 2, 32)
     values[:, :, 0] = nibbles & 15
@@ -139,9 +139,9 @@ def _decode_q4_k(blocks_BS: Bytes, out_BN: Floats) -> None:
 
 
 def _decode_q5_k(blocks_BS: Bytes, out_BN: Floats) -> None:
-    scales_B8, minimums_B8 = _k_scales_and_minimums(blocks_BS[:, 4:16])
-    scales_B8 *= _half(blocks_BS, 0)
-    minimums_B8 *= _half(blocks_BS, 2)
+    scales_B8, minimums_B8 = k_scales_and_minimums(blocks_BS[:, 4:16])
+    scales_B8 *= half(blocks_BS, 0)
+    minimums_B8 *= half(blocks_BS, 2)
     high = blocks_BS[:, 16:48]
     nibbles = blocks_BS[:, 48:].reshape(-1, 4, 32)
     groups = out_BN.reshape(-1, 8, 32)
@@ -155,11 +155,11 @@ def _decode_q5_k(blocks_BS: Bytes, out_BN: Floats) -> None:
 
 def _decode_q6_k(blocks_BS: Bytes, out_BN: Floats) -> None:
     scales_B16 = np.ascontiguousarray(blocks_BS[:, 192:208]).view(np.int8).astype(np.float32)
-    scales_B16 *= _half(blocks_BS, 208)
-    for half in range(2):  # 128 values each
-        low = blocks_BS[:, 64 * half : 64 * half + 64]
-        high = blocks_BS[:, 128 + 32 * half : 160 + 32 * half]
-        values = out_BN[:, 128 * half : 128 * half + 128]
+    scales_B16 *= half(blocks_BS, 208)
+    for part in range(2):  # 128 values each
+        low = blocks_BS[:, 64 * part : 64 * part + 64]
+        high = blocks_BS[:, 128 + 32 * part : 160 + 32 * part]
+        values = out_BN[:, 128 * part : 128 * part + 128]
         values[:, 0:32] = (low[:, :32] & 15) | ((high & 3) << 4)
         values[:, 32:64] = (low[:, 32:] & 15) | ((high & 12) << 2)
         values[:, 64:96] = (low[:, :32] >> 4) | (high & 48)
@@ -193,7 +193,7 @@ def _decode_iq2_xxs(blocks_BS: Bytes, out_BN: Floats) -> None:
     parts = np.ascontiguousarray(blocks_BS[:, 2:]).view("<u4").reshape(-1, 8, 2)
     points = np.ascontiguousarray(parts[:, :, 0]).view(np.uint8).reshape(-1, 8, 4)
     signs = (parts[:, :, 1, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127
-    scales_B8 = _half(blocks_BS, 0) * (np.float32(0.5) + (parts[:, :, 1] >> 28).astype(np.float32))
+    scales_B8 = half(blocks_BS, 0) * (np.float32(0.5) + (parts[:, :, 1] >> 28).astype(np.float32))
     scales_B8 *= np.float32(0.25)
     # A group of eight int8 is moved as one uint64.
     groups = _iq2_xxs_groups().view(np.uint64)[:, 0]

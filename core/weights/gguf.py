@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from core.weights.dequantise import dequantise
 from core.weights.finite import require_finite
 from core.weights.gguf_header import GgufMetadata, read_header
 from core.weights.mapped_file import MappedFile
+from core.weights.nibbles import NIBBLE_TYPES, Nibbles, decode_nibbles
 from core.weights.readings import Readings
 
 
@@ -67,17 +70,43 @@ class GgufCheckpoint:
         row_bytes = tensor.size_bytes // tensor.shape[0]
         return self._read(name, first * row_bytes, count * row_bytes, (count, *tensor.shape[1:]))
 
+    def has_nibbles(self, name: str) -> bool:
+        """Whether the tensor is a matrix whose weights have 4 bits, a scale and a minimum."""
+        tensor = self._header.tensors[name]
+        return tensor.block_type in NIBBLE_TYPES and len(tensor.shape) == 2
+
+    def read_nibbles(self, name: str, *, first: int, count: int) -> Nibbles:
+        """`count` rows of a matrix, from the row `first` on, as the file has them.
+
+        Raises CorruptWeights as `read` does.
+        """
+        tensor = self._header.tensors[name]
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        with self._raw(name, first * row_bytes, count * row_bytes) as raw:
+            shape = (count, tensor.shape[1])
+            nibbles = decode_nibbles(raw, block_type=tensor.block_type, shape=shape)
+        for scales in (nibbles.scales_NG, nibbles.minima_NG):
+            require_finite(scales.astype(np.float32), path=self.path, name=name)
+        return nibbles
+
     def _read(
         self, name: str, first_byte: int, num_bytes: int, shape: tuple[int, ...]
     ) -> npt.NDArray[np.float32]:
         tensor = self._header.tensors[name]
-        raw = self._file.view(tensor.offset + first_byte, num_bytes)
-        values = dequantise(raw, block_type=tensor.block_type, shape=shape)
-        self._readings.add(raw)
-        del raw
-        self._file.release(tensor.offset + first_byte, num_bytes)
+        with self._raw(name, first_byte, num_bytes) as raw:
+            values = dequantise(raw, block_type=tensor.block_type, shape=shape)
         require_finite(values, path=self.path, name=name)
         return values
+
+    @contextmanager
+    def _raw(self, name: str, first_byte: int, num_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """Bytes of a tensor; nothing may keep a view of them."""
+        offset = self._header.tensors[name].offset + first_byte
+        raw = self._file.view(offset, num_bytes)
+        self._readings.add(raw)
+        yield raw
+        del raw
+        self._file.release(offset, num_bytes)
 
     def close(self) -> None:
         self._file.close()

@@ -13,7 +13,7 @@ from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
 from services.local.fetch import fetch, fetched_path, resolve_model
-from services.local.number_format import AUTOMATIC
+from services.local.number_format import automatic_formats
 from services.local.partition import plan_stages
 from services.local.prepare import read_model
 from services.local.settings import MeshSettings, parse_bytes
@@ -67,7 +67,7 @@ def plan(
         str,
         typer.Option(
             envvar="PENSTOCK_DTYPE",
-            help="Number format: bf16, fp32, int8, or auto: int8 where the file is quantised.",
+            help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
         ),
     ] = "auto",
     split: Annotated[
@@ -130,13 +130,13 @@ def warm(
         str,
         typer.Option(
             envvar="PENSTOCK_DTYPE",
-            help="Number format: bf16, fp32, int8, or auto for all that auto may stand for.",
+            help="Number format: bf16, fp32, int8, int4, or auto for all that auto may stand for.",
         ),
     ] = "auto",
 ) -> None:
     """Compiles the kernels for this machine into the cache, so that stages start fast."""
     settings = MeshSettings(dtype=dtype)
-    for name in AUTOMATIC if settings.dtype == "auto" else (settings.dtype,):
+    for name in automatic_formats() if settings.dtype == "auto" else (settings.dtype,):
         console.say(f"Compiling the {name} kernels for this machine; a minute the first time")
         seconds = warm_kernels(name)
         console.say(f"The {name} kernels are ready after {seconds:.1f} s")

@@ -71,7 +71,7 @@ def mesh(
         str,
         typer.Option(
             envvar="PENSTOCK_DTYPE",
-            help="Number format: bf16, fp32, int8, or auto: int8 where the file is quantised.",
+            help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
         ),
     ] = "auto",
     device: Annotated[

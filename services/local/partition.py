@@ -11,12 +11,17 @@ from services.local.memory import POSITIONS_PER_BLOCK
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 # A byte, and a float32 scale for 64 of them.
 _INT8_WEIGHT_BYTES = 1 + 4 / 64
+# 4 bits, and a float16 scale and minimum for 32 of them. Matrices that have more bits in the file
+# are int8, such as the head of most files: the estimate takes the layers for 4 bits throughout.
+_INT4_WEIGHT_BYTES = 1 / 2 + 4 / 32
+_LAYER_BYTES = {"int8": _INT8_WEIGHT_BYTES, "int4": _INT4_WEIGHT_BYTES}
 
 
 def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     """Estimated time and memory of each layer."""
-    # Beside int8 weights, everything else is bf16.
-    size = _ELEMENT_BYTES["bf16" if number_format == "int8" else number_format]
+    # Beside weights of integers, everything else is bf16.
+    is_integer = number_format in _LAYER_BYTES
+    size = _ELEMENT_BYTES["bf16" if is_integer else number_format]
     return estimate_costs(
         DecoderShape(
             num_layers=config.num_layers,
@@ -25,7 +30,8 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
             query_size=config.num_heads * config.head_dim,
             kv_size=config.num_kv_heads * config.head_dim,
             vocab_size=config.vocab_size,
-            bytes_per_weight=_INT8_WEIGHT_BYTES if number_format == "int8" else size,
+            bytes_per_weight=_LAYER_BYTES.get(number_format, size),
+            bytes_per_head_weight=_INT8_WEIGHT_BYTES if is_integer else size,
             bytes_per_embedding=size,
             bytes_per_kv=size,
             kv_block_size=POSITIONS_PER_BLOCK,

@@ -21,7 +21,7 @@ def stage(
     layers: Annotated[str, typer.Option(help="Layers to hold, FIRST:END, end not included")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one")],
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; default none")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or int8")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4")] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one")] = "cpu",
     wire: Annotated[str, typer.Option(help="Activations between stages: f32 or bf16")] = "f32",
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.errors import InvalidInput
 
-NUMBER_FORMATS = ("fp32", "bf16", "int8")
+NUMBER_FORMATS = ("fp32", "bf16", "int8", "int4")
 DEVICES = ("auto", "cpu", "cuda")
 
 

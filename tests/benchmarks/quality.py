@@ -53,7 +53,7 @@ def main(
     model: Annotated[str, typer.Option(envvar="PENSTOCK_MODEL")] = DEFAULT_MODEL,
     formats: Annotated[
         str, typer.Option(envvar="PENSTOCK_FORMATS", help="Number formats, such as 'bf16 int8'.")
-    ] = "bf16 fp32 int8",
+    ] = "bf16 fp32 int8 int4",
     windows: Annotated[
         int, typer.Option(envvar="PENSTOCK_WINDOWS", help="Windows of 1,024 tokens of WikiText-2.")
     ] = 32,

@@ -44,8 +44,11 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("name", ["smollm2", "stories15m"])
+@pytest.mark.parametrize(
+    ("name", "number_format"),
+    [(name, kind) for name in ("smollm2", "stories15m") for kind in ("fp32", "bf16", "int8")]
+    + [("smollm2", "int4")],
+)
 def test_logits_are_bit_equal_over_all_splits(
     name: str, number_format: str, request: pytest.FixtureRequest
 ) -> None:
@@ -65,7 +68,8 @@ def test_logits_are_bit_equal_over_all_splits(
 
 
 @pytest.mark.parametrize(
-    ("number_format", "least_agreement"), [("fp32", 0.999), ("bf16", 0.99), ("int8", 0.95)]
+    ("number_format", "least_agreement"),
+    [("fp32", 0.999), ("bf16", 0.99), ("int8", 0.95), ("int4", 0.95)],
 )
 def test_smollm2_agrees_with_transformers(
     number_format: str,
@@ -101,7 +105,7 @@ def perplexities(
 
     # Each side on a core of its own.
     with one_torch_thread(), ThreadPoolExecutor(1) as other:
-        formats = other.submit(lambda: {name: ours(name) for name in ("bf16", "int8")})
+        formats = other.submit(lambda: {name: ours(name) for name in ("bf16", "int8", "int4")})
         theirs = perplexity(smollm2_reference.logits_in_chunks)
         return {"transformers": theirs} | formats.result()
 
@@ -112,8 +116,11 @@ def test_perplexity_of_bf16_is_within_half_a_percent_of_transformers_fp32(
     assert perplexities["bf16"] == pytest.approx(perplexities["transformers"], rel=0.005)
 
 
-def test_perplexity_of_int8_is_within_one_percent_of_bf16(perplexities: dict[str, float]) -> None:
-    assert perplexities["int8"] == pytest.approx(perplexities["bf16"], rel=0.01)
+@pytest.mark.parametrize("number_format", ["int8", "int4"])
+def test_perplexity_of_integers_is_within_one_percent_of_bf16(
+    number_format: str, perplexities: dict[str, float]
+) -> None:
+    assert perplexities[number_format] == pytest.approx(perplexities["bf16"], rel=0.01)
 
 
 def test_greedy_text_is_the_same_over_all_splits_alone_and_in_a_batch(

@@ -6,7 +6,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import GROUP, Arithmetic, has_vnni, host_arithmetic
+from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic, host_arithmetic
+from core.kernels.host_cpu import has_vnni
 from core.kernels.linear.reference import quantise
 from tests.support.models import bf16_bits
 
@@ -36,6 +37,11 @@ def integer_arithmetics() -> list[Arithmetic]:
     return found
 
 
+def nibble_arithmetics() -> list[Arithmetic]:
+    """int4 in every kind of instructions."""
+    return [Arithmetic("int4", kind.instructions) for kind in integer_arithmetics()]
+
+
 def rounded(values: FloatArray, number_format: str) -> FloatArray:
     """The nearest values that a format of floats holds, ties to even; int8 depends on the group."""
     if number_format != "bf16":
@@ -46,37 +52,46 @@ def rounded(values: FloatArray, number_format: str) -> FloatArray:
 def to_inputs(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32]:
     """Rows, padded to whole groups, as a product's inputs, in words."""
     if arithmetic.is_integer:
-        return quantised_words(rows, in_pairs=arithmetic.widens_integers)
+        return quantised_words(arithmetic, rows)
     return (bf16_bits(rows) if arithmetic.dots_pairs else rows).view(np.uint32)
 
 
-def quantised_words(rows: FloatArray, *, in_pairs: bool) -> npt.NDArray[np.uint32]:
-    """Every group as 64 bytes (or as 16 bits, see `core.kernels.inputs`), its scale and -128 x its
-    sum."""
+def quantised_words(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32]:
+    """Every group as `core.kernels.inputs` says: 64 integers, its scale, and what follows from the
+    sums of the integers."""
     quantised = quantise(rows, group=GROUP)
     integers_TGE = quantised.integers_TK.reshape(len(rows), -1, GROUP)
     stored_TGE = integers_TGE
-    if in_pairs:
+    if arithmetic.widens_integers:
         pairs = integers_TGE.reshape(*integers_TGE.shape[:2], -1, 4)[..., [0, 2, 1, 3]]
         stored_TGE = np.ascontiguousarray(pairs.reshape(integers_TGE.shape).astype(np.int16))
-    num_words = GROUP * stored_TGE.itemsize // 4
-    words_TGW = np.empty((*integers_TGE.shape[:2], num_words + 2), np.uint32)
-    words_TGW[:, :, :-2] = stored_TGE.view(np.uint32)
-    words_TGW[:, :, -2] = quantised.scales_TG.view(np.uint32)
-    sums_TG = integers_TGE.sum(axis=2, dtype=np.int32)
-    words_TGW[:, :, -1] = (-128 * sums_TG).view(np.uint32)
-    return words_TGW.reshape(len(rows), -1)
+    scales_TG1 = quantised.scales_TG[:, :, None]
+    parts = [stored_TGE.view(np.uint32), scales_TG1.view(np.uint32)]
+    if arithmetic.has_nibbles:
+        halves_TG2E = integers_TGE.reshape(*integers_TGE.shape[:2], -1, NIBBLE_GROUP)
+        sums_TG2 = halves_TG2E.sum(axis=3, dtype=np.int32)
+        parts.append((sums_TG2 * scales_TG1).astype(np.float32).view(np.uint32))
+    else:
+        sums_TG1 = integers_TGE.sum(axis=2, dtype=np.int32, keepdims=True)
+        parts.append((-128 * sums_TG1).view(np.uint32))
+    return np.concatenate(parts, axis=2).reshape(len(rows), -1)
 
 
 def inputs_to_floats(arithmetic: Arithmetic, words: npt.NDArray[np.uint32]) -> FloatArray:
     """What a kernel stored as inputs of a product; groups of int8 one behind the other."""
     if arithmetic.is_integer:
         groups = words.reshape(-1, arithmetic.input_group_bytes // 4)
-        integers = np.ascontiguousarray(groups[:, :-2]).view(np.int8)
+        num_ends = 3 if arithmetic.has_nibbles else 2
+        integers = np.ascontiguousarray(groups[:, :-num_ends]).view(np.int8)
         if arithmetic.widens_integers:
             pairs = np.ascontiguousarray(groups[:, :-2]).view(np.int16).reshape(-1, 4)
             integers = pairs[:, [0, 2, 1, 3]].reshape(-1, GROUP)
-        scales = np.ascontiguousarray(groups[:, -2:-1]).view(np.float32)
+        scales = np.ascontiguousarray(groups[:, [-num_ends]]).view(np.float32)
+        if arithmetic.has_nibbles:
+            sums = integers.reshape(-1, 2, NIBBLE_GROUP).sum(axis=2, dtype=np.int32)
+            scaled = np.ascontiguousarray(groups[:, -2:]).view(np.float32)
+            np.testing.assert_array_equal(scaled, (sums * scales).astype(np.float32))
+            return integers * scales
         corrections = np.ascontiguousarray(groups[:, -1]).view(np.int32)
         np.testing.assert_array_equal(corrections, -128 * integers.sum(axis=1, dtype=np.int32))
         return integers * scales

@@ -212,11 +212,13 @@ def write_gguf(
     model: TinyModel,
     *,
     block_type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    other_types: Mapping[str, GGMLQuantizationType] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the model as ggml's converters do: matrices as `block_type`, vectors as F32; q and k
     of the Llama architecture permuted; Llama 3's scaling as explicit factors.
 
+    `other_types` are those of tensors whose names, in the file, differ from the rest.
     `extra` adds or overrides key-values (bool, int, float or str).
     """
     architecture = "llama" if model.family == "mistral" else model.family
@@ -231,6 +233,7 @@ def write_gguf(
             heads = model.num_heads if ".q_proj." in name else model.num_kv_heads
             array = interleave(array, num_heads=heads)
         kind = block_type if array.ndim == 2 else GGMLQuantizationType.F32
+        kind = (other_types or {}).get(gguf_name(name), kind)
         writer.add_tensor(gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -126,7 +126,9 @@ def multiply_panel(
 
     Rows are cut into tiles of nearly equal height.
     """
-    most_rows = most_tile_rows(arithmetic) if num_rows > MAX_TILE_ROWS else MAX_TILE_ROWS
+    most_rows = most_tile_rows(arithmetic)
+    if num_rows <= MAX_TILE_ROWS:
+        most_rows = min(most_rows, MAX_TILE_ROWS)
     num_tiles = (num_rows + most_rows - 1) // most_rows
     columns = tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
     # Every tile fetches its share of the next panel, so that memory never rests.

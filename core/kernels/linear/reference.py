@@ -21,6 +21,14 @@ class Quantised(NamedTuple):
     scales_TG: FloatArray
 
 
+class NibbleMatrix(NamedTuple):
+    """Weights `scale x integer + minimum`, with integers from 0 to 15."""
+
+    integers_NK: npt.NDArray[np.uint8]
+    scales_NG: npt.NDArray[np.float16]
+    minima_NG: npt.NDArray[np.float16]
+
+
 def linear(x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray | None = None) -> FloatArray:
     """x @ weight.T + bias, summed in float64 and rounded once."""
     product_TN = x_TK.astype(np.float64) @ weight_NK.astype(np.float64).T
@@ -54,4 +62,24 @@ def quantised_linear(
         left, right = rows.integers_TK[:, inner], columns.integers_TK[:, inner]
         sums_TN = left.astype(np.int32) @ right.astype(np.int32).T
         result_TN += sums_TN * (rows.scales_TG[:, index, None] * columns.scales_TG[:, index])
+    return result_TN.astype(np.float32)
+
+
+def nibble_linear(
+    x_TK: FloatArray, weight: NibbleMatrix, bias_N: FloatArray, *, group: int
+) -> FloatArray:
+    """As `quantised_linear`, with weights `scale x integer + minimum` whose groups are parts of
+    those of the inputs: a group adds its scaled sum of integers, and then its minimum times the
+    scaled sum of its inputs' integers."""
+    rows = quantise(x_TK, group=group)
+    result_TN = np.tile(bias_N, (len(x_TK), 1))
+    size = x_TK.shape[1] // weight.scales_NG.shape[1]
+    for index in range(weight.scales_NG.shape[1]):
+        inner = slice(index * size, (index + 1) * size)
+        left, right = rows.integers_TK[:, inner].astype(np.int32), weight.integers_NK[:, inner]
+        scale_T1 = rows.scales_TG[:, index * size // group, None]
+        sums_TN = left @ right.astype(np.int32).T
+        result_TN += sums_TN * (scale_T1 * weight.scales_NG[:, index].astype(np.float32))
+        scaled_T1 = left.sum(axis=1, keepdims=True) * scale_T1
+        result_TN += weight.minima_NG[:, index].astype(np.float32) * scaled_T1
     return result_TN.astype(np.float32)

@@ -11,6 +11,7 @@ from numba import types
 
 from core.kernels.compile import intrinsic
 from core.kernels.linear.integer_tiles import emit_integer_tiles
+from core.kernels.linear.nibble_tiles import emit_nibble_tiles
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
     emit_dot,
@@ -54,6 +55,9 @@ def product_tile(
     kind = arithmetic.arithmetic
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if kind.has_nibbles:
+            emit_nibble_tiles(builder, kind, *args[1:])
+            return context.get_dummy_value()
         if kind.is_integer:
             emit_integer_tiles(builder, kind, *args[1:])
             return context.get_dummy_value()

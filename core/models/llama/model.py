@@ -19,23 +19,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.activation.cpu import silu_multiply_panel
-from core.kernels.arithmetic import (
-    PANEL_COLUMNS,
-    input_bytes,
-    input_group_bytes,
-    is_integer,
-    unquantised,
-)
+from core.kernels.arithmetic import GROUP, PANEL_COLUMNS, input_bytes, is_integer, unquantised
 from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
 from core.kernels.compile import kernel
-from core.kernels.inputs import input_row_bytes, quantise_rows
-from core.kernels.linear.cpu import greedy_tokens, multiply_panels, panel_bytes
-from core.kernels.norm.cpu import norm_rows
+from core.kernels.mixed import (
+    greedy_tokens,
+    group_bytes,
+    multiply_panels,
+    norm_rows,
+    panel_bytes,
+    quantise_rows,
+    silu_multiply_panel,
+)
 from core.kernels.packing.cpu import gather_rows, gather_widened_rows
 from core.kernels.rotary.cpu import rotate_and_write
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import address
+
+# The matrices of a layer, in their order: q/k/v, output, gate/up (panels alternate), down.
+QKV, OUTPUT, GATE_UP, DOWN = range(4)
 
 FloatArray = npt.NDArray[np.float32]
 WordArray = npt.NDArray[np.uint32]
@@ -59,12 +61,15 @@ class StageSizes(NamedTuple):
 class StageWeights(NamedTuple):
     """Weights of all layers of a stage, packed; see `core.models.llama.packing`."""
 
-    panels_L: WordArray  # [L, words]: q/k/v, output, gate/up (panels alternate), down
+    panels: WordArray  # of all layers, flat
+    offsets_LM: npt.NDArray[np.int64]  # [L, 4]: where each matrix begins, in bytes
+    nibbles_LM: npt.NDArray[np.bool_]  # [L, 4]: whether it has 4 bits, see `core.kernels.mixed`
     # [L, floats]: attention norm, MLP norm, q norm, k norm, then biases as the panels
     vectors_L: FloatArray
     windows_L: npt.NDArray[np.int64]  # positions that a layer's rows see
     embedding_VG: ElementArray  # first stage only, else [0, G]
     head_panels: WordArray  # last stage only, else empty
+    head_nibbles: bool
     head_bias_V: FloatArray  # zero; minus infinity beyond the vocabulary
     final_norm_G: FloatArray
     cos: FloatArray  # [positions, head_dim / 2]
@@ -106,9 +111,9 @@ class StageOutputs(NamedTuple):
 
 
 @kernel
-def matrix_bytes(arithmetic, num_inputs, num_columns):
-    """Bytes of a packed matrix."""
-    return num_columns // PANEL_COLUMNS * panel_bytes(arithmetic, num_inputs)
+def row_bytes(arithmetic, nibbles, num_inputs):
+    """Bytes of a row of inputs of a product."""
+    return num_inputs // GROUP * group_bytes(arithmetic, nibbles)
 
 
 @kernel
@@ -117,17 +122,18 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
     beside = unquantised(arithmetic)
     padded_hidden, num_rows = work.hidden_TG.shape[1], rows.num_rows
     normed, attended = address(work.normed_T), address(work.attended_T)
-    panels, vectors_V = address(weights.panels_L[layer]), weights.vectors_L[layer]
+    panels, offsets_M = address(weights.panels), weights.offsets_LM[layer]
+    nibbles_M, vectors_V = weights.nibbles_LM[layer], weights.vectors_L[layer]
     head_norms = address(vectors_V) + 2 * padded_hidden * 4
     qkv_bias = head_norms + 2 * heads.width * 4
     norm_rows(
-        arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
+        arithmetic, nibbles_M[QKV], work.hidden_TG, num_rows, sizes.hidden_size,
         vectors_V[:padded_hidden], sizes.norm_eps, sizes.rounds_residual, normed,
     )  # fmt: skip
     multiply_panels(
-        arithmetic, normed, input_row_bytes(arithmetic, padded_hidden), num_rows, panels,
-        padded_hidden, sizes.qkv_columns // PANEL_COLUMNS, qkv_bias, address(work.qkv_TC),
-        sizes.qkv_columns * 4, 0, work.wide_panel,
+        arithmetic, nibbles_M[QKV], normed, row_bytes(arithmetic, nibbles_M[QKV], padded_hidden),
+        num_rows, panels + offsets_M[QKV], padded_hidden, sizes.qkv_columns // PANEL_COLUMNS,
+        qkv_bias, address(work.qkv_TC), sizes.qkv_columns * 4, 0, work.wide_panel,
     )  # fmt: skip
     rotate_and_write(
         beside, heads, rows, work.qkv_TC, weights.cos, weights.sin, head_norms, cache,
@@ -138,13 +144,16 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
         attended, sizes.attention_size * input_bytes(beside),
     )  # fmt: skip
     if is_integer(arithmetic):
-        quantise_rows(arithmetic, attended, num_rows, sizes.attention_size, normed)
+        quantise_rows(
+            arithmetic, nibbles_M[OUTPUT], attended, num_rows, sizes.attention_size, normed
+        )
         attended = normed
     multiply_panels(
-        arithmetic, attended, input_row_bytes(arithmetic, sizes.attention_size), num_rows,
-        panels + matrix_bytes(arithmetic, padded_hidden, sizes.qkv_columns), sizes.attention_size,
-        padded_hidden // PANEL_COLUMNS, qkv_bias + sizes.qkv_columns * 4,
-        address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
+        arithmetic, nibbles_M[OUTPUT], attended,
+        row_bytes(arithmetic, nibbles_M[OUTPUT], sizes.attention_size), num_rows,
+        panels + offsets_M[OUTPUT], sizes.attention_size, padded_hidden // PANEL_COLUMNS,
+        qkv_bias + sizes.qkv_columns * 4, address(work.hidden_TG), padded_hidden * 4, 1,
+        work.wide_panel,
     )  # fmt: skip
 
 
@@ -152,33 +161,32 @@ def run_attention(arithmetic, sizes, heads, weights, layer, cache, rows, work, a
 def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
     """The gated half of a layer: hidden += down(SiLU(gate(norm(hidden))) * up(norm(hidden)))."""
     padded_hidden, inner = work.hidden_TG.shape[1], sizes.intermediate_size
-    inner_bytes = input_row_bytes(arithmetic, inner)
-    normed, vectors_V = address(work.normed_T), weights.vectors_L[layer]
-    panels = (
-        address(weights.panels_L[layer])
-        + matrix_bytes(arithmetic, padded_hidden, sizes.qkv_columns)
-        + matrix_bytes(arithmetic, sizes.attention_size, padded_hidden)
-    )
+    panels, offsets_M = address(weights.panels), weights.offsets_LM[layer]
+    nibbles_M, vectors_V = weights.nibbles_LM[layer], weights.vectors_L[layer]
+    wide, narrow = nibbles_M[GATE_UP], nibbles_M[DOWN]
+    hidden_bytes = row_bytes(arithmetic, wide, padded_hidden)
+    inner_bytes = row_bytes(arithmetic, narrow, inner)
+    normed = address(work.normed_T)
     biases = address(vectors_V) + 4 * (3 * padded_hidden + 2 * heads.width + sizes.qkv_columns)
     gate_up, intermediate = address(work.gate_up_T), address(work.intermediate_T)
     norm_rows(
-        arithmetic, work.hidden_TG, num_rows, sizes.hidden_size,
+        arithmetic, wide, work.hidden_TG, num_rows, sizes.hidden_size,
         vectors_V[padded_hidden : 2 * padded_hidden], sizes.norm_eps, False, normed,
     )  # fmt: skip
     for panel in range(inner // PANEL_COLUMNS):
         multiply_panels(
-            arithmetic, normed, input_row_bytes(arithmetic, padded_hidden), num_rows,
-            panels + panel * 2 * panel_bytes(arithmetic, padded_hidden), padded_hidden, 2,
+            arithmetic, wide, normed, hidden_bytes, num_rows,
+            panels + offsets_M[GATE_UP] + panel * 2 * panel_bytes(arithmetic, wide, padded_hidden),
+            padded_hidden, 2,
             biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
             work.wide_panel,
         )  # fmt: skip
         silu_multiply_panel(
-            arithmetic, gate_up, num_rows,
-            intermediate + panel * input_group_bytes(arithmetic), inner_bytes,
+            arithmetic, narrow, gate_up, num_rows,
+            intermediate + panel * group_bytes(arithmetic, narrow), inner_bytes,
         )  # fmt: skip
     multiply_panels(
-        arithmetic, intermediate, inner_bytes, num_rows,
-        panels + matrix_bytes(arithmetic, padded_hidden, 2 * inner), inner,
+        arithmetic, narrow, intermediate, inner_bytes, num_rows, panels + offsets_M[DOWN], inner,
         padded_hidden // PANEL_COLUMNS, biases + 2 * inner * 4,
         address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
     )  # fmt: skip
@@ -188,29 +196,30 @@ def run_mlp(arithmetic, sizes, heads, weights, layer, num_rows, work):
 def run_head(arithmetic, sizes, weights, inputs, work, outputs):
     """Final norm and head: likeliest tokens of some rows, all logits of others."""
     padded_hidden = work.hidden_TG.shape[1]
-    hidden_bytes = input_row_bytes(arithmetic, padded_hidden)
+    nibbles = weights.head_nibbles
+    hidden_bytes = row_bytes(arithmetic, nibbles, padded_hidden)
     num_panels = weights.head_bias_V.shape[0] // PANEL_COLUMNS
     normed, panels = address(work.normed_T), address(weights.head_panels)
     bias = address(weights.head_bias_V)
     if inputs.num_greedy > 0:
         gather_rows(work.hidden_TG, inputs.greedy_rows_S, inputs.num_greedy, work.sampled_hidden_SG)
         norm_rows(
-            arithmetic, work.sampled_hidden_SG, inputs.num_greedy, sizes.hidden_size,
+            arithmetic, nibbles, work.sampled_hidden_SG, inputs.num_greedy, sizes.hidden_size,
             weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         greedy_tokens(
-            arithmetic, normed, hidden_bytes, inputs.num_greedy, panels, padded_hidden,
+            arithmetic, nibbles, normed, hidden_bytes, inputs.num_greedy, panels, padded_hidden,
             num_panels, bias, work.panel_logits_S, outputs.greedy_tokens_S,
             work.wide_panel,
         )  # fmt: skip
     if inputs.num_logits > 0:
         gather_rows(work.hidden_TG, inputs.logits_rows_S, inputs.num_logits, work.sampled_hidden_SG)
         norm_rows(
-            arithmetic, work.sampled_hidden_SG, inputs.num_logits, sizes.hidden_size,
+            arithmetic, nibbles, work.sampled_hidden_SG, inputs.num_logits, sizes.hidden_size,
             weights.final_norm_G, sizes.norm_eps, sizes.rounds_residual, normed,
         )  # fmt: skip
         multiply_panels(
-            arithmetic, normed, hidden_bytes, inputs.num_logits, panels, padded_hidden,
+            arithmetic, nibbles, normed, hidden_bytes, inputs.num_logits, panels, padded_hidden,
             num_panels, bias, address(outputs.logits_SV), outputs.logits_SV.shape[1] * 4, 0,
             work.wide_panel,
         )  # fmt: skip

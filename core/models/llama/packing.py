@@ -7,7 +7,7 @@ added is zero and stays zero through the whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,18 @@ import numpy.typing as npt
 from core.kernels.arithmetic import GROUP, LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import HeadSizes
 from core.kernels.linear.cpu import pack_panels
+from core.kernels.linear.nibble_panels import pack_nibble_panels
 from core.kernels.memory import aligned_zeros
 from core.kernels.rotary.reference import rotary_frequencies
 from core.models.llama.config import LlamaConfig
-from core.models.llama.model import FloatArray, StageSizes, WordArray
-from core.models.llama.weight_names import LayerWeights
+from core.models.llama.model import OUTPUT, QKV, FloatArray, StageSizes, WordArray
+from core.models.llama.weight_names import LayerReader, Rows
+from core.weights.nibbles import Nibbles
 
 # Rows of the embedding and of the head that are float32 at a time, whole panels.
 VOCABULARY_PART = 64 * PANEL_COLUMNS
+# Parts of the matrices of a layer, by their names in LayerWeights.
+_FIELDS = (("q_PH", "k_KH", "v_KH"), ("o_HP",), ("gate_FH", "up_FH"), ("down_HF",))
 NO_WINDOW = 1 << 40  # more positions than any sequence has
 
 
@@ -65,27 +69,40 @@ class StageLayout:
     def vocabulary(self) -> int:
         return round_up(self.config.vocab_size, PANEL_COLUMNS)
 
-    def matrix_words(self, num_inputs: int, num_columns: int) -> int:
-        """Words of a packed matrix."""
+    def matrix_words(self, num_inputs: int, num_columns: int, *, nibbles: bool) -> int:
+        """Words of a packed matrix, of 4 bits or as the arithmetic has others."""
         num_groups = num_inputs // GROUP * (num_columns // PANEL_COLUMNS)
-        return num_groups * self.arithmetic.weight_group_bytes // 4
+        arithmetic = self.arithmetic if nibbles else self.arithmetic.of_bytes
+        return num_groups * arithmetic.weight_group_bytes // 4
 
     def input_words(self, num_elements: int) -> int:
         """Words of a row of inputs of a product with weights."""
-        return num_elements // GROUP * self.arithmetic.input_group_bytes // 4
+        kinds = (self.arithmetic, self.arithmetic.of_bytes)
+        return num_elements // GROUP * max(kind.input_group_bytes for kind in kinds) // 4
 
     def attention_input_words(self, num_elements: int) -> int:
         """Words of queries, of attention's weights, or of its results."""
         return num_elements * self.arithmetic.unquantised.input_bytes // 4
 
     @property
-    def layer_words(self) -> int:
-        """Words of all packed matrices of a layer."""
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and columns of a layer's matrices, in their order."""
         return (
-            self.matrix_words(self.hidden, self.qkv + 2 * self.intermediate)
-            + self.matrix_words(self.attention, self.hidden)
-            + self.matrix_words(self.intermediate, self.hidden)
+            (self.hidden, self.qkv),
+            (self.attention, self.hidden),
+            (self.hidden, 2 * self.intermediate),
+            (self.intermediate, self.hidden),
         )
+
+    def nibbles_of_layer(self, reader: LayerReader) -> list[bool]:
+        """Which of a layer's matrices are packed as weights of 4 bits: those whose parts all have
+        them. Padded heads would tear the groups of inputs apart."""
+        return [
+            self.arithmetic.has_nibbles
+            and reader.has_nibbles(fields)
+            and (matrix != OUTPUT or self.head_width == self.config.head_dim)
+            for matrix, fields in enumerate(_FIELDS)
+        ]
 
     @property
     def layer_floats(self) -> int:
@@ -120,18 +137,60 @@ class StageLayout:
         )
 
 
+def place_matrices(
+    layout: StageLayout, nibbles_LM: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Where the matrices of all layers begin, in bytes, [L, 4]; and the words of all together."""
+    words_LM = np.array(
+        [
+            [
+                layout.matrix_words(*sizes, nibbles=bool(nibbles))
+                for sizes, nibbles in zip(layout.matrices, nibbles_M, strict=True)
+            ]
+            for nibbles_M in nibbles_LM
+        ],
+        np.int64,
+    ).reshape(nibbles_LM.shape)
+    ends = np.cumsum(words_LM)
+    starts_LM = (ends - words_LM.ravel()).reshape(nibbles_LM.shape)
+    return starts_LM * 4, int(ends[-1]) if ends.size else 0
+
+
 def pack_layer(
-    layout: StageLayout, layer: LayerWeights, panels: WordArray, vectors: FloatArray
+    layout: StageLayout,
+    reader: LayerReader,
+    nibbles_M: Sequence[bool],
+    panels: WordArray,
+    vectors: FloatArray,
 ) -> None:
-    """Packs one layer into its row of `panels_L` and of `vectors_L`, both zero before."""
-    config = layout.config
+    """Packs one layer: its matrices one after the other from the start of `panels` on, and its row
+    of `vectors_L`. Both are zero before."""
     packer = _PanelPacker(layout, panels)
-    qkv = [_pad_heads(rows, config) for rows in (layer.q_PH, layer.k_KH, layer.v_KH)]
-    packer.add(np.concatenate(qkv), layout.hidden, layout.qkv)
-    packer.add(_pad_heads(layer.o_HP.T, config).T, layout.attention, layout.hidden)
-    packer.add_pair(layer.gate_FH, layer.up_FH, layout.hidden, layout.intermediate)
-    packer.add(layer.down_HF, layout.intermediate, layout.hidden)
-    _pack_vectors(layout, layer, vectors)
+    for matrix, (sizes, nibbles) in enumerate(zip(layout.matrices, nibbles_M, strict=True)):
+        if nibbles:
+            packer.add_nibbles(_read_nibbles(layout, reader, matrix), *sizes)
+        else:
+            packer.add(_read_floats(layout, reader, matrix), *sizes)
+    _pack_vectors(layout, reader, vectors)
+
+
+def _read_floats(layout: StageLayout, reader: LayerReader, matrix: int) -> list[FloatArray]:
+    """The parts of a matrix whose panels alternate."""
+    parts = [reader.read(field) for field in _FIELDS[matrix]]
+    if matrix == QKV:
+        return [np.concatenate([_pad_heads(rows, layout.config) for rows in parts])]
+    if matrix == OUTPUT:
+        return [_pad_heads(parts[0].T, layout.config).T]
+    return parts
+
+
+def _read_nibbles(layout: StageLayout, reader: LayerReader, matrix: int) -> list[Nibbles]:
+    """As `_read_floats`."""
+    parts = [reader.read_nibbles(field) for field in _FIELDS[matrix]]
+    if matrix != QKV:
+        return parts
+    padded = [[_pad_heads(rows, layout.config) for rows in part] for part in parts]
+    return [Nibbles(*(np.concatenate(rows) for rows in zip(*padded, strict=True)))]
 
 
 class _PanelPacker:
@@ -144,34 +203,30 @@ class _PanelPacker:
             max(layout.hidden, layout.attention, layout.intermediate), np.float32
         )
 
-    def add(self, weight_NK: FloatArray, num_inputs: int, num_columns: int) -> None:
-        """Packs a matrix with panels side by side."""
-        target = self._take(num_inputs, num_columns)
-        self._pack(weight_NK, num_inputs, target, first=0, step=PANEL_COLUMNS)
+    def add(self, parts_NK: Sequence[FloatArray], num_inputs: int, num_columns: int) -> None:
+        """Packs a matrix of parts whose panels alternate."""
+        target = self._take(num_inputs, num_columns, nibbles=False)
+        for number, part_NK in enumerate(parts_NK):
+            pack_panels(
+                self._layout.arithmetic.of_bytes,
+                _for_kernel(part_NK),
+                num_inputs,
+                target,
+                number * PANEL_COLUMNS,
+                len(parts_NK) * PANEL_COLUMNS,
+                self._scratch,
+            )
 
-    def add_pair(self, a_NK: FloatArray, b_NK: FloatArray, num_inputs: int, size: int) -> None:
-        """Packs two matrices with alternating panels."""
-        target = self._take(num_inputs, 2 * size)
-        self._pack(a_NK, num_inputs, target, first=0, step=2 * PANEL_COLUMNS)
-        self._pack(b_NK, num_inputs, target, first=PANEL_COLUMNS, step=2 * PANEL_COLUMNS)
+    def add_nibbles(self, parts: Sequence[Nibbles], num_inputs: int, num_columns: int) -> None:
+        """As `add`."""
+        target = self._take(num_inputs, num_columns, nibbles=True)
+        for number, part in enumerate(parts):
+            pack_nibble_panels(*part, num_inputs, target, first=number, step=len(parts))
 
-    def _take(self, num_inputs: int, num_columns: int) -> WordArray:
-        size = self._layout.matrix_words(num_inputs, num_columns)
+    def _take(self, num_inputs: int, num_columns: int, *, nibbles: bool) -> WordArray:
+        size = self._layout.matrix_words(num_inputs, num_columns, nibbles=nibbles)
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
-
-    def _pack(
-        self, weight_NK: FloatArray, num_inputs: int, target: WordArray, *, first: int, step: int
-    ) -> None:
-        pack_panels(
-            self._layout.arithmetic,
-            _for_kernel(weight_NK),
-            num_inputs,
-            target,
-            first,
-            step,
-            self._scratch,
-        )
 
 
 def _for_kernel(array: FloatArray) -> FloatArray:
@@ -180,7 +235,7 @@ def _for_kernel(array: FloatArray) -> FloatArray:
     return array if array.flags.writeable else array.copy()
 
 
-def _pad_heads(rows: FloatArray, config: LlamaConfig) -> FloatArray:
+def _pad_heads(rows: Rows, config: LlamaConfig) -> Rows:
     """Gives every head, along the first axis, its padded width."""
     width = round_up(config.head_dim, LANES)
     if width == config.head_dim:
@@ -190,22 +245,22 @@ def _pad_heads(rows: FloatArray, config: LlamaConfig) -> FloatArray:
     return np.pad(heads, padding).reshape(-1, *rows.shape[1:])
 
 
-def _pack_vectors(layout: StageLayout, layer: LayerWeights, vectors: FloatArray) -> None:
+def _pack_vectors(layout: StageLayout, reader: LayerReader, vectors: FloatArray) -> None:
     config = layout.config
-    qkv_bias = [
-        _pad_heads(bias, config)
-        for bias in (layer.q_bias_P, layer.k_bias_K, layer.v_bias_K)
-        if bias is not None
-    ]
+    found = [reader.find(field) for field in ("q_bias_P", "k_bias_K", "v_bias_K")]
+    qkv_bias = [_pad_heads(bias, config) for bias in found if bias is not None]
     parts: list[tuple[FloatArray | None, int]] = [
-        (layer.attention_norm_H, layout.hidden),
-        (layer.mlp_norm_H, layout.hidden),
-        (layer.q_norm_D, layout.head_width),
-        (layer.k_norm_D, layout.head_width),
+        (reader.find("attention_norm_H"), layout.hidden),
+        (reader.find("mlp_norm_H"), layout.hidden),
+        (reader.find("q_norm_D"), layout.head_width),
+        (reader.find("k_norm_D"), layout.head_width),
         (np.concatenate(qkv_bias) if qkv_bias else None, layout.qkv),
-        (layer.o_bias_H, layout.hidden),
-        (_alternate(layer.gate_bias_F, layer.up_bias_F, layout), 2 * layout.intermediate),
-        (layer.down_bias_H, layout.hidden),
+        (reader.find("o_bias_H"), layout.hidden),
+        (
+            _alternate(reader.find("gate_bias_F"), reader.find("up_bias_F"), layout),
+            2 * layout.intermediate,
+        ),
+        (reader.find("down_bias_H"), layout.hidden),
     ]
     start = 0
     for part, size in parts:
@@ -230,11 +285,23 @@ def _alternate(
 
 def pack_head(layout: StageLayout, parts_VH: Iterable[FloatArray]) -> WordArray:
     """Packs the head from parts of VOCABULARY_PART rows; the last may have fewer."""
-    panels = aligned_zeros((layout.matrix_words(layout.hidden, layout.vocabulary),), np.uint32)
+    panels = _head_panels(layout, nibbles=False)
     packer = _PanelPacker(layout, panels)
     for part_VH in parts_VH:
-        packer.add(part_VH, layout.hidden, round_up(len(part_VH), PANEL_COLUMNS))
+        packer.add([part_VH], layout.hidden, round_up(len(part_VH), PANEL_COLUMNS))
     return panels
+
+
+def pack_head_nibbles(layout: StageLayout, head: Nibbles) -> WordArray:
+    """Packs a head of 4 bits."""
+    panels = _head_panels(layout, nibbles=True)
+    _PanelPacker(layout, panels).add_nibbles([head], layout.hidden, layout.vocabulary)
+    return panels
+
+
+def _head_panels(layout: StageLayout, *, nibbles: bool) -> WordArray:
+    num_words = layout.matrix_words(layout.hidden, layout.vocabulary, nibbles=nibbles)
+    return aligned_zeros((num_words,), np.uint32)
 
 
 def head_bias(layout: StageLayout) -> FloatArray:
@@ -265,7 +332,7 @@ def to_elements(arithmetic: Arithmetic, floats: FloatArray) -> npt.NDArray[Any]:
 
 
 def pack_embedding(layout: StageLayout, parts_VH: Iterable[FloatArray]) -> npt.NDArray[Any]:
-    """The embedding in the number format (int8: in bf16), rows padded; from parts in order."""
+    """The embedding, of integer formats in bf16, rows padded; from parts in order."""
     shape = (layout.config.vocab_size, layout.hidden)
     packed_VG = aligned_zeros(shape, element_type(layout.arithmetic))
     first = 0

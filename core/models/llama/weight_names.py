@@ -6,9 +6,10 @@ K rows of all key-value heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,13 @@ import numpy.typing as npt
 from core.errors import CorruptWeights
 from core.models.llama.config import LlamaConfig
 from core.weights.checkpoint import Checkpoint
+from core.weights.gguf import GgufCheckpoint
+from core.weights.nibbles import Nibbles
 
 Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]
+# Matrices of a layer, by their fields in LayerWeights.
+MATRIX_FIELDS = ("q_PH", "k_KH", "v_KH", "o_HP", "gate_FH", "up_FH", "down_HF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +161,51 @@ _NAMINGS = {
 
 def read_layer(checkpoint: Checkpoint, config: LlamaConfig, layer: int) -> LayerWeights:
     """Reads one layer; touches no other bytes. Raises CorruptWeights."""
-    assert 0 <= layer < config.num_layers
-    names = _NAMINGS[checkpoint.format].layer
-    arrays: dict[str, Array | None] = dict.fromkeys(LayerWeights.__dataclass_fields__)
-    for field, shape in _layer_shapes(config).items():
-        arrays[field] = _read(checkpoint, names[field].format(layer=layer), shape)
-    if _interleaves_heads(checkpoint, config):
-        for field, num_heads in _rotated_fields(config):
-            rows = arrays[field]
-            if rows is not None:
-                arrays[field] = split_halves(rows, num_heads=num_heads)
-    return LayerWeights(**arrays)  # type: ignore[arg-type]  # required fields are all in _layer_shapes
+    reader = LayerReader(checkpoint, config, layer)
+    arrays = {field: reader.find(field) for field in LayerWeights.__dataclass_fields__}
+    return LayerWeights(**arrays)  # type: ignore[arg-type]  # required fields are all found
+
+
+class LayerReader:
+    """Reads a layer field by field, by the names of LayerWeights; touches no other bytes.
+
+    All methods raise CorruptWeights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, layer: int) -> None:
+        assert 0 <= layer < config.num_layers
+        self._checkpoint = checkpoint
+        self._names = {
+            field: name.format(layer=layer)
+            for field, name in _NAMINGS[checkpoint.format].layer.items()
+        }
+        self._shapes = _layer_shapes(config)
+        self._heads = _rotated_fields(config) if _interleaves_heads(checkpoint, config) else {}
+
+    def find(self, field: str) -> Array | None:
+        """As LayerWeights has the field; None where a model of this config has none."""
+        return self.read(field) if field in self._shapes else None
+
+    def read(self, field: str) -> Array:
+        """A field that the model has."""
+        rows = _read(self._checkpoint, self._names[field], self._shapes[field])
+        return self._in_order(field, rows)
+
+    def has_nibbles(self, fields: Sequence[str]) -> bool:
+        """Whether all of these matrices have weights of 4 bits."""
+        for field in fields:
+            _check(self._checkpoint, self._names[field], self._shapes[field])
+        return all(_has_nibbles(self._checkpoint, self._names[field]) for field in fields)
+
+    def read_nibbles(self, field: str) -> Nibbles:
+        """A matrix for which `has_nibbles`."""
+        num_rows = self._shapes[field][0]
+        nibbles = _read_nibbles(self._checkpoint, self._names[field], num_rows)
+        return Nibbles(*(self._in_order(field, array) for array in nibbles))
+
+    def _in_order(self, field: str, rows: Rows) -> Rows:
+        num_heads = self._heads.get(field)
+        return rows if num_heads is None else split_halves(rows, num_heads=num_heads)
 
 
 def read_embedding(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
@@ -176,11 +216,10 @@ def read_embedding(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
 
 def read_head(checkpoint: Checkpoint, config: LlamaConfig) -> HeadWeights:
     """Reads the final norm and the head. Raises CorruptWeights."""
-    naming = _NAMINGS[checkpoint.format]
-    head = naming.embedding if config.tied_head else naming.head
+    shape = (config.vocab_size, config.hidden_size)
     return HeadWeights(
         final_norm_H=read_final_norm(checkpoint, config),
-        head_VH=_read(checkpoint, head, (config.vocab_size, config.hidden_size)),
+        head_VH=_read(checkpoint, _head_name(checkpoint, config), shape),
     )
 
 
@@ -193,10 +232,26 @@ def read_embedding_rows(
 
 def read_head_rows(checkpoint: Checkpoint, config: LlamaConfig, *, count: int) -> Iterator[Array]:
     """The head as `read_head` reads it, at most `count` rows at a time."""
-    naming = _NAMINGS[checkpoint.format]
-    return _read_rows(
-        checkpoint, config, naming.embedding if config.tied_head else naming.head, count
-    )
+    return _read_rows(checkpoint, config, _head_name(checkpoint, config), count)
+
+
+def head_has_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> bool:
+    """Whether the weights of the head have 4 bits in the file."""
+    return _has_nibbles(checkpoint, _head_name(checkpoint, config))
+
+
+def read_head_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> Nibbles:
+    """The head, where `head_has_nibbles`. Raises CorruptWeights."""
+    name = _head_name(checkpoint, config)
+    _check(checkpoint, name, (config.vocab_size, config.hidden_size))
+    return _read_nibbles(checkpoint, name, config.vocab_size)
+
+
+def has_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> bool:
+    """Whether the weights of any matrix of the layers have 4 bits in the file. Reads headers only;
+    raises CorruptWeights."""
+    readers = (LayerReader(checkpoint, config, layer) for layer in range(config.num_layers))
+    return any(reader.has_nibbles([field]) for reader in readers for field in MATRIX_FIELDS)
 
 
 def read_final_norm(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
@@ -211,7 +266,7 @@ def model_sizes(checkpoint: Checkpoint, config: LlamaConfig) -> ModelSizes:
     """
     naming = _NAMINGS[checkpoint.format]
     embedding_shape = (config.vocab_size, config.hidden_size)
-    head = naming.embedding if config.tied_head else naming.head
+    head = _head_name(checkpoint, config)
     return ModelSizes(
         layers=tuple(
             _part_size(
@@ -230,7 +285,7 @@ def model_sizes(checkpoint: Checkpoint, config: LlamaConfig) -> ModelSizes:
     )
 
 
-def split_halves(rows: Array, *, num_heads: int) -> Array:
+def split_halves(rows: Rows, *, num_heads: int) -> Rows:
     """Reorders the rows of q or k (weight [P, H] or bias [P]) from interleaved pairs to halves.
 
     In the interleaved order (Llama's original code, llama2.c, GGUF's "llama") rows 2i and
@@ -247,13 +302,14 @@ def _interleaves_heads(checkpoint: Checkpoint, config: LlamaConfig) -> bool:
     )
 
 
-def _rotated_fields(config: LlamaConfig) -> list[tuple[str, int]]:
-    return [
-        ("q_PH", config.num_heads),
-        ("q_bias_P", config.num_heads),
-        ("k_KH", config.num_kv_heads),
-        ("k_bias_K", config.num_kv_heads),
-    ]
+def _rotated_fields(config: LlamaConfig) -> dict[str, int]:
+    """Fields whose rows rotate, with their numbers of heads."""
+    return {
+        "q_PH": config.num_heads,
+        "q_bias_P": config.num_heads,
+        "k_KH": config.num_kv_heads,
+        "k_bias_K": config.num_kv_heads,
+    }
 
 
 def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -280,6 +336,20 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if config.mlp_bias:
         shapes |= {"gate_bias_F": (inner,), "up_bias_F": (inner,), "down_bias_H": (hidden,)}
     return shapes
+
+
+def _head_name(checkpoint: Checkpoint, config: LlamaConfig) -> str:
+    naming = _NAMINGS[checkpoint.format]
+    return naming.embedding if config.tied_head else naming.head
+
+
+def _has_nibbles(checkpoint: Checkpoint, name: str) -> bool:
+    return isinstance(checkpoint, GgufCheckpoint) and checkpoint.has_nibbles(name)
+
+
+def _read_nibbles(checkpoint: Checkpoint, name: str, num_rows: int) -> Nibbles:
+    assert isinstance(checkpoint, GgufCheckpoint)
+    return checkpoint.read_nibbles(name, first=0, count=num_rows)
 
 
 def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core.engine.engine import Engine
 from core.pipeline.batch import MicroBatch
 from core.sampling.parameters import SamplingParameters
-from tests.core.engine.conftest import OpenModel
+from tests.core.engine.conftest import NIBBLE_MODELS, OpenModel
 from tests.support.chain import Chain, Run
 
 GREEDY = SamplingParameters(max_tokens=8, temperature=0.0)
@@ -70,11 +70,15 @@ def compute(
     return np.concatenate(parts)
 
 
+NAMES = ("llama-odd-sizes", "mistral", "qwen3-many-queries")
+FORMATS = (("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16"))
+
+
 @pytest.mark.parametrize(
-    ("number_format", "wire"),
-    [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")],
+    ("name", "number_format", "wire"),
+    [(name, *one) for name in NAMES for one in FORMATS]
+    + [(name, "int4", wire) for name in NIBBLE_MODELS for wire in ("f32", "bf16")],
 )
-@pytest.mark.parametrize("name", ["llama-odd-sizes", "mistral", "qwen3-many-queries"])
 def test_logits_do_not_depend_on_companions_chunks_splits_or_blocks(
     name: str, number_format: str, wire: str, open_model: OpenOne
 ) -> None:
@@ -92,11 +96,14 @@ def test_logits_do_not_depend_on_companions_chunks_splits_or_blocks(
     holds()
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "number_format"),
+    [("mistral", "fp32"), ("mistral", "bf16"), ("mistral", "int8"), ("llama-mixed", "int4")],
+)
 def test_a_preempted_sequence_computes_the_same_again(
-    number_format: str, open_model: OpenOne
+    name: str, number_format: str, open_model: OpenOne
 ) -> None:
-    chain = open_model("mistral").chain(num_stages=2, number_format=number_format)
+    chain = open_model(name).chain(num_stages=2, number_format=number_format)
     expected = compute(chain, [(len(SEQUENCE), [])], seed=0)
     chain.start(5, GREEDY)
     run_logits(chain, [Run(5, SEQUENCE[:41], num_samples=0)], slot=5)
@@ -108,11 +115,15 @@ def test_a_preempted_sequence_computes_the_same_again(
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "number_format"),
+    [("llama-odd-sizes", number_format) for number_format in ("fp32", "bf16", "int8")]
+    + [("llama-nibbles", "int4"), ("llama-mixed", "int4")],
+)
 def test_greedy_tokens_are_the_arg_max_of_the_logits(
-    number_format: str, open_model: OpenOne
+    name: str, number_format: str, open_model: OpenOne
 ) -> None:
-    chain = open_model("llama-odd-sizes").chain(num_stages=1, number_format=number_format)
+    chain = open_model(name).chain(num_stages=1, number_format=number_format)
     logits = compute(chain, [(len(SEQUENCE), [])], seed=0)
     chain.start(0, GREEDY)
     tokens = [chain.step([Run(0, [token])])[0] for token in SEQUENCE]

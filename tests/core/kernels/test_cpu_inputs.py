@@ -1,4 +1,4 @@
-"""Inputs of int8 products against numpy, to the bit."""
+"""Inputs of int8 and int4 products against numpy, to the bit."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from core.kernels.norm.reference import rms_norm
 from tests.support.arithmetics import (
     inputs_to_floats,
     integer_arithmetics,
+    nibble_arithmetics,
     rounded,
     to_inputs,
 )
 
-each_arithmetic = pytest.mark.parametrize("arithmetic", integer_arithmetics(), ids=lambda a: a.name)
+each_arithmetic = pytest.mark.parametrize(
+    "arithmetic", integer_arithmetics() + nibble_arithmetics(), ids=lambda a: a.name
+)
 
 
 def quantised(arithmetic: Arithmetic, rows_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:

@@ -19,6 +19,7 @@ from services.local.memory import (
     choose_kv_blocks,
     packing_bytes,
 )
+from services.local.number_format import automatic_formats
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import free_ports
 from services.local.prepare import prepare, read_model
@@ -133,6 +134,9 @@ def test_weights_are_counted_in_the_number_format() -> None:
     embedding = 2 * 49152 * 576
     int8 = (weights("bf16") - embedding) / 2 * (1 + 4 / 64) + embedding
     assert weights("int8") == pytest.approx(int8)
+    head = (1 + 4 / 64) * 49152 * 576
+    int4 = (int8 - embedding - head) / (1 + 4 / 64) * (1 / 2 + 4 / 32) + embedding + head
+    assert weights("int4") == pytest.approx(int4)
     # 134.5 M parameters; the head is a second copy of the embedding it is tied to.
     assert weights("bf16") == pytest.approx(2 * (134.5e6 + 49152 * 576), rel=0.01)
 
@@ -275,6 +279,21 @@ def test_auto_is_int8_where_the_file_is_quantised(
     path = write_gguf(tmp_path / "tiny.gguf", TinyModel(), block_type=kind)
     assert read_model(path, dtype="auto").number_format == number_format
     assert read_model(path, dtype="fp32").number_format == "fp32"
+
+
+@pytest.mark.parametrize("block_type", ["Q4_0", "Q4_1"])
+def test_auto_takes_4_bits_where_they_are_faster_than_8(block_type: str, tmp_path: Path) -> None:
+    kind = GGMLQuantizationType[block_type]
+    path = write_gguf(tmp_path / "tiny.gguf", TinyModel(), block_type=kind)
+    assert read_model(path, dtype="auto").number_format == automatic_formats()[0]
+    assert read_model(path, dtype="int4").number_format == "int4"
+
+
+def test_int4_is_refused_where_the_file_has_no_weights_of_4_bits(tmp_path: Path) -> None:
+    kind = GGMLQuantizationType.Q8_0
+    path = write_gguf(tmp_path / "tiny.gguf", TinyModel(), block_type=kind)
+    with pytest.raises(InvalidInput, match="no blocks of Q4_0"):
+        read_model(path, dtype="int4")
 
 
 def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
