@@ -11,6 +11,7 @@ from core.errors import NotFound, Unavailable
 from services.common.health import HealthService
 
 _LOG = logging.getLogger(__name__)
+_STARTING_RETRY_S = 2.0
 
 
 class MeshView:
@@ -28,8 +29,9 @@ class MeshView:
         self._health_names: set[str] = {""}
 
     async def update(self, mesh: coordinator_pb2.MeshState | None) -> None:
-        """Takes a new state; None: the coordinator is away."""
-        if mesh is not None:
+        """Takes a new state; None: the coordinator is away. One without a model's name: no stage
+        has told it yet what it holds."""
+        if mesh is not None and mesh.model.name:
             self._model = self._own(mesh.model)
         elif self._model is not None:
             self._model.ready = False
@@ -49,10 +51,10 @@ class MeshView:
     def model(self, name: str) -> generation_pb2.Model:
         """Returns the model of that name; an empty name means the only one.
 
-        Raises NotFound, or Unavailable while the coordinator has not told yet.
+        Raises NotFound, or Unavailable while nobody has told yet.
         """
         if self._model is None:
-            raise Unavailable("the coordinator cannot be reached yet")
+            raise Unavailable("the mesh is still starting", retry_after_s=_STARTING_RETRY_S)
         if name not in ("", self._model.name):
             message = f"there is no model {name!r}; served: {self._model.name!r}"
             raise NotFound(message, field="model")

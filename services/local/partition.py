@@ -9,6 +9,7 @@ from core.pipeline.plan import PipelinePlan
 from services.local.memory import POSITIONS_PER_BLOCK
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+_WIRE_ELEMENT_BYTES = 4  # a local mesh sends float32, whatever it computes with
 # A byte, and a float32 scale for 64 of them.
 _INT8_WEIGHT_BYTES = 1 + 4 / 64
 # 4 bits, and a float16 scale and minimum for 32 of them. Matrices that have more bits in the file
@@ -39,13 +40,10 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     )
 
 
-def stage_block_bytes(
-    config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts, *, number_format: str
-) -> list[int]:
+def stage_block_bytes(config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts) -> list[int]:
     """Bytes of one KV block in each stage; all but the last keep the rows beside it that they
     sent."""
-    element_bytes = _ELEMENT_BYTES["bf16" if number_format == "int8" else number_format]
-    sent_bytes = POSITIONS_PER_BLOCK * config.hidden_size * element_bytes
+    sent_bytes = POSITIONS_PER_BLOCK * config.hidden_size * _WIRE_ELEMENT_BYTES
     return [
         sum(costs.kv_block_bytes[part.first_layer : part.end_layer])
         + (0 if part.is_last else sent_bytes)

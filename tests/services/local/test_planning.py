@@ -221,9 +221,9 @@ def test_more_replicas_leave_each_a_smaller_cache(lay: Lay) -> None:
 def test_the_rows_that_a_stage_sent_take_room_beside_its_cache() -> None:
     plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2)
     costs = model_costs(SMOLLM2, number_format="bf16")
-    first, last = stage_block_bytes(SMOLLM2, plan, costs, number_format="bf16")
+    first, last = stage_block_bytes(SMOLLM2, plan, costs)
     layer = 16 * 2 * 192 * 2
-    assert (first, last) == (18 * layer + 16 * 576 * 2, 12 * layer)
+    assert (first, last) == (18 * layer + 16 * 576 * 4, 12 * layer)
 
 
 def test_a_layout_changes_by_replicas(lay: Lay) -> None:
