@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
 
+from services.common.channels import PING_INTERVAL_MS
 from tests.support.fake_engine import EOS, VOCAB_SIZE
 from tests.support.fake_session import FakeSession
 
@@ -56,7 +57,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         return self.index == self.num_stages - 1
 
     async def start(self, port: int = 0) -> None:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        welcomed = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), welcomed])
         stage_pb2_grpc.add_StageServiceServicer_to_server(self, self._server)
         bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.address = f"127.0.0.1:{bound}"
