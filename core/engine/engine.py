@@ -134,6 +134,8 @@ class Engine:
                 self._sampler.start(
                     start.slot, sampling, start.known_token_ids, start.num_prompt_tokens
                 )
+        for slot, position in zip(updates.rewind_slots, updates.rewind_positions, strict=True):
+            self._sampler.rewind(slot, position)
 
     def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
         """Applies the batch's updates and computes it, or returns what is to be sent again.

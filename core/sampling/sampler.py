@@ -44,6 +44,9 @@ class Sampler:
         self._history_ids_NM = np.zeros((num_slots, 0), np.int32)
         self._history_counts_NM = np.zeros((num_slots, 0), np.int32)
         self._history_lengths_N = np.full(num_slots, NO_HISTORY, np.int32)
+        # Where penalties count them: the tokens drawn since the start, with their positions.
+        self._drawn_of: dict[int, list[tuple[int, int]]] = {}
+        self._num_known_N = np.zeros(num_slots, np.int32)  # distinct tokens at the start
         self._warm_up()
 
     def start(
@@ -68,13 +71,22 @@ class Sampler:
         num_logprobs = parameters.logprobs
         self._num_logprobs_N[slot] = NO_LOGPROBS if num_logprobs is None else num_logprobs
         self._history_lengths_N[slot] = NO_HISTORY
+        self._drawn_of.pop(slot, None)
         if parameters.has_penalties:
+            self._drawn_of[slot] = []
             self._remember(slot, np.asarray(known_token_ids, np.int32), num_prompt_tokens)
 
     def end(self, slot: int) -> None:
         """Forgets the sequence in a slot."""
+        self._drawn_of.pop(slot, None)
         self._history_lengths_N[slot] = NO_HISTORY
         self._num_logprobs_N[slot] = NO_LOGPROBS
+
+    def rewind(self, slot: int, position: int) -> None:
+        """Takes back the tokens drawn for positions behind this one: they are to be drawn again."""
+        drawn = self._drawn_of.get(slot, [])
+        while drawn and drawn[-1][0] > position:
+            self._uncount(slot, drawn.pop()[1])
 
     def sample(
         self,
@@ -110,6 +122,9 @@ class Sampler:
             token_ids_S,
         )
         token_ids: list[int] = token_ids_S.tolist()
+        for index in np.flatnonzero(self._history_lengths_N[slots] != NO_HISTORY):
+            drawn = self._drawn_of[int(slots[index])]
+            drawn.append((int(positions[index]), token_ids[index]))
         num_logprobs_S = self._num_logprobs_N[slots]
         if not (num_logprobs_S >= 0).any():
             return token_ids, ()
@@ -131,7 +146,19 @@ class Sampler:
         self._history_counts_NM[slot, : len(distinct)] = np.bincount(
             generated, minlength=len(distinct)
         )
-        self._history_lengths_N[slot] = len(distinct)
+        self._history_lengths_N[slot] = self._num_known_N[slot] = len(distinct)
+
+    def _uncount(self, slot: int, token_id: int) -> None:
+        """Undoes the latest counting of a token.
+
+        Tokens that were not known at the start stand behind those that were, in the order in which
+        they first came: one that is left uncounted is the last.
+        """
+        length = self._history_lengths_N[slot]
+        index = int(np.flatnonzero(self._history_ids_NM[slot, :length] == token_id)[0])
+        self._history_counts_NM[slot, index] -= 1
+        if index >= self._num_known_N[slot] and not self._history_counts_NM[slot, index]:
+            self._history_lengths_N[slot] = length - 1
 
     def _reserve(self, length: int) -> None:
         """Makes room for histories of `length` tokens. Without penalties none is ever needed."""

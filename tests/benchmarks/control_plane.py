@@ -26,7 +26,7 @@ from services.cli.console import out as console
 from services.common.channels import open_channel
 from services.local.ports import HOST, free_ports
 from services.local.run_folder import record_process
-from tests.benchmarks.measurements import Bench, Plan
+from tests.benchmarks.measurements import Plan, mesh_bench
 from tests.benchmarks.report import Figures, latency_table, process_table
 from tests.benchmarks.systems import System
 from tests.support.local_mesh import ROOT
@@ -45,7 +45,7 @@ def main(
     plan = Plan(streams=counts, seconds=seconds, requests=None, open_loop_seconds=0.0)
     with _started() as system:
         figures = asyncio.run(_measured(system, plan))
-    console.print(latency_table(figures))
+    console.print(latency_table(figures, number_format="none"))
     console.print(process_table(figures))
 
 
@@ -75,19 +75,19 @@ def _started() -> Iterator[System]:
 
 async def _measured(system: System, plan: Plan) -> list[Figures]:
     async with open_channel(system.address) as channel:
-        model = await _until_ready(channel)
-        bench = Bench(system=system, channel=channel, model=model, plan=plan)
-        return [await bench.closed(num_streams) for num_streams in plan.streams]
+        await _until_ready(channel)
+        bench = await mesh_bench(system, channel)
+        return [await bench.closed(num_streams, plan) for num_streams in plan.streams]
 
 
-async def _until_ready(channel: grpc.aio.Channel) -> pb.Model:
+async def _until_ready(channel: grpc.aio.Channel) -> None:
     stub = GenerationServiceStub(channel)
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
             request = pb.ListModelsRequest()
             listed = await stub.ListModels(request, wait_for_ready=True, timeout=READY_TIMEOUT_S)
             if listed.models and listed.models[0].ready:
-                return listed.models[0]
+                return
             await asyncio.sleep(0.05)
 
 
@@ -101,8 +101,10 @@ def _running(module: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.PIPE,
     )
     with process:
-        yield process
-        process.terminate()
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 if __name__ == "__main__":

@@ -283,3 +283,15 @@ def test_layers_that_the_model_lacks_are_refused(open_model: OpenOne, first: int
 def test_settings_that_make_no_sense_are_refused(option: str, value: object) -> None:
     with pytest.raises(InvalidInput, match=option):
         replace(SETTINGS, **{option: value})
+
+
+def test_a_token_that_is_drawn_again_after_a_rewind_does_not_count_itself(engine: Engine) -> None:
+    penalised = replace(GREEDY, presence_penalty=100.0)
+    begin = SequenceStart(slot=2, request_id=2, sampling=penalised, known_token_ids=(1, 2))
+    engine.apply(SequenceUpdates(starts=(begin,), block_slots=(2,), block_ids=(1,)))
+    usual = engine.step(make_batch([2], [0], [2]), None).sampled
+    again = SequenceUpdates(rewind_slots=(2,), rewind_positions=(0,))
+    assert usual is not None
+    repeated = engine.step(make_batch([2], [0], [2], updates=again), None).sampled
+    assert repeated is not None
+    assert repeated.token_ids == usual.token_ids

@@ -126,6 +126,39 @@ def test_a_sequence_that_starts_again_with_its_tokens_goes_on_alike() -> None:
     assert generate(second, half, 40) == generate(whole, prompt, 40)
 
 
+@pytest.mark.parametrize("num_taken_back", [1, 2, 9])
+def test_tokens_that_are_taken_back_are_drawn_again_as_they_were(num_taken_back: int) -> None:
+    """A micro-batch whose answer was lost on the way is computed once more."""
+    parameters = replace(PLAIN, frequency_penalty=0.5, repetition_penalty=1.3, seed=3)
+    prompt = [1, 2, 3]
+    sampler = Sampler(12, 1)  # so few tokens that some are drawn several times
+    sampler.start(0, parameters, prompt, len(prompt))
+
+    def draw(known: list[int], until: int) -> list[int]:
+        while len(known) < until:
+            logits = random_logits(1, 12, seed=len(known))
+            known = known + sampler.sample(logits, indices(0), indices(len(known)))[0]
+        return known
+
+    usual = draw(prompt, 20)
+    left = usual[: 20 - num_taken_back]
+    sampler.rewind(0, len(left) - 1)
+    assert draw(left, 20) == usual
+    assert draw(usual, 30)[20:] == draw_anew(parameters, usual, until=30)
+
+
+def draw_anew(parameters: SamplingParameters, known: list[int], *, until: int) -> list[int]:
+    """What a sampler draws that never saw anything else."""
+    sampler = Sampler(12, 1)
+    sampler.start(0, parameters, known, 3)
+    drawn: list[int] = []
+    while len(known) + len(drawn) < until:
+        position = len(known) + len(drawn)
+        logits = random_logits(1, 12, seed=position)
+        drawn += sampler.sample(logits, indices(0), indices(position))[0]
+    return drawn
+
+
 def test_a_slot_that_is_used_again_forgets_the_sequence_before() -> None:
     used, fresh = Sampler(20, 1), Sampler(20, 1)
     used.start(0, replace(PLAIN, frequency_penalty=2.0, logprobs=3), [1, 2], 1)
