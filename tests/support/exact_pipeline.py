@@ -63,6 +63,7 @@ class ExactPipeline:
     def __init__(
         self,
         *num_replicas_S: int,
+        num_stages: int = 0,
         num_kv_blocks: int = 64,
         block_size: int = 4,
         max_rows: int = 64,
@@ -80,7 +81,7 @@ class ExactPipeline:
         self.next_token = next_token
         self.num_kv_blocks = num_kv_blocks
         self.max_rows = max_rows
-        self.num_stages = len(num_replicas_S)
+        self.num_stages = num_stages or len(num_replicas_S)
         self.exact = ExactReplicas(
             num_stages=self.num_stages, block_size=block_size, next_token=next_token
         )
@@ -112,7 +113,7 @@ class ExactPipeline:
         """Opens a replica, linked with all of the neighbouring stages."""
         self._num_opened += 1
         replica_id = self._num_opened
-        blocks = (num_kv_blocks or self.num_kv_blocks) + stage
+        blocks = num_kv_blocks or self.num_kv_blocks + stage
         self.exact.add(replica_id, stage_index=stage, num_kv_blocks=blocks, weights=weights)
         facts = ReplicaFacts(
             num_kv_blocks=blocks, max_rows=self.max_rows, weights=weights, is_spare=is_spare
@@ -157,6 +158,14 @@ class ExactPipeline:
 
     def ask(self, prompt: Sequence[int], *, max_tokens: int = 4, **fields: Any) -> int:
         """A new request; `fields` are of the event, or of its sampling."""
+        event = self.request(prompt, max_tokens=max_tokens, **fields)
+        self.handle(event)
+        return event.request_id
+
+    def request(
+        self, prompt: Sequence[int], *, max_tokens: int = 4, **fields: Any
+    ) -> RequestArrived:
+        """The event of a new request."""
         request_id = len(self.asked)
         num_before = fields.get("num_output_tokens", 0)
         own = prompt[: len(prompt) - num_before]
@@ -164,12 +173,9 @@ class ExactPipeline:
         of_event = ("deadline_s", "cache_salt", "tenant", "priority", "num_output_tokens")
         event_fields = {name: fields.pop(name) for name in of_event if name in fields}
         sampling = SamplingParameters(max_tokens=max_tokens, ignore_eos=True, **fields)
-        self.handle(
-            RequestArrived(
-                request_id=request_id, token_ids=list(prompt), sampling=sampling, **event_fields
-            )
+        return RequestArrived(
+            request_id=request_id, token_ids=list(prompt), sampling=sampling, **event_fields
         )
-        return request_id
 
     @property
     def open_requests(self) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from core.errors import DeadlineExceeded
 from core.pipeline.actions import (
     Action,
-    DropPipeline,
+    DropReplica,
     EmitTokens,
     FinishReason,
     Refuse,
@@ -19,17 +19,20 @@ from core.pipeline.batch import PositionLogprobs
 from core.pipeline.batch_time import Coefficients
 from core.pipeline.events import (
     Event,
+    LinkReady,
     PipelineFacts,
-    PipelineReady,
+    PipelineKnown,
+    ReplicaFacts,
+    ReplicaReady,
     RequestArrived,
     RequestCancelled,
-    StageFacts,
     Tick,
     TokensSampled,
 )
 from core.pipeline.policy import PolicySettings
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from core.pipeline.waiting import WaitingQueue
 from core.sampling.parameters import SamplingParameters
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 1, 2]
@@ -58,13 +61,26 @@ class Line:
         )
         self.now_s = 0.0
         facts = PipelineFacts(
-            stages=(StageFacts(num_kv_blocks=num_kv_blocks, max_rows=64),) * 2,
+            num_stages=2,
             num_slots=4,
             context_length=1000,
             kv_block_size=4,
             eos_token_ids=(0,),
         )
-        self.handle(PipelineReady(facts=facts))
+        self.handle(PipelineKnown(facts=facts))
+        of_replica = ReplicaFacts(num_kv_blocks=num_kv_blocks, max_rows=64)
+        for stage in (0, 1):
+            self.handle(ReplicaReady(replica_id=stage, stage_index=stage, facts=of_replica))
+        self.handle(LinkReady(upstream_id=0, downstream_id=1))
+
+    @property
+    def queue(self) -> WaitingQueue:
+        assert self.scheduler._pipeline is not None
+        return self.scheduler._pipeline.admission.queue
+
+    @property
+    def blocks_used(self) -> list[int]:
+        return [self.scheduler.kv_blocks_used(replica_id) for replica_id in (0, 1)]
 
     def handle(self, event: Event) -> list[Action]:
         self.now_s += 0.001
@@ -141,7 +157,7 @@ def test_tokens_beyond_the_end_of_sequence_are_neither_shown_nor_billed() -> Non
     assert news.finish_reason is FinishReason.STOP
     assert news.usage is not None
     assert news.usage.completion_tokens == 3
-    assert line.scheduler.kv_blocks_used_S == [0, 0]
+    assert line.blocks_used == [0, 0]
 
 
 def test_a_stop_token_among_the_guesses_ends_the_answer() -> None:
@@ -175,7 +191,7 @@ def test_a_cancelled_request_takes_nothing_from_its_guesses() -> None:
     line.handle(RequestCancelled(request_id=1))
     actions = line.sample(batch, [4, 5, 6, 7, 8])
     assert not any(isinstance(action, EmitTokens | RunMicroBatch) for action in actions)
-    assert line.scheduler.kv_blocks_used_S == [0, 0]
+    assert line.blocks_used == [0, 0]
 
 
 def test_the_deadline_passes_while_guesses_are_verified() -> None:
@@ -206,13 +222,13 @@ def test_a_preempted_sequence_keeps_the_tokens_that_its_guesses_bring() -> None:
         younger = only_batch(line.sample(younger, true))
     assert len(true) > 1
     assert only_news(line.sample(younger, true)).token_ids == true
-    assert line.scheduler._waiting.num_rows == len(known)
+    assert line.queue.num_rows == len(known)
 
 
-def test_tokens_that_are_too_few_drop_the_pipeline() -> None:
+def test_tokens_that_are_too_few_drop_the_replica_that_sent_them() -> None:
     line = Line()
     actions = line.sample(line.guessing(), [4])
-    assert any(isinstance(action, DropPipeline) for action in actions)
+    assert any(isinstance(action, DropReplica) for action in actions)
 
 
 def test_guesses_take_no_block_that_a_running_sequence_may_need() -> None:
