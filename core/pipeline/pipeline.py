@@ -163,21 +163,21 @@ class Pipeline:
         flight = self.traffic.flights.get(event.micro_batch_id)
         return [] if flight is None else flight.path.land(flight, event, now_s)
 
-    def settle(self, now_s: float) -> list[Action]:
+    def settle(self, now_s: float) -> None:
         """Acts upon changes of replicas and links, if there are any."""
         if not self.failover.is_due:
-            return []
-        actions = self.failover.settle(now_s)
+            return
+        self.failover.settle(now_s)
         if self.admission.lanes:
             self.was_ready = True
             self.num_kv_blocks = max(lane.num_kv_blocks for lane in self.admission.lanes)
-        return actions
 
     def schedule(self, now_s: float) -> list[Action]:
         """Gives sequences paths, launches micro-batches, tells idle replicas their updates."""
-        actions = self.settle(now_s)
+        actions: list[Action] = []
+        self.settle(now_s)
         if self.failover.has_closing:
-            actions += self.failover.evacuate(now_s)
+            self.failover.evacuate(now_s)
         paths = list(self.failover.paths.values())
         self._launch(paths, actions, now_s)
         for replica in self.topology.replicas.values():

@@ -122,7 +122,7 @@ class Scheduler:
     @property
     def num_failovers(self) -> int:
         """Sequences that went on elsewhere, or over a new link, with what they had."""
-        return self._pipeline.failover.num_failovers if self._pipeline else 0
+        return self._pipeline.admission.num_failovers if self._pipeline else 0
 
     @property
     def num_restored_tokens(self) -> int:
@@ -273,7 +273,7 @@ class Scheduler:
         pipeline, settings = self._pipeline, self._settings
         if pipeline is None:
             return self._unavailable()
-        self._actions += pipeline.settle(self._now_s)
+        pipeline.settle(self._now_s)
         if not pipeline.was_ready:
             return self._unavailable()
         if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):

@@ -74,6 +74,7 @@ class Sequence:
     state: State = State.WAITING
     weights: tuple[str, ...] | None = None  # of each stage, once it has begun
     path: Path | None = None  # while it runs
+    destination: Path | None = None  # while it is stranded: the path that will take it in
     slot: int = -1
     seats: list[Seat] = field(default_factory=list)  # in order of stages
     latest_seats: list[Seat] = field(default_factory=list)  # where its latest rows were computed

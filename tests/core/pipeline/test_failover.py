@@ -91,16 +91,19 @@ def test_a_lost_replica_costs_the_others_nothing_but_what_was_in_flight() -> Non
     assert pipeline.scheduler.num_preemptions == 0
 
 
-def test_what_the_new_replica_has_of_the_prompt_is_not_restored() -> None:
+def test_what_the_new_replica_has_by_then_is_not_restored() -> None:
+    """Of two with a common beginning the second finds what is restored for the first."""
     pipeline = ExactPipeline(1, 2)
     for n in range(2):
-        pipeline.ask([*PROMPT, n], max_tokens=20)  # one on each path
-    for _ in range(8):
+        pipeline.ask([*PROMPT, n], max_tokens=20)
+    for _ in range(3):
         pipeline.turn()
     pipeline.kill(used_in(pipeline, 1))
+    (batch,) = restoring(pipeline)
+    num_found = len(PROMPT) // 4 * 4
+    assert sorted(batch.first_positions_R) == [0, num_found]
     pipeline.finish()
     assert pipeline.answers() == [True, True]
-    assert pipeline.scheduler.num_restored_tokens < len(PROMPT)
 
 
 def test_penalties_go_on_counting_on_another_last_stage() -> None:
