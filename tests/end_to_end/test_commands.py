@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.local.number_format import automatic_formats
 from services.local.run_folder import find_process
 from tests.support.client import Client, connect
 from tests.support.local_mesh import ROOT, START_TIMEOUT_S, LocalMesh
@@ -45,7 +46,9 @@ def test_status_shows_each_stage(mesh: LocalMesh, client: Client) -> None:
     done = mesh.run("status")
     assert done.returncode == 0, done.stderr
     headline, columns, *stages = done.stdout.strip().splitlines()
-    assert headline.startswith(f"smollm2-135m-instruct (int8) at {mesh.address}")
+    assert headline.startswith(
+        f"smollm2-135m-instruct ({automatic_formats()[0]}) at {mesh.address}"
+    )
     assert "KV blocks" in columns
     states = client.mesh().stages
     assert len(stages) == len(states) == 2

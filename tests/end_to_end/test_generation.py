@@ -7,6 +7,7 @@ import random
 import pytest
 from penstock.v1 import generation_pb2 as pb
 
+from services.local.number_format import automatic_formats
 from tests.support.client import Client, make_request
 
 GREEDY = {"temperature": 0.0}
@@ -154,7 +155,7 @@ def test_the_model_is_listed_with_what_a_client_must_know(client: Client) -> Non
     (model,) = client.generation.ListModels(pb.ListModelsRequest()).models
     assert model.name == "smollm2-135m-instruct"
     assert model.num_stages == 2
-    assert model.number_format == "int8"
+    assert model.number_format == automatic_formats()[0]
     assert model.vocab_size == 49152
     assert model.has_chat_template
     assert model.ready
