@@ -93,7 +93,7 @@ class Pipeline:
         return not self.is_ready and now_s - down_since_s > limit_s
 
     def weights_with(self, replica_id: int) -> tuple[str, ...] | None:
-        """The chosen weights, but for the stage of a replica its own; None where it is not there."""
+        """The chosen weights, and at a replica's stage its own; None where it is not there."""
         replica, chosen = self.topology.replicas.get(replica_id), self.topology.chosen
         if replica is None or chosen is None:
             return None
