@@ -101,11 +101,18 @@ class Admission:
         self._mirror.end(sequence, publishes=publishes)
 
     def given_up(self, now_s: float, *, limit_s: float) -> list[Sequence]:
-        """Those who have been without a path for too long."""
+        """Those who have been without a path for too long, or without one that can hold them."""
         late = {weights for weights, s in self.down_since_s.items() if now_s - s > limit_s}
-        if not late:
-            return []
-        return [s for s in (*self.stranded, *self.queue) if s.weights in late]
+        lost = [s for s in (*self.stranded, *self.queue) if late and s.weights in late]
+        for sequence in self.queue:
+            lanes = self._lanes_for(sequence)
+            if not lanes or any(sequence.most_blocks <= lane.num_kv_blocks for lane in lanes):
+                break
+            if sequence.unfit_since_s is None:
+                sequence.unfit_since_s = now_s
+            if now_s - sequence.unfit_since_s > limit_s:
+                lost.append(sequence)
+        return lost
 
     def _head_for(self, path: Path) -> Sequence | None:
         """The first that the path may take in."""

@@ -88,6 +88,7 @@ class Sequence:
     num_restores: int = 0  # micro-batches in flight that restore some of it
     last_micro_batch_id: int = -1  # the latest one that computes something new of it
     void_id: int = -1  # micro-batches up to this one bring it nothing
+    unfit_since_s: float | None = None  # since when all paths there are have been too small for it
     scheduled_s: float | None = None  # when its first chunk was scheduled
     first_token_s: float | None = None
     last_token_s: float | None = None

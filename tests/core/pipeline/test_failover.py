@@ -180,6 +180,24 @@ def test_requests_are_taken_again_once_a_path_is_there() -> None:
     assert pipeline.asked[request_id].ends == [FinishReason.LENGTH]
 
 
+def test_what_only_fitted_a_replica_that_is_gone_is_not_kept_for_ever() -> None:
+    pipeline = ExactPipeline(1, num_stages=2, settings=SchedulerSettings(lost_limit_s=5.0))
+    pipeline.open(1, num_kv_blocks=6)
+    big = pipeline.open(1, num_kv_blocks=60)
+    pipeline.ask(PROMPT, max_tokens=20)
+    for _ in range(9):
+        pipeline.turn()
+    pipeline.kill(big)
+    small = pipeline.ask([1, 2, 3])
+    pipeline.finish()
+    assert pipeline.asked[small].ends == [FinishReason.LENGTH]
+    for _ in range(2):
+        assert pipeline.asked[0].is_open
+        pipeline.now_s += 5.5
+        pipeline.handle(Tick())
+    assert isinstance(pipeline.asked[0].ends[0], Unavailable)
+
+
 def test_before_the_first_path_stands_requests_are_refused() -> None:
     pipeline = ExactPipeline(1, num_stages=2)
     pipeline.ask(PROMPT)
