@@ -89,6 +89,10 @@ class BlockAllocator:
         """How many of `blocks` have a holder, so that another one costs no free block."""
         return sum(self._num_holders[block] > 0 for block in blocks)
 
+    def num_holders(self, blocks: Iterable[int]) -> list[int]:
+        """How many hold each of `blocks`."""
+        return [self._num_holders[block] for block in blocks]
+
     def hold(self, blocks: Iterable[int]) -> None:
         """Adds a holder to blocks that were found."""
         for block in blocks:

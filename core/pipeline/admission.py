@@ -34,6 +34,7 @@ class Admission:
         # Since when there have been no lanes: for new sequences (None), for those of given weights.
         self.down_since_s: dict[tuple[str, ...] | None, float] = {}
         self.num_preemptions = 0
+        self.num_failovers = 0  # sequences that went on elsewhere, or over a new link
         self._mirror = mirror
         self._traffic = traffic
 
@@ -50,7 +51,7 @@ class Admission:
         the newcomer would be preempted at once.
         """
         sequence = self._head_for(path)
-        if sequence is None:
+        if sequence is None or path.has_newcomers:
             return None
         if self._traffic.carries(sequence):
             return None  # was preempted, and its last token has yet to return
@@ -68,6 +69,18 @@ class Admission:
             sequence.num_cached = sequence.num_scheduled
         return sequence
 
+    def move(self, sequence: Sequence, path: Path) -> bool:
+        """Lets a stranded sequence run again; the queue has it, where there is no room."""
+        if not self._mirror.move(sequence, path.replicas):
+            self.preempt(sequence)
+            return False
+        self.stranded.remove(sequence)
+        sequence.destination = None
+        sequence.state = State.RUNNING
+        path.take_in(sequence)
+        self.num_failovers += 1
+        return True
+
     def preempt(self, sequence: Sequence, *, publishes: bool = True) -> None:
         """Sends a sequence back to the queue, to be computed again, output so far included."""
         self.withdraw(sequence, publishes=publishes)
@@ -84,14 +97,22 @@ class Admission:
         if sequence.path is not None:
             sequence.path.leave(sequence)
         self.stranded.discard(sequence)
+        sequence.destination = None
         self._mirror.end(sequence, publishes=publishes)
 
     def given_up(self, now_s: float, *, limit_s: float) -> list[Sequence]:
-        """Those who have been without a path for too long."""
+        """Those who have been without a path for too long, or without one that can hold them."""
         late = {weights for weights, s in self.down_since_s.items() if now_s - s > limit_s}
-        if not late:
-            return []
-        return [s for s in (*self.stranded, *self.queue) if s.weights in late]
+        lost = [s for s in (*self.stranded, *self.queue) if late and s.weights in late]
+        for sequence in self.queue:
+            lanes = self._lanes_for(sequence)
+            if not lanes or any(sequence.most_blocks <= lane.num_kv_blocks for lane in lanes):
+                break
+            if sequence.unfit_since_s is None:
+                sequence.unfit_since_s = now_s
+            if now_s - sequence.unfit_since_s > limit_s:
+                lost.append(sequence)
+        return lost
 
     def _head_for(self, path: Path) -> Sequence | None:
         """The first that the path may take in."""

@@ -13,10 +13,12 @@ performed a micro-batch has performed all those before it.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence as List
 from itertools import pairwise
+from math import inf
 
-from core.pipeline.actions import AbandonMicroBatches, Action, FlushUpdates
+from core.pipeline.actions import AbandonMicroBatches, Action
 from core.pipeline.flights import Flight, Promise
 from core.pipeline.path import Path, Shared
 from core.pipeline.replica import Replica
@@ -31,13 +33,16 @@ class Failover:
 
     def __init__(self, topology: Topology, shared: Shared) -> None:
         self.paths: dict[Way, Path] = {}
-        self.num_failovers = 0  # sequences that went on elsewhere, or over a new link
         self.is_due = False  # something has changed: `settle` is wanted
-        self.has_closing = False  # there are paths to evacuate
         self._topology = topology
         self._shared = shared
         self._admission = shared.admission
         self._latest: Path | None = None
+
+    @property
+    def has_closing(self) -> bool:
+        """Whether there are paths to evacuate."""
+        return any(path.is_closing for path in self.paths.values())
 
     # --- what is lost
 
@@ -120,15 +125,18 @@ class Failover:
 
     # --- who goes where
 
-    def settle(self, now_s: float) -> list[Action]:
-        """Finds the lanes anew and gives sequences without a path one, the oldest first."""
+    def settle(self, now_s: float) -> None:
+        """Finds the lanes anew and tells sequences without a path where to go, the oldest first."""
         self.is_due = False
         self._find_lanes(now_s)
+        for path in self.paths.values():
+            path.forget_newcomers()
+        homes = _Homes(self._topology)
         for sequence in sorted(self._admission.stranded, key=lambda sequence: sequence.order):
-            self._rehome(sequence, now_s)
-        return self._tell()
+            sequence.destination = None
+            self._send(sequence, homes.best_way(sequence), now_s)
 
-    def evacuate(self, now_s: float) -> list[Action]:
+    def evacuate(self, now_s: float) -> None:
         """Lets sequences leave closing paths, each as soon as nothing of it is in flight."""
         leaving = [
             sequence
@@ -137,43 +145,26 @@ class Failover:
             for sequence in path.running
             if not self._shared.traffic.carries(sequence)
         ]
+        homes = _Homes(self._topology)
         for sequence in sorted(leaving, key=lambda sequence: sequence.order):
             assert sequence.path is not None
             sequence.path.leave(sequence)
             self._strand(sequence)
-            way = self._best_way(sequence)
-            if way is not None and any(replica.is_left for replica in way):
-                self._admission.preempt(sequence)  # there is room only where it shall not stay
+            self._send(sequence, homes.best_way(sequence), now_s)
+
+    def _send(self, sequence: Sequence, way: Way | None, now_s: float) -> None:
+        """Lets a stranded sequence take a way. The queue has it where it has nothing to keep, or
+        there is room only where it shall not stay; it stays stranded where no way stands."""
+        if not sequence.seats:
+            self._admission.preempt(sequence)
+        elif way is not None:
+            path = self._path(way, now_s)
+            if path.is_closing:
+                self._admission.preempt(sequence)
             else:
-                self._rehome(sequence, now_s)
-        return self._tell() if leaving else []
-
-    def _rehome(self, sequence: Sequence, now_s: float) -> None:
-        """Gives a stranded sequence the best path that has room; the queue, where none has. It
-        stays stranded where there is none at all."""
-        way = self._best_way(sequence)
-        is_hopeless = way is None and self._best_way(sequence, needs_room=False) is not None
-        if not sequence.seats or is_hopeless:
+                path.expect(sequence)
+        elif _Homes(self._topology).best_way(sequence, needs_room=False) is not None:
             self._admission.preempt(sequence)
-            return
-        if way is None:
-            return
-        if not self._shared.mirror.move(sequence, way):
-            self._admission.preempt(sequence)
-            return
-        self._admission.stranded.remove(sequence)
-        sequence.state = State.RUNNING
-        self._path(way, now_s).resume(sequence)
-        self.num_failovers += 1
-
-    def _best_way(self, sequence: Sequence, *, needs_room: bool = True) -> Way | None:
-        assert sequence.weights is not None
-        return self._topology.best_way(
-            sequence.weights,
-            kept=[seat.replica for seat in sequence.seats],
-            num_free=len(sequence.seats[0].block_ids) if sequence.seats and needs_room else 0,
-            num_blocks=sequence.most_blocks,
-        )
 
     def _find_lanes(self, now_s: float) -> None:
         topology, admission = self._topology, self._admission
@@ -193,17 +184,19 @@ class Failover:
             if not lanes
         }
         for path in self.paths.values():
-            path.is_closing = path.is_left and not all(
-                lane.is_left for lane in admission.lanes_of.get(path.weights, admission.lanes)
-            )
-        self.has_closing = any(path.is_closing for path in self.paths.values())
+            path.is_closing = self._is_closing(path)
+
+    def _is_closing(self, path: Path) -> bool:
+        """Whether sequences shall leave it, and can."""
+        lanes = self._admission.lanes_of.get(path.weights, self._admission.lanes)
+        return path.is_left and not all(lane.is_left for lane in lanes)
 
     def _lanes(
         self, weights: tuple[str, ...], now_s: float, *, even_draining: bool = False
     ) -> list[Path]:
         ways = self._topology.lanes(weights, even_draining=even_draining)
         if not ways:
-            way = self._topology.best_way(weights, kept=[], num_free=0, num_blocks=0)
+            way = self._topology.best_way(weights, kept=[], crowd=lambda replica: 0.0)
             ways = [way] if way is not None else []
         return [self._path(way, now_s) for way in ways]
 
@@ -213,16 +206,45 @@ class Failover:
             path = self.paths[way] = Path(way, self._shared, now_s=now_s)
             if self._latest is not None:
                 path.policy.begin_like(self._latest.policy)
+            path.is_closing = self._is_closing(path)
         self._latest = path
         return path
 
-    def _tell(self) -> list[Action]:
-        """Those who were moved begin and go back before anything else can happen to them."""
-        return [
-            FlushUpdates(replica_id=replica.id, updates=replica.take_updates())
-            for replica in self._topology.replicas.values()
-            if replica.has_news
-        ]
+
+class _Homes:
+    """Where stranded sequences may go, given where those before them go."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._num_expected: Counter[Replica] = Counter()  # sequences
+        self._reserved: defaultdict[Replica, float] = defaultdict(float)  # blocks
+
+    def best_way(self, sequence: Sequence, *, needs_room: bool = True) -> Way | None:
+        """The best way that has room; None where none has."""
+        assert sequence.weights is not None
+        kept = [seat.replica for seat in sequence.seats]
+        share = _share(sequence.seats[0]) if sequence.seats and needs_room else 0.0
+
+        def crowd(replica: Replica) -> float:
+            allocator = replica.allocator
+            if sequence.most_blocks > allocator.num_blocks:
+                return inf
+            if share and allocator.num_free - self._reserved[replica] < share:
+                return inf
+            cycle_s = replica.cycle_s(len(replica.residents) + self._num_expected[replica] + 1)
+            return cycle_s / (cycle_s + 1.0)
+
+        way = self._topology.best_way(sequence.weights, kept=kept, crowd=crowd)
+        for replica in way or ():
+            if replica not in kept:
+                self._num_expected[replica] += 1
+                self._reserved[replica] += share
+        return way
+
+
+def _share(seat: Seat) -> float:
+    """Blocks of a sequence; of one that several share, its share."""
+    return sum(1.0 / count for count in seat.replica.allocator.num_holders(seat.block_ids))
 
 
 def _passes(way: Way, upstream: Replica, downstream: Replica) -> bool:

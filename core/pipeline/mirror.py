@@ -26,7 +26,7 @@ from core.pipeline.batch import SequenceStart
 from core.pipeline.flights import Promise, Traffic
 from core.pipeline.replica import Replica
 from core.pipeline.restore_plan import plan_restore
-from core.pipeline.sequences import Seat, Sequence
+from core.pipeline.sequences import Piece, Seat, Sequence
 from core.pipeline.slots import SlotPool
 
 
@@ -96,16 +96,31 @@ class Mirror:
         first, end = sequence.num_published, num_positions // self._block_size
         if not self._shares_prefixes or end <= first:
             return None
+        sequence.num_published = end
+        return self._promise(sequence, sequence.seats, range(first, end))
+
+    def _promise(
+        self, sequence: Sequence, seats: list[Seat], blocks: range, *, num_senders: int = 0
+    ) -> Promise:
+        """Publishes blocks of some seats; the first `num_senders` have them already."""
         assert sequence.weights is not None
         keys = self._keys(sequence, sequence.weights)
-        block_ids_S = []
-        for seat in sequence.seats:
+        block_ids_S: list[list[int]] = [[]] * num_senders
+        for seat in seats[num_senders:]:
             publish, block_ids = seat.replica.allocator.publish, seat.block_ids
-            block_ids_S.append(
-                [block_ids[n] for n in range(first, end) if publish(block_ids[n], keys[n])]
-            )
-        sequence.num_published = end
-        return Promise(sequence.seats, block_ids_S)
+            block_ids_S.append([block_ids[n] for n in blocks if publish(block_ids[n], keys[n])])
+        return Promise(seats, block_ids_S)
+
+    def publish_restored(self, sequence: Sequence, piece: Piece) -> Promise | None:
+        """Lets others find the full blocks that a piece fills, on the stages that it restores."""
+        size = self._block_size
+        first, end = piece.first // size, piece.end // size
+        if not self._shares_prefixes or end <= first:
+            return None
+        # The sender's log may hold what was promised too.
+        seats = sequence.seats[max(piece.first_stage - 1, 0) : piece.end_stage]
+        num_senders = len(seats) - (piece.end_stage - piece.first_stage)
+        return self._promise(sequence, seats, range(first, end), num_senders=num_senders)
 
     def end(self, sequence: Sequence, *, publishes: bool = True) -> None:
         """Takes slot and blocks back.
@@ -154,9 +169,7 @@ class Mirror:
         sequence.latest_seats = sequence.seats
         held_S = [seat.num_restored for seat in sequence.seats]
         sequence.pieces = deque(plan_restore(held_S, landed))
-        # On new replicas blocks wait to be published; where they are already, nothing happens.
-        num_known = min((len(found) for found in found_of.values()), default=num_blocks)
-        sequence.num_published = min(sequence.num_published, num_known, landed // self._block_size)
+        sequence.num_published = min(sequence.num_published, landed // self._block_size)
         return True
 
     def _keep(self, sequence: Sequence, seat: Seat, landed: int) -> Seat:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import ProtocolViolation
 from core.pipeline import restore
-from core.pipeline.actions import RunMicroBatch
+from core.pipeline.actions import Action, RunMicroBatch
 from core.pipeline.batch import PositionLogprobs
 from core.pipeline.decode import Decodes
 from core.pipeline.events import PipelineFacts, TokensSampled
@@ -124,13 +124,19 @@ class Path:
         else:
             self._prefill.partial.append(sequence)
 
-    def resume(self, sequence: Sequence) -> None:
-        """Takes in a sequence that ran elsewhere; it goes on when its pieces are restored."""
-        self.take_in(sequence)
-        if sequence.pieces:
-            self._restoring.backlog.append(sequence)
-        else:
-            self.go_on(sequence)
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether sequences of lost paths are about to come."""
+        return bool(self._restoring.newcomers)
+
+    def expect(self, sequence: Sequence) -> None:
+        """A stranded sequence will come here, when what it lacks can be sent again."""
+        sequence.destination = self
+        self._restoring.newcomers.append(sequence)
+
+    def forget_newcomers(self) -> None:
+        """They will be told anew where to go."""
+        self._restoring.newcomers.clear()
 
     def make_ready(self, sequence: Sequence) -> None:
         """Its tokens came back: what follows the last of them can be scheduled."""
@@ -208,22 +214,21 @@ class Path:
 
     # --- what goes out
 
-    def schedule(self, now_s: float) -> list[RunMicroBatch]:
+    def schedule(self, now_s: float) -> list[Action]:
         """Launches micro-batches as long as there is work and room in the pipeline."""
-        actions: list[RunMicroBatch] = []
+        actions: list[Action] = []
         if self.is_closing:
             return actions
         if now_s - self._refreshed_s >= _REFRESH_S:
             self._refresh_policy(now_s)
         while True:
             restoring = self._restoring.launch(now_s)
-            if restoring is not None:
-                actions.append(restoring)
+            actions += restoring
             decodes = self._decodes.take()
             chunks = self._prefill.take(decodes, now_s)
             if decodes or chunks:
                 actions.append(self._launch(decodes, chunks, now_s))
-            elif restoring is None:
+            elif not restoring:
                 return actions
 
     def _refresh_policy(self, now_s: float) -> None:

@@ -22,7 +22,7 @@ from core.pipeline.flights import Traffic
 from core.pipeline.mirror import Mirror
 from core.pipeline.path import Landed, Path, Shared
 from core.pipeline.policy import PolicySettings
-from core.pipeline.progress import Stall, find_stall
+from core.pipeline.progress import Stall, begin_anew, find_stall
 from core.pipeline.replica import Replica
 from core.pipeline.speculation import Speculation
 from core.pipeline.stage_times import StageTimes
@@ -93,7 +93,7 @@ class Pipeline:
         return not self.is_ready and now_s - down_since_s > limit_s
 
     def weights_with(self, replica_id: int) -> tuple[str, ...] | None:
-        """The chosen weights, but for the stage of a replica its own; None where it is not there."""
+        """The chosen weights, and at a replica's stage its own; None where it is not there."""
         replica, chosen = self.topology.replicas.get(replica_id), self.topology.chosen
         if replica is None or chosen is None:
             return None
@@ -149,8 +149,11 @@ class Pipeline:
             )
         )
 
-    def find_stall(self, now_s: float, *, timeout_s: float) -> Stall | None:
-        """A replica that makes no progress, if there is one."""
+    def find_stall(self, now_s: float, *, timeout_s: float, was_away: bool) -> Stall | None:
+        """A replica that makes no progress, if there is one. `was_away`: nothing that came could
+        be taken in for a while."""
+        if was_away:
+            begin_anew(self.traffic, now_s)
         return find_stall(self.traffic, now_s, timeout_s=timeout_s)
 
     # --- micro-batches
@@ -163,21 +166,21 @@ class Pipeline:
         flight = self.traffic.flights.get(event.micro_batch_id)
         return [] if flight is None else flight.path.land(flight, event, now_s)
 
-    def settle(self, now_s: float) -> list[Action]:
+    def settle(self, now_s: float) -> None:
         """Acts upon changes of replicas and links, if there are any."""
         if not self.failover.is_due:
-            return []
-        actions = self.failover.settle(now_s)
+            return
+        self.failover.settle(now_s)
         if self.admission.lanes:
             self.was_ready = True
             self.num_kv_blocks = max(lane.num_kv_blocks for lane in self.admission.lanes)
-        return actions
 
     def schedule(self, now_s: float) -> list[Action]:
         """Gives sequences paths, launches micro-batches, tells idle replicas their updates."""
-        actions = self.settle(now_s)
+        actions: list[Action] = []
+        self.settle(now_s)
         if self.failover.has_closing:
-            actions += self.failover.evacuate(now_s)
+            self.failover.evacuate(now_s)
         paths = list(self.failover.paths.values())
         self._launch(paths, actions, now_s)
         for replica in self.topology.replicas.values():

@@ -53,6 +53,10 @@ from core.pipeline.sequences import Sequence, State
 from core.pipeline.speculation import Speculation, SpeculationSettings
 from core.sampling.stops import finish_reason
 
+# Ticks come several times a second while something is in flight. After a longer pause this process
+# was held up itself, and what has come meanwhile is still to be read.
+_AWAY_S = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
@@ -90,6 +94,7 @@ class Scheduler:
         self._micro_batch_ids = itertools.count(1)
         self._pace = Pace()
         self._now_s = 0.0
+        self._was_away = False
         self._actions: list[Action] = []
         self.num_tokens = 0  # generated
         self.num_prompt_tokens = 0  # of requests that got their first token
@@ -122,7 +127,7 @@ class Scheduler:
     @property
     def num_failovers(self) -> int:
         """Sequences that went on elsewhere, or over a new link, with what they had."""
-        return self._pipeline.failover.num_failovers if self._pipeline else 0
+        return self._pipeline.admission.num_failovers if self._pipeline else 0
 
     @property
     def num_restored_tokens(self) -> int:
@@ -157,6 +162,7 @@ class Scheduler:
 
     def handle_all(self, events: List[Event], now_s: float) -> list[Action]:
         """Takes in what happened since the last call, then schedules once."""
+        self._was_away = now_s - self._now_s > _AWAY_S
         self._now_s = now_s
         self._actions = []
         for event in events:
@@ -218,7 +224,7 @@ class Scheduler:
         if self._pipeline is None:
             return
         timeout_s = self._settings.micro_batch_timeout_s
-        stall = self._pipeline.find_stall(self._now_s, timeout_s=timeout_s)
+        stall = self._pipeline.find_stall(self._now_s, timeout_s=timeout_s, was_away=self._was_away)
         if stall is not None:
             self._drop(stall.culprit.id, stall.reason)
 
@@ -273,7 +279,7 @@ class Scheduler:
         pipeline, settings = self._pipeline, self._settings
         if pipeline is None:
             return self._unavailable()
-        self._actions += pipeline.settle(self._now_s)
+        pipeline.settle(self._now_s)
         if not pipeline.was_ready:
             return self._unavailable()
         if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):

@@ -74,6 +74,7 @@ class Sequence:
     state: State = State.WAITING
     weights: tuple[str, ...] | None = None  # of each stage, once it has begun
     path: Path | None = None  # while it runs
+    destination: Path | None = None  # while it is stranded: the path that will take it in
     slot: int = -1
     seats: list[Seat] = field(default_factory=list)  # in order of stages
     latest_seats: list[Seat] = field(default_factory=list)  # where its latest rows were computed
@@ -87,6 +88,7 @@ class Sequence:
     num_restores: int = 0  # micro-batches in flight that restore some of it
     last_micro_batch_id: int = -1  # the latest one that computes something new of it
     void_id: int = -1  # micro-batches up to this one bring it nothing
+    unfit_since_s: float | None = None  # since when all paths there are have been too small for it
     scheduled_s: float | None = None  # when its first chunk was scheduled
     first_token_s: float | None = None
     last_token_s: float | None = None

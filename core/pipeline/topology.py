@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from itertools import pairwise
+from math import inf
 
 from core.pipeline.replica import Replica
 
@@ -76,22 +78,17 @@ class Topology:
         return [way for way in ways if self._stands(way)]
 
     def best_way(
-        self,
-        weights: tuple[str, ...],
-        *,
-        kept: List[Replica],
-        num_free: int,
-        num_blocks: int,
+        self, weights: tuple[str, ...], *, kept: List[Replica], crowd: Callable[[Replica], float]
     ) -> Way | None:
         """The way that loses fewest of the replicas `kept`; among equals, the least crowded one.
 
-        None where none stands whose other replicas have so many blocks, and as many free.
+        `crowd` is below 1, or infinite where a replica has no room for a sequence that is new to
+        it. None where no way stands.
         """
         ways: dict[Replica, tuple[float, Way]] = {}
         for stage in range(self.num_stages):
-            costs = self._costs(stage, weights[stage], kept, num_free, num_blocks)
             further: dict[Replica, tuple[float, Way]] = {}
-            for replica, cost in costs.items():
+            for replica, cost in self._costs(stage, weights[stage], kept, crowd):
                 before = (way for end, way in ways.items() if (end.id, replica.id) in self._links)
                 start = min(before, key=lambda way: way[0], default=None) if stage else (0.0, ())
                 if start is not None:
@@ -101,23 +98,21 @@ class Topology:
         return None if best is None else best[1]
 
     def _costs(
-        self, stage: int, weights: str, kept: List[Replica], num_free: int, num_blocks: int
-    ) -> dict[Replica, float]:
-        costs: dict[Replica, float] = {}
+        self, stage: int, weights: str, kept: List[Replica], crowd: Callable[[Replica], float]
+    ) -> Iterator[tuple[Replica, float]]:
         for replica in self.replicas.values():
             if replica.stage_index != stage or replica.facts.weights != weights:
                 continue
-            cost = 0.0
+            cost = _LEFT if replica.is_left else 0.0
             if replica not in kept:
-                has_room = replica.allocator.num_free >= num_free
-                if replica.is_draining or not has_room or replica.allocator.num_blocks < num_blocks:
+                if replica.is_draining:
                     continue
-                cost = _SPARE if replica.facts.is_spare else _NEW
-                # Less than a further replica, however long it takes.
-                cycle_s = replica.cycle_s(len(replica.residents) + 1)
-                cost += cycle_s / (cycle_s + 1.0) / self.num_stages
-            costs[replica] = cost + (_LEFT if replica.is_left else 0.0)
-        return costs
+                # Less than a further replica, however crowded.
+                cost += (_SPARE if replica.facts.is_spare else _NEW) + (
+                    crowd(replica) / self.num_stages
+                )
+            if cost < inf:
+                yield replica, cost
 
     def _usable(self, stage: int, weights: str, *, even_draining: bool) -> list[Replica]:
         """In order of id; spare ones only where there are no others, draining ones likewise."""

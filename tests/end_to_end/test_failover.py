@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from penstock.v1 import generation_pb2 as pb
 
 from tests.support.client import CALL_TIMEOUT_S, Answer, Client, connect, make_request
-from tests.support.local_mesh import START_TIMEOUT_S, LocalMesh
+from tests.support.local_mesh import START_TIMEOUT_S, LocalMesh, until
 
 NUM_STREAMS = 8
 NUM_TOKENS = 64
@@ -151,10 +150,3 @@ def test_requests_that_come_while_a_stage_is_away_are_served_when_it_is_back(
         answer.token_ids for answer in single.undisturbed
     ]
     single.until_all_are_ready()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + CALL_TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < deadline, "it never was so"
-        time.sleep(0.02)

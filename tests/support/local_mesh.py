@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,3 +110,11 @@ class LocalMesh:
         """Ends what runs; nothing running is fine."""
         done = self.run("stop")
         assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Waits until something is so that nobody announces; fails when it never is."""
+    deadline = time.monotonic() + COMMAND_TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it never was so"
+        time.sleep(0.02)

@@ -28,6 +28,7 @@ class PipelineMachine(RuleBasedStateMachine):
     next_token: ClassVar[NextToken] = staticmethod(next_token)
     num_prompt_ids = 100
     num_replicas_S: tuple[int, ...] = (1, 1, 1)
+    micro_batch_timeout_s = 1e9
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +40,9 @@ class PipelineMachine(RuleBasedStateMachine):
             num_slots=NUM_SLOTS,
             context_length=64,
             settings=SchedulerSettings(
-                max_waiting=MAX_WAITING, micro_batch_timeout_s=1e9, lost_limit_s=1e9
+                max_waiting=MAX_WAITING,
+                micro_batch_timeout_s=self.micro_batch_timeout_s,
+                lost_limit_s=1e9,
             ),
             next_token=self.next_token,
         )

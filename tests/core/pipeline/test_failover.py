@@ -91,16 +91,19 @@ def test_a_lost_replica_costs_the_others_nothing_but_what_was_in_flight() -> Non
     assert pipeline.scheduler.num_preemptions == 0
 
 
-def test_what_the_new_replica_has_of_the_prompt_is_not_restored() -> None:
+def test_what_the_new_replica_has_by_then_is_not_restored() -> None:
+    """Of two with a common beginning the second finds what is restored for the first."""
     pipeline = ExactPipeline(1, 2)
     for n in range(2):
-        pipeline.ask([*PROMPT, n], max_tokens=20)  # one on each path
-    for _ in range(8):
+        pipeline.ask([*PROMPT, n], max_tokens=20)
+    for _ in range(3):
         pipeline.turn()
     pipeline.kill(used_in(pipeline, 1))
+    (batch,) = restoring(pipeline)
+    num_found = len(PROMPT) // 4 * 4
+    assert sorted(batch.first_positions_R) == [0, num_found]
     pipeline.finish()
     assert pipeline.answers() == [True, True]
-    assert pipeline.scheduler.num_restored_tokens < len(PROMPT)
 
 
 def test_penalties_go_on_counting_on_another_last_stage() -> None:
@@ -175,6 +178,24 @@ def test_requests_are_taken_again_once_a_path_is_there() -> None:
     request_id = pipeline.ask(PROMPT)
     pipeline.finish()
     assert pipeline.asked[request_id].ends == [FinishReason.LENGTH]
+
+
+def test_what_only_fitted_a_replica_that_is_gone_is_not_kept_for_ever() -> None:
+    pipeline = ExactPipeline(1, num_stages=2, settings=SchedulerSettings(lost_limit_s=5.0))
+    pipeline.open(1, num_kv_blocks=6)
+    big = pipeline.open(1, num_kv_blocks=60)
+    pipeline.ask(PROMPT, max_tokens=20)
+    for _ in range(9):
+        pipeline.turn()
+    pipeline.kill(big)
+    small = pipeline.ask([1, 2, 3])
+    pipeline.finish()
+    assert pipeline.asked[small].ends == [FinishReason.LENGTH]
+    for _ in range(2):
+        assert pipeline.asked[0].is_open
+        pipeline.now_s += 5.5
+        pipeline.handle(Tick())
+    assert isinstance(pipeline.asked[0].ends[0], Unavailable)
 
 
 def test_before_the_first_path_stands_requests_are_refused() -> None:

@@ -6,7 +6,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from core.pipeline.actions import DropReplica
 from core.pipeline.events import ReplicaDraining, Tick
 from tests.support.pipeline_machine import PipelineMachine, Repetitive
 
@@ -17,6 +16,7 @@ class FaultyMachine(PipelineMachine):
     """Replicas and links die, stop and come back; news of it travels as slowly as all else."""
 
     num_replicas_S = (1, 2, 2)
+    micro_batch_timeout_s = 3.0
 
     @rule(stage=st.integers(0, 2), is_spare=st.booleans(), num_kv_blocks=st.sampled_from([12, 20]))
     def open(self, stage: int, is_spare: bool, num_kv_blocks: int) -> None:
@@ -66,6 +66,19 @@ class FaultyMachine(PipelineMachine):
             if (upstream_id, downstream_id) not in pipeline.exact.links
         ]
 
+    def _find_out_who_hangs(self) -> None:
+        """Time passes until nobody is in the way any more."""
+        pipeline = self.pipeline
+        while pipeline.open_requests and pipeline.scheduler.num_in_flight:
+            pipeline.finish()
+            for replica in pipeline.replicas:
+                replica.report()
+            pipeline.finish()
+            pipeline.now_s += 0.9
+            pipeline.handle(Tick())
+        for replica in pipeline.replicas:
+            replica.is_stopped = False
+
     def something_is_in_flight_while_requests_are_open(self) -> None:
         """Not so while those who are to go on wait for replicas."""
 
@@ -74,20 +87,10 @@ class FaultyMachine(PipelineMachine):
         pipeline = self.pipeline
         pipeline.tell()
         for stage in range(pipeline.num_stages):
-            pipeline.open(stage)
+            pipeline.open(stage, num_kv_blocks=20)
         for link in self._broken():
             pipeline.connect(*link)
-        for _ in range(20):
-            pipeline.finish()
-            for replica in pipeline.replicas:
-                replica.report()
-            pipeline.finish()
-            pipeline.now_s += 1e10
-            if not any(isinstance(a, DropReplica) for a in pipeline.handle(Tick())):
-                break
-        for replica in pipeline.replicas:
-            if replica.is_stopped and not replica.is_idle:
-                replica.is_stopped = False
+        self._find_out_who_hangs()
         super().teardown()
 
 
