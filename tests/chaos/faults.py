@@ -75,7 +75,7 @@ def bad_wire(faults: Faults) -> Deed:
 STALL = bad_wire(Faults(stalls=True))
 DELAY = bad_wire(Faults(delay_s=0.05))
 LOSS = bad_wire(Faults(loses_every_bytes=200_000, resend_s=0.2))
-CORRUPTION = bad_wire(Faults(corrupts_every_bytes=20_000, corrupts_calls=ACTIVATE))
+CORRUPTION = bad_wire(Faults(corrupts_every_bytes=50_000, corrupts_calls=ACTIVATE))
 
 FAULTS = (
     Fault(name="stage killed", room="stage", deed=kill),
