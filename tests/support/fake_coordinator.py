@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
 
+from services.common.channels import PING_INTERVAL_MS
+
 Update = coordinator_pb2.RequestUpdate
 Script = Callable[[coordinator_pb2.Submission], Iterable[Update]]
 
@@ -180,7 +182,8 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def start(self, port: int = 0) -> int:
         """Starts a server and returns its port."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        welcomed = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), welcomed])
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()
