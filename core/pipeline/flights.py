@@ -60,7 +60,7 @@ class Flight:
     rows: int
     pairs: int
     overlapped: bool  # others of the path were in flight at some time of its life
-    found_empty: bool = False  # none of the path was in flight when it was launched
+    found_empty: bool = False  # none was, of any path through its replicas, when it was launched
     replays: bool = False  # the first replica computes nothing
     # In the order of their runs: decodes, then the chunks with which prompts end.
     samplers: list[Sampler] = field(default_factory=list)

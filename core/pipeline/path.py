@@ -89,6 +89,11 @@ class Path:
         return len(self._flights)
 
     @property
+    def num_launched(self) -> int:
+        """Micro-batches of this path, those that restore included."""
+        return len(self._flights) + self._restoring.num_flights
+
+    @property
     def num_decodes(self) -> int:
         """Sequences that generate: their prompts are computed or on their way."""
         num_others = len(self._prefill.partial) + len(self._restoring.backlog)
@@ -267,7 +272,7 @@ class Path:
             _add_chunk(action, sequence, rows)
             if action.num_samples_R[-1]:
                 samplers.append(Sampler(sequence, []))
-        is_busy = bool(self._flights) or self._restoring.num_flights > 0
+        found_empty = not any(replica.flights for replica in self.replicas)
         self._take_off(
             Flight(
                 micro_batch_id=micro_batch_id,
@@ -276,8 +281,8 @@ class Path:
                 launched_s=now_s,
                 rows=len(action.token_ids_T),
                 pairs=pairs,
-                overlapped=is_busy,
-                found_empty=not is_busy,
+                overlapped=self.num_launched > 0,
+                found_empty=found_empty,
                 samplers=samplers,
                 num_decodes=len(decodes),
                 chunks=chunks,

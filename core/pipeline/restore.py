@@ -116,7 +116,7 @@ class Restoring:
             launched_s=now_s,
             rows=sum(rows),
             pairs=sum(n * first + n * n // 2 for n, first in zip(rows, firsts, strict=True)),
-            overlapped=path.num_in_flight > 0 or self.num_flights > 0,
+            overlapped=path.num_launched > 0,
             replays=action.replays,
             promises=load.promises,
             restored=load.restored,

@@ -256,21 +256,3 @@ def test_where_a_link_is_lost_another_replica_may_stand_in() -> None:
     pipeline.finish()
     assert pipeline.answers() == [True]
     assert pipeline.scheduler.num_restored_tokens == len(PROMPT) + 2
-
-
-# --- promises
-
-
-def test_blocks_that_were_promised_and_abandoned_are_found_by_nobody() -> None:
-    """One who found them on a replica that lives begins again; a third one finds none of them."""
-    pipeline = ExactPipeline(2, 2, 1)
-    last_id = pipeline.of_stage(2)[0]
-    first = pipeline.ask(PROMPT, max_tokens=8)
-    path = pipeline.batches[-1].path
-    other = pipeline.ask([*PROMPT, 1], max_tokens=8)
-    third = pipeline.ask([*PROMPT, 2], max_tokens=8)
-    pipeline.kill(path[1])
-    pipeline.finish()
-    assert pipeline.answers() == [True] * 3
-    assert {first, other, third} == set(pipeline.asked)
-    assert pipeline.scheduler.kv_blocks_used(last_id) == 0
