@@ -6,6 +6,7 @@ the work, it leaves the head to another one on which that would be served sooner
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ _TYPICAL_OUTPUT = 64
 class Admission:
     """The queue and the paths that take from it."""
 
-    def __init__(self, mirror: Mirror, traffic: Traffic) -> None:
-        self.queue = WaitingQueue()
+    def __init__(
+        self, mirror: Mirror, traffic: Traffic, *, tenant_weights: Mapping[str, float]
+    ) -> None:
+        self.queue = WaitingQueue(tenant_weights)
         self.stranded: set[Sequence] = set()  # without a path, though not without seats
         self.lanes: List[Path] = ()  # for new sequences
         # For those that began with given weights and went back to the queue.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from core.pipeline.actions import Action, FlushUpdates
 from core.pipeline.admission import Admission
@@ -50,6 +50,7 @@ class Pipeline:
         shares_prefixes: bool,
         speculation: Speculation,
         ids: Iterator[int],
+        tenant_weights: Mapping[str, float],
     ) -> None:
         """`ids` numbers micro-batches, upwards."""
         self.facts = facts
@@ -60,7 +61,7 @@ class Pipeline:
             shares_prefixes=shares_prefixes,
             traffic=self.traffic,
         )
-        self.admission = Admission(mirror, self.traffic)
+        self.admission = Admission(mirror, self.traffic, tenant_weights=tenant_weights)
         shared = Shared(
             facts=facts,
             settings=policy,

@@ -3,18 +3,19 @@
 It owns everything mutable: requests, admission, slots, KV block tables, stop rules. It
 neither waits nor sends; a service performs its actions and tells it what came of them.
 
-Waiting requests are admitted in order of arrival, when there are blocks for the whole
-prompt. When blocks run out, the youngest sequence gives way: it goes back to the queue and
-is computed again later, prompt and output so far. A sequence's next row is scheduled once
-its token came back, with rows that verify guesses where the pipeline has time for them
-(`speculation.py`). `path.py` composes the micro-batches; `failover.py` has sequences go on
-when replicas die.
+Waiting requests are admitted by priority, tenants in turn and each in order of arrival
+(`waiting.py`), when there are blocks for the whole prompt. When blocks run out, the youngest
+sequence gives way: it goes back to the queue and is computed again later, prompt and output so
+far. A sequence's next row is scheduled once its token came back, with rows that verify guesses
+where the pipeline has time for them (`speculation.py`). `path.py` composes the micro-batches;
+`failover.py` has sequences go on when replicas die.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
@@ -68,6 +69,8 @@ class SchedulerSettings:
     lost_retry_s: float = 2.0  # retry delay of those refused because the pipeline is down
     lost_limit_s: float = 30.0  # how long requests wait for a path when there is none
     shares_prefixes: bool = True  # requests that begin alike share what was computed for it
+    # Shares of tenants in what is admitted; 1 for those that are not named.
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     policy: PolicySettings = field(default_factory=PolicySettings)
     speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
 
@@ -78,6 +81,9 @@ class SchedulerSettings:
             raise InvalidInput("micro_batch_timeout_s", self.micro_batch_timeout_s, "above 0")
         if not self.lost_limit_s >= 0:
             raise InvalidInput("lost_limit_s", self.lost_limit_s, "0 or more")
+        for tenant, weight in self.tenant_weights.items():
+            if not 0 < weight < float("inf"):
+                raise InvalidInput(f"tenant_weights[{tenant!r}]", weight, "a number above 0")
 
 
 class Scheduler:
@@ -207,6 +213,7 @@ class Scheduler:
             shares_prefixes=self._settings.shares_prefixes,
             speculation=self.speculation,
             ids=self._micro_batch_ids,
+            tenant_weights=self._settings.tenant_weights,
         )
 
     def _lose(self, reason: str) -> None:

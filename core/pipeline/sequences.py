@@ -71,6 +71,7 @@ class Sequence:
     cache_salt: str = ""
     tenant: str = ""
     priority: int = 0
+    turn: float = 0.0  # when it begins in the queue's virtual time
     state: State = State.WAITING
     weights: tuple[str, ...] | None = None  # of each stage, once it has begun
     path: Path | None = None  # while it runs

@@ -15,7 +15,7 @@ from services.common.telemetry import start_telemetry
 from services.coordinator.conductor import Conductor
 from services.coordinator.metrics import register_metrics
 from services.coordinator.servicer import CoordinatorServicer
-from services.coordinator.settings import CoordinatorSettings, parse_stages
+from services.coordinator.settings import CoordinatorSettings, parse_stages, parse_tenant_weights
 
 
 async def serve(settings: CoordinatorSettings) -> None:
@@ -70,6 +70,9 @@ def main(
     prefix_cache: Annotated[
         bool, typer.Option(help="compute prompts that begin alike once, as far as they do")
     ] = True,
+    tenant_weights: Annotated[
+        str, typer.Option(help="shares of tenants in what is admitted, gold=4,free=0.5; 1 else")
+    ] = "",
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
@@ -93,6 +96,7 @@ def main(
             lost_limit_s=lost_limit_s,
             pulse_timeout_s=pulse_timeout_s,
             prefix_cache=prefix_cache,
+            tenant_weights=parse_tenant_weights(tenant_weights),
             open_timeout_s=open_timeout_s,
             log_level=log_level,
             exit_with_parent=exit_with_parent,

@@ -61,6 +61,7 @@ class Conductor:
                 micro_batch_timeout_s=settings.micro_batch_timeout_s,
                 lost_limit_s=settings.lost_limit_s,
                 shares_prefixes=settings.prefix_cache,
+                tenant_weights=settings.tenant_weights,
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )

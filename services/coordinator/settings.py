@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from core.errors import InvalidInput
 
@@ -22,6 +23,8 @@ class CoordinatorSettings:
     pulse_timeout_s: float = 2.0  # a replica that says nothing for so long is lost
     lost_limit_s: float = 30.0  # how long requests wait where a stage has no replica
     prefix_cache: bool = True  # prompts that begin alike are computed once
+    # Shares of tenants in what is admitted; 1 for those that are not named.
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
     exit_with_parent: bool = False  # stop when standard input ends
@@ -49,6 +52,19 @@ class CoordinatorSettings:
             raise InvalidInput("stages", text, "a different address each")
         if strangers := sorted(self.spares.difference(addresses)):
             raise InvalidInput("spares", ",".join(strangers), f"addresses of {text}")
+
+
+def parse_tenant_weights(text: str) -> dict[str, float]:
+    """Reads `gold=4,free=0.5`; raises InvalidInput."""
+    weights = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        tenant, _, number = part.partition("=")
+        try:
+            weights[tenant.strip()] = float(number)
+        except ValueError:
+            allowed = "tenants and numbers such as gold=4,free=0.5"
+            raise InvalidInput("tenant_weights", part, allowed) from None
+    return weights
 
 
 def parse_stages(text: str) -> tuple[tuple[str, ...], ...]:
