@@ -215,11 +215,9 @@ def write_gguf(
     other_types: Mapping[str, GGMLQuantizationType] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the model as ggml's converters do: matrices as `block_type`, vectors as F32; q and k
-    of the Llama architecture permuted; Llama 3's scaling as explicit factors.
-
-    `other_types` are those of tensors whose names, in the file, differ from the rest.
-    `extra` adds or overrides key-values (bool, int, float or str).
+    """Writes the model as ggml's converters do: matrices as `block_type`, vectors as F32, but
+    for `other_types` by name in the file; q and k of the Llama architecture permuted; Llama 3's
+    scaling as explicit factors. `extra` adds or overrides key-values (bool, int, float or str).
     """
     architecture = "llama" if model.family == "mistral" else model.family
     writer = gguf.GGUFWriter(path, architecture)
@@ -232,8 +230,8 @@ def write_gguf(
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = model.num_heads if ".q_proj." in name else model.num_kv_heads
             array = interleave(array, num_heads=heads)
-        kind = block_type if array.ndim == 2 else GGMLQuantizationType.F32
-        kind = (other_types or {}).get(gguf_name(name), kind)
+        usual = block_type if array.ndim == 2 else GGMLQuantizationType.F32
+        kind = (other_types or {}).get(gguf_name(name), usual)
         writer.add_tensor(gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
