@@ -23,7 +23,7 @@ NUM_CORES = 2
 # Rows whose logits are held at a time: buffers small enough for malloc to reuse.
 CHUNK = 128
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 
 
 def agreement(left_TV: npt.NDArray[np.float32], right_TV: npt.NDArray[np.float32]) -> float:
