@@ -26,7 +26,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     """A running mesh. Afterwards none of its processes may be left."""
     mesh = LocalMesh(runtime=tmp_path_factory.mktemp("mesh"), environment={})
     # Small enough that tests can fill it: about 4,000 tokens.
-    mesh.start("--kv-memory", "96MiB")
+    mesh.start("--kv-memory", "112MiB")
     processes = mesh.record.processes
     yield mesh
     mesh.stop()
