@@ -182,7 +182,9 @@ def a_mixed_request(rng: random.Random, index: int) -> pb.GenerateRequest:
     return make_request(token_ids=token_ids, sampling=sampling)
 
 
-@pytest.mark.parametrize("drawn", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 5}])
+@pytest.mark.parametrize(
+    "drawn", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 5, "top_k": 1}]
+)
 def test_guessed_tokens_are_those_that_come_one_at_a_time(
     client: Client, drawn: dict[str, float]
 ) -> None:
