@@ -109,7 +109,7 @@ class Admission:
         lost = [s for s in (*self.stranded, *self.queue) if late and s.weights in late]
         for sequence in self.queue:
             lanes = self._lanes_for(sequence)
-            if not lanes or any(sequence.most_blocks <= lane.num_kv_blocks for lane in lanes):
+            if not lanes or any(_fits(lane, sequence) for lane in lanes):
                 break
             if sequence.unfit_since_s is None:
                 sequence.unfit_since_s = now_s
@@ -120,7 +120,7 @@ class Admission:
     def _head_for(self, path: Path) -> Sequence | None:
         """The first that the path may take in."""
         for sequence in self.queue:
-            if path in self._lanes_for(sequence) and sequence.most_blocks <= path.num_kv_blocks:
+            if path in self._lanes_for(sequence) and _fits(path, sequence):
                 return sequence
         return None
 
@@ -133,7 +133,7 @@ class Admission:
         lanes = self._lanes_for(sequence)
         if len(lanes) == 1:
             return True
-        open_lanes = [lane for lane in lanes if _has_room(lane, sequence)]
+        open_lanes = [one for one in lanes if _fits(one, sequence) and _has_room(one, sequence)]
         if not open_lanes:
             return True
         return path is min(open_lanes, key=lambda lane: self._cost_s(lane, sequence))
@@ -152,6 +152,11 @@ class Admission:
 
 def _spare(path: Path) -> int:
     return max(len(replica.residents) for replica in path.replicas) // 2
+
+
+def _fits(lane: Path, sequence: Sequence) -> bool:
+    """Whether it could end there."""
+    return sequence.most_blocks <= lane.num_kv_blocks
 
 
 def _has_room(lane: Path, sequence: Sequence) -> bool:

@@ -220,16 +220,15 @@ class _Homes:
         self._reserved: defaultdict[Replica, float] = defaultdict(float)  # blocks
 
     def best_way(self, sequence: Sequence, *, needs_room: bool = True) -> Way | None:
-        """The best way that has room; None where none has."""
+        """The best way that has room, now and for all that it may generate; None where none has."""
         assert sequence.weights is not None
         kept = [seat.replica for seat in sequence.seats]
-        share = _share(sequence.seats[0]) if sequence.seats and needs_room else 0.0
+        share = _share(sequence.seats[0]) if sequence.seats else 0.0
 
         def crowd(replica: Replica) -> float:
             allocator = replica.allocator
-            if sequence.most_blocks > allocator.num_blocks:
-                return inf
-            if share and allocator.num_free - self._reserved[replica] < share:
+            fits = sequence.most_blocks <= allocator.num_blocks
+            if needs_room and not (fits and share <= allocator.num_free - self._reserved[replica]):
                 return inf
             cycle_s = replica.cycle_s(len(replica.residents) + self._num_expected[replica] + 1)
             return cycle_s / (cycle_s + 1.0)

@@ -198,6 +198,16 @@ def test_what_only_fitted_a_replica_that_is_gone_is_not_kept_for_ever() -> None:
     assert isinstance(pipeline.asked[0].ends[0], Unavailable)
 
 
+def test_a_lane_that_is_too_small_for_a_request_leaves_it_to_the_other() -> None:
+    pipeline = ExactPipeline(1, num_stages=2)
+    for num_kv_blocks in (8, 60):
+        pipeline.open(1, num_kv_blocks=num_kv_blocks)
+    for number in range(4):
+        pipeline.ask([number] * 20, max_tokens=20)
+    pipeline.finish()
+    assert pipeline.answers() == [True] * 4
+
+
 def test_before_the_first_path_stands_requests_are_refused() -> None:
     pipeline = ExactPipeline(1, num_stages=2)
     pipeline.ask(PROMPT)
