@@ -40,33 +40,29 @@ class Decodes:
     def _guess(self, chosen: list[Sequence]) -> list[Sampler]:
         """Adds guesses, unless other work waits for the same rows."""
         path, speculation = self._path, self._shared.speculation
-        decodes = []
         space = path.max_rows - len(chosen)
         stakes = path.policy.stakes(path.num_decodes, rows=len(chosen))
-        if path.num_backlog_rows or not speculation.pays(stakes):
-            space = 0
+        if space == 0 or path.num_backlog_rows or not speculation.pays(stakes):
+            return [Sampler(sequence, []) for sequence in chosen]
+        decodes = []
+        spare_blocks = self._spare_blocks()
         for sequence in chosen:
-            draft: list[int] = []
-            if space > 0:
-                most = min(space, self._room_to_guess(sequence))
-                draft = speculation.draft(sequence, stakes, most=most)
-                space -= len(draft)
-                self._grow(sequence, sequence.num_scheduled + 1 + len(draft))
+            next_row = sequence.num_scheduled + 1
+            room = sequence.capacity + spare_blocks * self._block_size - next_row
+            draft = speculation.draft(sequence, stakes, most=min(space, room))
+            missing = next_row + len(draft) - sequence.capacity
+            if missing > 0:
+                num_blocks = -(-missing // self._block_size)
+                self._shared.mirror.grow(sequence, num_blocks)
+                spare_blocks -= num_blocks
+            space -= len(draft)
             decodes.append(Sampler(sequence, draft))
         return decodes
 
-    def _room_to_guess(self, sequence: Sequence) -> int:
-        """Positions beyond its next row that cost no other sequence its place."""
-        spare_blocks = min(
-            replica.allocator.num_free - len(replica.residents) for replica in self._path.replicas
-        )
-        spare = max(spare_blocks, 0) * self._block_size
-        return sequence.capacity + spare - sequence.num_scheduled - 1
-
-    def _grow(self, sequence: Sequence, num_positions: int) -> None:
-        missing = num_positions - sequence.capacity
-        if missing > 0:
-            self._shared.mirror.grow(sequence, -(-missing // self._block_size))
+    def _spare_blocks(self) -> int:
+        """Blocks that cost no sequence its place."""
+        spare = [r.allocator.num_free - len(r.residents) for r in self._path.replicas]
+        return max(min(spare), 0)
 
     def _make_room(self, chosen: list[Sequence]) -> list[Sequence]:
         """Gives a block to each of `chosen` that needs one, at the cost of the youngest."""
