@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from core import errors
+from services.common.durations import duration, seconds
 
 DOMAIN = "penstock"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -132,9 +132,7 @@ def _details(error: errors.PenstockError) -> Iterable[Any]:
     if isinstance(error, errors.NotFound) and error.field:
         yield _bad_request(error.field, str(error), reason="NOT_FOUND")
     if isinstance(error, errors.Exhausted | errors.Unavailable) and error.retry_after_s is not None:
-        delay = Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
-        yield error_details_pb2.RetryInfo(retry_delay=delay)
+        yield error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s))
 
 
 def _bad_request(field: str, description: str, *, reason: str) -> Any:
@@ -151,7 +149,7 @@ def _unpack(status: Any) -> _Details:
         if packed.Unpack(info) and info.domain == DOMAIN:
             details = details._replace(reason=info.reason, metadata=dict(info.metadata))
         elif packed.Unpack(retry):
-            details = details._replace(retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9)
+            details = details._replace(retry_after_s=seconds(retry.retry_delay))
     return details
 
 

@@ -26,6 +26,7 @@ from core.pipeline.actions import (
 from core.pipeline.events import Event, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from services.common.durations import duration
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
 from services.coordinator import messages
@@ -250,7 +251,7 @@ class Conductor:
             sequences_moved=scheduler.num_failovers,
             positions_restored=scheduler.num_restored_tokens,
         )
-        response.uptime.CopyFrom(messages.duration(now_s - mesh.started_s))
+        response.uptime.CopyFrom(duration(now_s - mesh.started_s))
         return response
 
     def _replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:

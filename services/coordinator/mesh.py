@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
-from services.coordinator.messages import seconds
+from services.common.durations import seconds
 from services.coordinator.replica_link import Incarnation, ReplicaLink
 from services.coordinator.replicas import Replicas
 

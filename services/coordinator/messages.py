@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
 from core.errors import Exhausted, InvalidInput, PenstockError, Unavailable
@@ -20,6 +19,7 @@ from core.pipeline.actions import (
 from core.pipeline.batch import PositionLogprobs, SequenceStart, SequenceUpdates
 from core.pipeline.events import StageReported, TokensSampled
 from core.sampling.parameters import SamplingParameters
+from services.common.durations import duration
 from services.common.statuses import status_from_error
 
 _FINISH_REASONS = {
@@ -28,16 +28,6 @@ _FINISH_REASONS = {
     FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
 }
 _NOTHING = SequenceUpdates()
-
-
-def duration(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
-    return message
-
-
-def seconds(message: Duration) -> float:
-    return message.seconds + message.nanos * 1e-9
 
 
 # --- to stages

@@ -12,6 +12,7 @@ from core import telemetry as names
 from core.errors import InvalidInput, PenstockError
 from core.pipeline.actions import EmitTokens, Refuse, Usage
 from core.pipeline.events import Event, RequestArrived, RequestCancelled
+from services.common.durations import seconds
 from services.common.telemetry import Telemetry
 from services.coordinator import messages
 from services.coordinator.gateway_stream import GatewayStream
@@ -123,7 +124,7 @@ class Requests:
         sampling = messages.sampling_parameters(submission.sampling)
         deadline_s = None
         if submission.HasField("timeout"):
-            deadline_s = self._clock() + messages.seconds(submission.timeout)
+            deadline_s = self._clock() + seconds(submission.timeout)
         request_id = self._next_id
         self._next_id += 1
         gateway.request_ids[submission.request_id] = request_id

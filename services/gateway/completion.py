@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core.tokens.stop_strings import StopStrings
 from core.tokens.tokenizer import Tokenizer
+from services.common.durations import duration
 from services.gateway.open_request import News
 from services.gateway.validation import PreparedRequest
 
@@ -64,7 +64,7 @@ class Completion:
         response.usage.completion_tokens = self.num_tokens
         if self.stopped:  # the coordinator may have gone on for a few tokens
             elapsed_s = self._last_token_at - self._first_token_at
-            response.usage.decode_duration.CopyFrom(_duration(elapsed_s))
+            response.usage.decode_duration.CopyFrom(duration(elapsed_s))
 
     def _take_tokens(
         self,
@@ -109,9 +109,3 @@ class Completion:
             return text
         result = self._stops.push(text)
         return result.text if result.stopped else result.text + self._stops.flush()
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 
-from google.protobuf.duration_pb2 import Duration
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, use_span
 from penstock.v1 import coordinator_pb2, generation_pb2
@@ -22,6 +21,7 @@ from core.errors import (
     Unavailable,
 )
 from core.tokens.tokenizer import Tokenizer
+from services.common.durations import positive_duration, seconds
 from services.common.statuses import status_from_error
 from services.common.telemetry import Telemetry, traceparent_of
 from services.gateway.completion import Completion
@@ -226,7 +226,7 @@ def _submission(
         priority=share.priority,
     )
     if timeout_s is not None:
-        submission.timeout.FromNanoseconds(max(1, round(timeout_s * 1e9)))
+        submission.timeout.CopyFrom(positive_duration(timeout_s))
     return submission
 
 
@@ -235,7 +235,7 @@ def _raise_refusal(update: coordinator_pb2.RequestUpdate) -> None:
     if update.finish_reason != generation_pb2.FINISH_REASON_ERROR:
         return
     refusal = update.refusal
-    delay_s = _seconds(refusal.retry_delay) if refusal.HasField("retry_delay") else None
+    delay_s = seconds(refusal.retry_delay) if refusal.HasField("retry_delay") else None
     match refusal.code:
         case 3:
             raise InvalidInput("request", "", refusal.message)
@@ -248,7 +248,3 @@ def _raise_refusal(update: coordinator_pb2.RequestUpdate) -> None:
         case 14:
             raise Unavailable(refusal.message, retry_after_s=delay_s)
     raise PenstockError(refusal.message or "the mesh failed")
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9

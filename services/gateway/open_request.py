@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core.errors import PenstockError
 from core.sampling.parameters import SamplingParameters
 from core.sampling.stops import finish_reason
+from services.common.durations import positive_duration, seconds
 
 _REASONS = {
     "stop": generation_pb2.FINISH_REASON_STOP,
@@ -127,8 +127,8 @@ class OpenRequest:
         submission.token_ids.extend(output_ids)
         submission.num_output_tokens = len(output_ids)
         if submission.HasField("timeout"):
-            left_s = _seconds(submission.timeout) - (time.monotonic() - self._submitted_at)
-            submission.timeout.CopyFrom(_duration(max(left_s, 1e-9)))
+            left_s = seconds(submission.timeout) - (time.monotonic() - self._submitted_at)
+            submission.timeout.CopyFrom(positive_duration(left_s))
         return submission
 
     @property
@@ -182,22 +182,14 @@ class OpenRequest:
         usage.cached_tokens = min(usage.cached_tokens, len(self._submission.token_ids))
         if self._lost_output:
             usage.ClearField("queue_duration")
-            usage.prefill_duration.CopyFrom(_duration(self._first_token_at - self._submitted_at))
-            usage.decode_duration.CopyFrom(_duration(time.monotonic() - self._first_token_at))
+            prefill_s = self._first_token_at - self._submitted_at
+            decode_s = time.monotonic() - self._first_token_at
+            usage.prefill_duration.CopyFrom(positive_duration(prefill_s))
+            usage.decode_duration.CopyFrom(positive_duration(decode_s))
         else:
-            queued_s = self._resumed_at - self._submitted_at + _seconds(usage.queue_duration)
-            usage.queue_duration.CopyFrom(_duration(queued_s))
+            queued_s = self._resumed_at - self._submitted_at + seconds(usage.queue_duration)
+            usage.queue_duration.CopyFrom(positive_duration(queued_s))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(max(1, round(seconds * 1e9)))
-    return duration
