@@ -11,6 +11,7 @@ from core.errors import InvalidInput
 from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
+from services.cli.options import NumberFormat
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
 from services.local.fetch import fetch, fetched_path, resolve_model
 from services.local.number_format import automatic_formats
@@ -63,13 +64,7 @@ def plan(
     stages: Annotated[
         int, typer.Option(envvar="PENSTOCK_STAGES", help="How many stages share the layers.")
     ] = 2,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            envvar="PENSTOCK_DTYPE",
-            help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
-        ),
-    ] = "auto",
+    dtype: NumberFormat = "auto",
     split: Annotated[
         str | None,
         typer.Option(envvar="PENSTOCK_SPLIT", help="Layers of each stage, such as 0:14,14:30."),

@@ -17,6 +17,7 @@ from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
 from services.cli.how_to_call import QUESTION, how_to_call
+from services.cli.options import NumberFormat
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
 from services.common.channels import open_channel
@@ -67,13 +68,7 @@ def mesh(
             help="Stages that take so many times as long, such as 1=2.0, to try out slow nodes.",
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            envvar="PENSTOCK_DTYPE",
-            help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
-        ),
-    ] = "auto",
+    dtype: NumberFormat = "auto",
     device: Annotated[
         str,
         typer.Option(

@@ -1,0 +1,15 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+NumberFormat = Annotated[
+    str,
+    typer.Option(
+        envvar="PENSTOCK_DTYPE",
+        help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
+    ),
+]
