@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import grpc
+import pytest
 from penstock.v1 import generation_pb2, stage_pb2, stage_pb2_grpc
 
 from services.common.channels import open_channel
@@ -23,6 +24,8 @@ from services.stage.worker import Worker
 from tests.support.counting_engine import HIDDEN_SIZE, CountingEngine, counting_model
 
 TIMEOUT_S = 30.0
+# Over the sockets within a host, and over gRPC alone.
+both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 @dataclass(frozen=True, kw_only=True)

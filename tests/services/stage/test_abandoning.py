@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 from penstock.v1 import stage_pb2
 
 from tests.support.stages import (
     HandDrivenCoordinator,
     RunningStage,
+    both_ways,
     micro_batch,
     running_chain,
     running_replicas,
     running_stage,
     start,
 )
-
-both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 async def until_performed(coordinator: HandDrivenCoordinator, index: int, id: int) -> None:

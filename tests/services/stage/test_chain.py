@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-import pytest
 from penstock.v1 import stage_pb2
 
 from services.common.shortcut import Shortcut, enter
 from tests.support.stages import (
     TIMEOUT_S,
     HandDrivenCoordinator,
+    both_ways,
     micro_batch,
     running_chain,
     start,
 )
 
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
-both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 @both_ways

@@ -11,6 +11,7 @@ from penstock.v1 import stage_pb2
 from tests.support.stages import (
     ControlStream,
     HandDrivenCoordinator,
+    both_ways,
     micro_batch,
     running_chain,
     running_replicas,
@@ -19,7 +20,6 @@ from tests.support.stages import (
 )
 
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
-both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 @both_ways

@@ -17,6 +17,7 @@ from tests.support.models import TINY_MODELS, write_hugging_face
 from tests.support.stages import (
     HandDrivenCoordinator,
     StageServer,
+    both_ways,
     micro_batch,
     stage_server,
     start,
@@ -27,7 +28,6 @@ FORMATS = [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), 
 PROMPTS = [list(range(30, 85)), [*range(30, 46), 7, 7, 9]]  # they share a block
 NUM_STEPS = 6
 formats = pytest.mark.parametrize(("number_format", "wire"), FORMATS)
-both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 @dataclass(frozen=True, kw_only=True)

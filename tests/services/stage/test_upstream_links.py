@@ -19,6 +19,7 @@ from tests.support.stages import (
     TIMEOUT_S,
     ControlStream,
     HandDrivenCoordinator,
+    both_ways,
     micro_batch,
     running_replicas,
     running_stage,
@@ -26,7 +27,6 @@ from tests.support.stages import (
 )
 
 INVALID, PRECONDITION = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
-both_ways = pytest.mark.parametrize("offers_shortcuts", [True, False])
 
 
 @both_ways
