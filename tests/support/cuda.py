@@ -7,6 +7,7 @@ types, so `compile_to_ptx` compiles the same kernels as a device would.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,11 +20,34 @@ from numba import config, cuda
 
 from core.kernels.cuda_launch import Launch
 
+
+def _share_arrays_safely() -> None:
+    """Makes threads of a simulated block agree on their shared arrays.
+
+    numba-cuda 0.30 looks an array up and makes it when it is missing, without a lock: two threads
+    that come at once get one each (`FakeCUDAShared.array`).
+    """
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    lock = threading.Lock()
+
+    def array(self: Any, shape: Any, dtype: Any) -> npt.NDArray[Any]:
+        caller = sys._getframe(1)
+        line = (caller.f_code.co_filename, caller.f_lineno)
+        with lock:
+            if line not in self._allocations:
+                self._allocations[line] = np.empty(shape, dtype)
+            return self._allocations[line]
+
+    FakeCUDAShared.array = array
+
+
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if SIMULATED:
     # The simulator's main thread looks all the time whether the others have ended, and would keep
     # them waiting for the GIL for the default 5 ms, twice a block.
     sys.setswitchinterval(1e-5)
+    _share_arrays_safely()
 # tests/allowed_skips.txt has this reason.
 NO_DEVICE = "no CUDA device"
 
