@@ -3,6 +3,7 @@
 PenstockError
 ├── InvalidInput          a request or option is wrong: the field, its value, what is allowed
 ├── NotFound              a model, file or version that does not exist
+├── PermissionDenied      the caller is known, and may not do this
 ├── Exhausted             a bound was reached; try again after `retry_after_s`
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
 ├── DeadlineExceeded      the caller's deadline passed
@@ -46,6 +47,10 @@ class NotFound(PenstockError):
     def __init__(self, message: str, *, field: str = "") -> None:
         self.field = field
         super().__init__(message)
+
+
+class PermissionDenied(PenstockError):
+    """The caller is known, and may not do this."""
 
 
 class Exhausted(PenstockError):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import grpc
 
+from services.common.credentials import Credentials, credentials_of_client
+
+Dial = Callable[[str], grpc.aio.Channel]
 # Frames are at most 1 MiB; schedules and answers are far smaller.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # Of channels: between parts of a mesh, which must notice soon when one has gone.
@@ -11,16 +17,38 @@ PING_INTERVAL_MS = 2000
 PING_TIMEOUT_MS = 2000
 
 
-def open_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+def open_channel(
+    address: str,
+    *,
+    credentials: Credentials | None = None,
+    role: str = "",
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> grpc.aio.Channel:
     """Opens a channel to `host:port`; connecting is lazy, so that the peer may start later.
 
-    Streams over it say `wait_for_ready=True` themselves, and set deadlines. A peer
-    that goes silent is noticed after interval plus timeout of the pings (4 s).
+    With `credentials` of this process, read anew here, the peer must show that it has this `role`
+    in the same mesh, whatever its address. Streams over it say `wait_for_ready=True` themselves,
+    and set deadlines. A peer that goes silent is noticed after interval plus timeout of the pings
+    (4 s).
     """
-    return grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
+    options = _options(max_message_bytes)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    name = credentials.identity.peer(role).dns_name
+    options = [*options, ("grpc.ssl_target_name_override", name)]
+    return grpc.aio.secure_channel(address, credentials.of_channel(), options=options)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+def open_public_channel(address: str, *, ca: Path | None) -> grpc.aio.Channel:
+    """Opens a channel to a gateway. With `ca`, a PEM file of authorities, all is encrypted, and one
+    of them must have certified the address. Raises NotFound where there is no such file."""
+    options = _options(MAX_MESSAGE_BYTES)
+    if ca is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials_of_client(ca), options=options)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, int | str]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),

@@ -2,6 +2,7 @@
 
     InvalidInput       INVALID_ARGUMENT     BadRequest: the field, its value, what is allowed
     NotFound           NOT_FOUND            BadRequest: the field, where a request named it
+    PermissionDenied   PERMISSION_DENIED
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help
     Unavailable        UNAVAILABLE          RetryInfo
     DeadlineExceeded   DEADLINE_EXCEEDED
@@ -42,6 +43,7 @@ class _Row(NamedTuple):
 _TABLE = (
     _Row(errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
     _Row(errors.NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    _Row(errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
