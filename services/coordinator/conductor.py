@@ -26,6 +26,7 @@ from core.pipeline.actions import (
 from core.pipeline.events import Event, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from services.common.credentials import Credentials
 from services.common.durations import duration
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
@@ -51,6 +52,7 @@ class Conductor:
         telemetry: Telemetry,
         health: HealthService,
         *,
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._health = health
@@ -66,7 +68,7 @@ class Conductor:
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
-        self.replicas = Replicas(settings, self)
+        self.replicas = Replicas(settings, self, credentials=credentials)
         self.requests = Requests(telemetry, post=self.post, clock=clock)
         self.mesh = MeshView(self.replicas, clock())
         self._events: list[Event] = []

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc
 from penstock.v1 import stage_pb2
 
 from core.errors import PenstockError, Unavailable
 from services.common.cancellation import in_own_task
 from services.common.channels import open_channel
+from services.common.credentials import Credentials
+from services.common.identity import stage_role
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
@@ -84,7 +85,7 @@ class ReplicaLink:
         *,
         settings: CoordinatorSettings,
         listener: ReplicaListener,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
+        credentials: Credentials | None = None,
     ) -> None:
         self.place = place
         self.incarnation: Incarnation | None = None
@@ -93,7 +94,7 @@ class ReplicaLink:
         self.is_draining = False
         self._settings = settings
         self._listener = listener
-        self._dial = dial
+        self._credentials = credentials
         self._epoch = 0
         self._dropped: asyncio.Future[str] | None = None
 
@@ -123,7 +124,10 @@ class ReplicaLink:
         self._dropped = asyncio.get_running_loop().create_future()
         reason = ""
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
-        async with self._dial(self.place.address) as channel:
+        role = stage_role(self.place.stage_index)
+        async with open_channel(
+            self.place.address, credentials=self._credentials, role=role
+        ) as channel:
             stream = StageStream(
                 channel,
                 name=self.place.name,

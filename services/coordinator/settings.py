@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 
@@ -28,6 +29,8 @@ class CoordinatorSettings:
     open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
     exit_with_parent: bool = False  # stop when standard input ends
+    certs: Path | None = None  # folder of its identity; None: everything in the clear
+    insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
         self._check_addresses()

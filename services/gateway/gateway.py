@@ -10,6 +10,7 @@ from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.tokens.tokenizer import Tokenizer
+from services.common.credentials import Credentials
 from services.common.health import HealthService, add_reflection
 from services.common.servers import bind, create_server, run_until_stopped
 from services.common.telemetry import Telemetry
@@ -30,9 +31,15 @@ class Gateway:
     """Serves until stopped. To be made inside a running event loop."""
 
     def __init__(
-        self, settings: GatewaySettings, tokenizer: Tokenizer, telemetry: Telemetry
+        self,
+        settings: GatewaySettings,
+        tokenizer: Tokenizer,
+        telemetry: Telemetry,
+        *,
+        credentials: Credentials | None = None,
     ) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._tokenizer = tokenizer
         self.health = HealthService()
         mesh = MeshView(
@@ -41,7 +48,9 @@ class Gateway:
             has_chat_template=tokenizer.has_chat_template,
         )
         self.requests = OpenRequests(resume_limit_s=settings.resume_limit_s)
-        self.link = CoordinatorLink(settings.coordinators, self.requests, on_mesh=mesh.update)
+        self.link = CoordinatorLink(
+            settings.coordinators, self.requests, on_mesh=mesh.update, credentials=credentials
+        )
         self._generator = TextGenerator(tokenizer, mesh, self.requests, telemetry)
         self._server = create_server(telemetry, max_receive_bytes=settings.max_message_bytes)
 
@@ -60,7 +69,13 @@ class Gateway:
             oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
         )
         add_reflection(self._server, services=services)
-        port = bind(self._server, self._settings.listen)
+        port = bind(
+            self._server,
+            self._settings.listen,
+            credentials=self._credentials,
+            is_public=True,
+            insecure=self._settings.insecure,
+        )
         await self._server.start()
         facts = {"port": port, "coordinators": self._settings.coordinators}
         _LOG.info("gateway listens", extra=facts)

@@ -26,6 +26,10 @@ class GatewaySettings:
     """How long open requests may go on after a signal to stop."""
     resume_limit_s: float = 30.0
     """How long requests wait for the next coordinator when one was lost; then they fail."""
+    certs: Path | None = None
+    """Folder of its identity; None: everything in the clear. Clients need none of their own."""
+    insecure: bool = False
+    """Listens beyond loopback even so."""
     exit_with_parent: bool = False
     """Stop when standard input ends: whoever started this process has gone."""
 

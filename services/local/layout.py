@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, NotFound
+from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
 
 
@@ -59,6 +61,7 @@ class MeshLayout:
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -108,6 +111,10 @@ class MeshLayout:
         stages[stage_index] = replace(stages[stage_index], replicas=replicas)
         return replace(self, stages=tuple(stages))
 
+    def _identity(self, role: str) -> dict[str, str]:
+        """The option for a process of this role."""
+        return {"--certs": str(Path(self.certs) / name_of(role))} if self.certs else {}
+
     def stage_command(self, index: int, one: ReplicaLayout) -> ProcessCommand:
         """Runs a replica."""
         return _command(
@@ -126,7 +133,8 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
-            },
+            }
+            | self._identity(stage_role(index)),
         )
 
     def coordinator_command(self) -> ProcessCommand:
@@ -144,7 +152,8 @@ class MeshLayout:
                 "--spares": ",".join(spares),
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
-            },
+            }
+            | self._identity(COORDINATOR),
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
@@ -160,7 +169,8 @@ class MeshLayout:
                 "--coordinator": self.coordinator_address,
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
-            },
+            }
+            | self._identity(GATEWAY),
         )
 
 

@@ -16,6 +16,7 @@ from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
+from services.local.identities import settle_identities
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
@@ -40,8 +41,8 @@ class _Ports(NamedTuple):
 def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayout:
     """Finds or fetches the model, cuts it, sizes the KV cache and chooses ports.
 
-    Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
-    memory), CorruptWeights, Unavailable or Exhausted (the fetch).
+    Raises NotFound (model, certificates), InvalidInput (an option, a port), PlanImpossible (the
+    cut, the memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
@@ -70,6 +71,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+        certs=settle_identities(settings),
     )
 
 

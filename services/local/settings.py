@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
@@ -51,6 +52,10 @@ class MeshSettings:
     speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
+    # Folder of the identities with which the processes know each other; None: all in the clear.
+    certs: Path | None = None
+    # Whether they are made there first, in place of those there may be.
+    makes_certs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from core.errors import NotFound
+from services.common.identity import SUPERVISOR
+from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -37,6 +39,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     """
     with run_folder.claim():
         stop = stop_on_signals()
+        credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
         async with mesh.running():
@@ -44,6 +47,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
+                credentials=credentials,
                 report=listener.progress,
                 is_compiling=mesh.is_compiling,
             )
@@ -51,7 +55,12 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             if not stop.is_set():
                 await first_of(
                     mesh.keep_alive(restarted=supervisor.write_record),
-                    serve_supervisor(supervisor, run_folder.socket_path, say=listener.say),
+                    serve_supervisor(
+                        supervisor,
+                        run_folder.socket_path,
+                        credentials=credentials,
+                        say=listener.say,
+                    ),
                     _serve(listener),
                     _wait(stop),
                 )
@@ -120,6 +129,7 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                certs=layout.certs,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

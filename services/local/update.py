@@ -25,7 +25,9 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from core.errors import InvalidInput, Unavailable
 from services.common.channels import open_channel
+from services.common.identity import COORDINATOR, GATEWAY, OPERATOR, SUPERVISOR
 from services.common.statuses import error_from_rpc
+from services.local.identities import credentials_for
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
 from services.local.waiting import first_of
@@ -60,18 +62,18 @@ async def update_stage(
     for replicas that have changed already.
     """
     check_shapes(update.model_path, record)
+    credentials = credentials_for(record.certs, OPERATOR)
     async with AsyncExitStack() as stack:
+
+        async def channel(address: str, role: str) -> grpc.aio.Channel:
+            opened = open_channel(address, credentials=credentials, role=role)
+            return await stack.enter_async_context(opened)
+
         updater = Updater(
             update,
-            coordinator=CoordinatorServiceStub(
-                await stack.enter_async_context(open_channel(record.coordinator))
-            ),
-            supervisor=SupervisorServiceStub(
-                await stack.enter_async_context(open_channel(f"unix:{socket_path}"))
-            ),
-            gateway=GenerationServiceStub(
-                await stack.enter_async_context(open_channel(record.gateway))
-            ),
+            coordinator=CoordinatorServiceStub(await channel(record.coordinator, COORDINATOR)),
+            supervisor=SupervisorServiceStub(await channel(f"unix:{socket_path}", SUPERVISOR)),
+            gateway=GenerationServiceStub(await channel(record.gateway, GATEWAY)),
             say=say,
         )
         try:
