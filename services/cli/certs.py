@@ -24,6 +24,7 @@ Hosts = Annotated[
     list[str] | None,
     typer.Option(
         "--host",
+        envvar="PENSTOCK_HOST",
         help="Name or address under which clients reach it, besides localhost; may be given "
         "again. What counts between the parts is the role, wherever they run.",
     ),

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -30,13 +31,18 @@ OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
         *("--kv-memory", "--prefix-cache", "--speculation"),
-        *("--grpc-port", "--metrics-port", "--detach"),
+        *("--grpc-port", "--metrics-port", "--certs", "--detach"),
     ],
     "stop": [],
     "status": [],
     "update": ["--stage", "--weights"],
-    "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
-    "tokenize": ["--model", "--address"],
+    "generate": [
+        *("--raw", "--system", *SAMPLING, "--timeout"),
+        *("--model", "--address", "--ca", "--usage"),
+    ],
+    "tokenize": ["--model", "--address", "--ca"],
+    "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
+    "certs renew": ["--folder", "--host", "--days"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--memory"],
@@ -44,8 +50,13 @@ OPTIONS = {
 }
 
 
-def commands() -> dict[str, object]:
-    return typer.main.get_command(app).commands
+def commands() -> dict[str, Any]:
+    """All of them; those within a group by both names."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", {})
+        found |= {f"{name} {part}": one for part, one in inner.items()} or {name: command}
+    return found
 
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:

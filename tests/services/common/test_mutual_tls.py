@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,17 @@ async def converse(channel: grpc.aio.Channel, method: str) -> Any:
     kind = {"Control": stage_pb2.ControlRequest, "Activate": stage_pb2.ActivateRequest}[method]
     call = getattr(stub, method)(timeout=TIMEOUT_S)
     try:
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # reading says why
-            await call.write(kind())
+        await call.write(kind())
         return await call.read()
     finally:
         call.cancel()
 
 
 async def refusal(channel: grpc.aio.Channel, method: str = "Control") -> grpc.aio.AioRpcError:
+    """What a stream ends with, before anything is sent: a write that comes too late hides it."""
+    stub: Any = stage_pb2_grpc.StageServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await converse(channel, method)
+        await getattr(stub, method)(timeout=TIMEOUT_S).read()
     return raised.value
 
 
