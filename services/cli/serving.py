@@ -120,6 +120,14 @@ def mesh(
             help="Port of the gateway's metrics; those of the other processes follow. 0: any.",
         ),
     ] = 8002,
+    shortcuts: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_SHORTCUTS",
+            help="Lets the parts talk over sockets beside gRPC, since they are on one machine; "
+            "without, all goes as it would between machines.",
+        ),
+    ] = True,
     certs: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +161,7 @@ def mesh(
         speculation=speculation,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        shortcuts=shortcuts,
         certs=run_folder.path / "certs" if certs == "auto" else Path(certs) if certs else None,
         makes_certs=certs == "auto",
     )

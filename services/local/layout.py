@@ -61,6 +61,7 @@ class MeshLayout:
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    shortcuts: bool = True
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
 
     def commands(self) -> tuple[ProcessCommand, ...]:
@@ -135,6 +136,7 @@ class MeshLayout:
                 "--slow-down": str(self.stages[index].slow_down),
             }
             | self._identity(stage_role(index)),
+            flags=() if self.shortcuts else ("--no-shortcuts",),
         )
 
     def coordinator_command(self) -> ProcessCommand:

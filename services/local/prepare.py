@@ -71,6 +71,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+        shortcuts=settings.shortcuts,
         certs=settle_identities(settings),
     )
 

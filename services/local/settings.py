@@ -52,6 +52,8 @@ class MeshSettings:
     speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
+    # Whether what stages on this machine say to each other may go beside gRPC.
+    shortcuts: bool = True
     # Folder of the identities with which the processes know each other; None: all in the clear.
     certs: Path | None = None
     # Whether they are made there first, in place of those there may be.

@@ -31,7 +31,7 @@ OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
         *("--kv-memory", "--prefix-cache", "--speculation"),
-        *("--grpc-port", "--metrics-port", "--certs", "--detach"),
+        *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
     ],
     "stop": [],
     "status": [],

@@ -20,29 +20,13 @@ from core.errors import InvalidInput, NotFound
 from services.common.certificates import issue, make_authority
 from services.common.channels import open_channel, open_public_channel
 from services.common.credentials import Credentials
-from services.common.health import HealthService
 from services.common.servers import bind, create_server
 from services.common.telemetry import no_telemetry
 from tests.support.certificates import credentials, write_mesh
+from tests.support.echoing_stage import echoing_stage
 
 TIMEOUT_S = 30.0
 ROLES = ("coordinator", "gateway", "operator", "stage/0", "stage/1", "stage/2")
-
-
-class EchoingStage(stage_pb2_grpc.StageServiceServicer):
-    """Answers every message of a stream, and holds nothing."""
-
-    async def Control(
-        self, requests: AsyncIterator[Any], context: Any
-    ) -> AsyncIterator[stage_pb2.ControlResponse]:
-        async for _ in requests:
-            yield stage_pb2.ControlResponse(report=stage_pb2.StageReport())
-
-    async def Activate(
-        self, requests: AsyncIterator[Any], context: Any
-    ) -> AsyncIterator[stage_pb2.ActivateResponse]:
-        async for _ in requests:
-            yield stage_pb2.ActivateResponse(credits=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +43,8 @@ class Served:
 @asynccontextmanager
 async def serving(folder: Path, *, is_public: bool = False) -> AsyncIterator[Served]:
     own = Credentials(folder / "stage-1")
-    server = create_server(no_telemetry(), credentials=None if is_public else own)
-    stage_pb2_grpc.add_StageServiceServicer_to_server(EchoingStage(), server)
-    health = HealthService()
-    await health.add_to(server)
-    port = bind(server, "127.0.0.1:0", credentials=own, is_public=is_public)
-    await server.start()
-    await health.set("", serving=True)
-    try:
+    async with echoing_stage(own, is_public=is_public) as (_, port):
         yield Served(folder=folder, address=f"127.0.0.1:{port}")
-    finally:
-        await server.stop(None)
 
 
 @pytest.fixture
