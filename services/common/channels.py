@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.credentials import Credentials, credentials_of_client
 
@@ -15,6 +16,7 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # Of channels: between parts of a mesh, which must notice soon when one has gone.
 PING_INTERVAL_MS = 2000
 PING_TIMEOUT_MS = 2000
+_ASKING_TIMEOUT_S = 5.0
 
 
 def open_channel(
@@ -37,6 +39,19 @@ def open_channel(
     name = credentials.identity.peer(role).dns_name
     options = [*options, ("grpc.ssl_target_name_override", name)]
     return grpc.aio.secure_channel(address, credentials.of_channel(), options=options)
+
+
+async def why_unreachable(channel: grpc.aio.Channel) -> str:
+    """Why a channel does not connect, in gRPC's words; "" when it does.
+
+    Calls that `wait_for_ready` wait for ever, and never say why: that of a handshake, say.
+    """
+    stub = health_pb2_grpc.HealthStub(channel)
+    try:
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=_ASKING_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or "" if error.code() is grpc.StatusCode.UNAVAILABLE else ""
+    return ""
 
 
 def open_public_channel(address: str, *, ca: Path | None) -> grpc.aio.Channel:

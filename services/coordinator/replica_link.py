@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import grpc
 from penstock.v1 import stage_pb2
 
 from core.errors import PenstockError, Unavailable
 from services.common.cancellation import in_own_task
-from services.common.channels import open_channel
+from services.common.channels import open_channel, why_unreachable
 from services.common.credentials import Credentials
 from services.common.identity import stage_role
 from services.coordinator.settings import CoordinatorSettings
@@ -26,6 +27,8 @@ from services.coordinator.stage_stream import StageStream
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S = 0.05
 _MOST_BACKOFF_S = 2.0
+# A process that starts listens by then; later, whoever looks shall see why nobody answers.
+_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,7 @@ class ReplicaLink:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(stream.run(self._order()))
                     group.create_task(self._watch(self._dropped))
+                    group.create_task(self._explain(channel))
                     await self._open(stream)
             except* PenstockError as errors:
                 reason = str(errors.exceptions[0])
@@ -171,6 +175,18 @@ class ReplicaLink:
         self.incarnation, self.problem = incarnation, ""
         _LOG.info("replica open", extra={"epoch": self._epoch, "replica": incarnation.replica_id})
         self._listener.on_open(incarnation)
+
+    async def _explain(self, channel: grpc.aio.Channel) -> None:
+        """Says why a replica cannot be reached, which its stream waits for in silence."""
+        while True:
+            await asyncio.sleep(_SILENCE_S)
+            if self.incarnation is not None:
+                return
+            reason = await why_unreachable(channel)
+            if reason and self.incarnation is None and reason != self.problem:
+                self.problem = reason
+                facts = {"replica": self.place.name, "reason": reason}
+                _LOG.warning("replica cannot be reached", extra=facts)
 
     async def _watch(self, dropped: asyncio.Future[str]) -> None:
         raise Unavailable(await dropped)

@@ -53,6 +53,7 @@ class CoordinatorLink:
         self._on_mesh = on_mesh
         self._credentials = credentials
         self._num_read = 0
+        self._last_reasons = ""  # why the last try ended
         self._mesh: coordinator_pb2.MeshState | None = None  # the last state; None: no stream
 
     async def run(self) -> None:
@@ -73,7 +74,10 @@ class CoordinatorLink:
             await in_own_task(self._serve_stream(address))
         except* (grpc.RpcError, PenstockError, TimeoutError) as group:
             reasons = "; ".join(_reason(error) for error in group.exceptions)
-            level = logging.DEBUG if self._mesh is None else logging.WARNING
+            # Once, and not at every try: it may never have been there, for its certificate say.
+            is_known = self._mesh is None and reasons == self._last_reasons
+            self._last_reasons = reasons
+            level = logging.DEBUG if is_known else logging.WARNING
             _LOG.log(level, "coordinator lost", extra={"address": address, "why": reasons})
         finally:
             was_connected = self._mesh is not None

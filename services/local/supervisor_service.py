@@ -23,7 +23,7 @@ async def serve_supervisor(
     supervisor: Supervisor,
     path: Path,
     *,
-    credentials: Credentials | None,
+    credentials: Credentials | None = None,
     say: Callable[[str], None],
 ) -> None:
     """Serves at `path` until cancelled. Where the path is too long for a socket it says so: then

@@ -18,7 +18,7 @@ from penstock.v1 import stage_pb2, stage_pb2_grpc
 
 from core.errors import InvalidInput, NotFound
 from services.common.certificates import issue, make_authority
-from services.common.channels import open_channel, open_public_channel
+from services.common.channels import open_channel, open_public_channel, why_unreachable
 from services.common.credentials import Credentials
 from services.common.servers import bind, create_server
 from services.common.telemetry import no_telemetry
@@ -155,6 +155,14 @@ async def test_who_dials_turns_away_from_a_server_of_another_role(stage: Served)
         error = await refusal(channel)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "Hostname Verification" in str(error.details())
+
+
+async def test_why_a_peer_cannot_be_reached_can_be_asked(stage: Served) -> None:
+    coordinator = credentials(stage.folder, "coordinator")
+    async with stage.dial(coordinator, role="stage/2") as channel:
+        assert "Hostname Verification" in await why_unreachable(channel)
+    async with stage.dial(coordinator) as channel:
+        assert await why_unreachable(channel) == ""
 
 
 async def test_clients_of_a_public_port_need_no_certificate(tmp_path: Path) -> None:
