@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -34,22 +35,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_servable(tmp_path_factory.mktemp("model"), TinyModel())
 
 
-@pytest.fixture(scope="module")
-def mesh(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
-    mesh = LocalMesh(runtime=tmp_path_factory.mktemp("mesh"), environment={})
-    mesh.start("--model", str(model), *OPTIONS, "--certs", "auto")
+@contextmanager
+def started(runtime: Path, model: Path, *options: str) -> Iterator[LocalMesh]:
+    mesh = LocalMesh(runtime=runtime, environment={})
+    mesh.start("--model", str(model), *OPTIONS, *options)
     try:
         yield mesh
     finally:
         mesh.stop()
 
 
-@pytest.fixture
-def client(mesh: LocalMesh) -> Iterator[Client]:
+@contextmanager
+def connected(mesh: LocalMesh) -> Iterator[Client]:
     record = mesh.record
     with connect_securely(
         gateway=record.gateway, coordinator=record.coordinator, certs=Path(record.certs)
     ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def mesh(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
+    """All that its parts say goes over mTLS, as it does between machines."""
+    options = ("--certs", "auto", "--no-shortcuts")
+    with started(tmp_path_factory.mktemp("mesh"), model, *options) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def client(mesh: LocalMesh) -> Iterator[Client]:
+    with connected(mesh) as client:
         yield client
 
 
@@ -60,18 +75,21 @@ def tokens(client: Client) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """The answers of the same mesh without certificates."""
-    mesh = LocalMesh(runtime=tmp_path_factory.mktemp("plain"), environment={})
-    mesh.start("--model", str(model), *OPTIONS)
-    try:
+    with started(tmp_path_factory.mktemp("plain"), model) as mesh:
         record = mesh.record
         with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
             return tokens(client)
-    finally:
-        mesh.stop()
 
 
 def test_the_answers_are_those_of_a_mesh_without(client: Client, plain: list[list[int]]) -> None:
     assert tokens(client) == plain
+
+
+def test_nor_do_they_change_where_sockets_stand_beside_the_streams(
+    model: Path, plain: list[list[int]], tmp_path: Path
+) -> None:
+    with started(tmp_path, model, "--certs", "auto") as mesh, connected(mesh) as client:
+        assert tokens(client) == plain
 
 
 def test_the_commands_find_the_mesh_and_its_certificates(mesh: LocalMesh) -> None:
