@@ -132,9 +132,10 @@ def _load_authority(folder: Path) -> Authority:
     except (ValueError, TypeError) as error:
         allowed = f"{AUTHORITIES} and {AUTHORITY_KEY} of `penstock certs init`"
         raise InvalidInput("folder", str(folder), allowed) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise InvalidInput("folder", str(folder), f"a key on P-256 in {AUTHORITY_KEY}")
-    return Authority(certificate, key)
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key():
+        return Authority(certificate, key)
+    allowed = f"the key on P-256 of the first certificate of {AUTHORITIES} in {AUTHORITY_KEY}"
+    raise InvalidInput("folder", str(folder), allowed)
 
 
 def _hosts_of(path: Path) -> list[str]:

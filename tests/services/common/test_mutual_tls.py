@@ -210,6 +210,22 @@ async def test_a_channel_opened_later_shows_the_renewed_certificate(stage: Serve
         assert (await converse(channel, "Control")).HasField("report")
 
 
+async def test_an_authority_is_replaced_step_by_step_and_nobody_is_shut_out(stage: Served) -> None:
+    """While both are trusted, certificates of either pass, though the two have the same name."""
+    coordinator = credentials(stage.folder, "coordinator")
+    old = stage.folder / "old-ca.pem"
+    old.write_bytes((stage.folder / "ca.pem").read_bytes())
+    make_authority(stage.folder, mesh="test", replaces=True)
+    trust(stage.folder / "ca.pem", by=stage.folder / "stage-1")
+    trust(stage.folder / "ca.pem", by=stage.folder / "coordinator")
+    for renewed in ("stage/1", "coordinator"):
+        async with stage.dial(coordinator) as channel:
+            assert (await converse(channel, "Control")).HasField("report")
+        trust(old, by=issue(stage.folder, renewed))
+    async with stage.dial(coordinator) as channel:
+        assert (await converse(channel, "Control")).HasField("report")
+
+
 async def test_files_that_do_not_fit_together_are_passed_over(stage: Served) -> None:
     before = await serial_shown(stage)
     key = stage.folder / "stage-1" / "key.pem"
