@@ -28,9 +28,11 @@ def create_server(
     *,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     max_send_bytes: int = MAX_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
 
+    Handlers of `interceptors` may, too: they stand within the one that turns errors into statuses.
     Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
     """
     options = [
@@ -45,7 +47,9 @@ def create_server(
         # Clients that ping as often as our channels do are welcome.
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
-    return grpc.aio.server(interceptors=[ServerInterceptor(telemetry)], options=options)
+    return grpc.aio.server(
+        interceptors=[ServerInterceptor(telemetry), *interceptors], options=options
+    )
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
