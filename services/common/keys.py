@@ -20,6 +20,7 @@ from core.errors import InvalidInput
 
 GENERATE, TOKENIZE, MODELS, STATUS = "generate", "tokenize", "models", "status"
 SCOPES = (GENERATE, TOKENIZE, MODELS, STATUS)
+AUTHORIZATION = "authorization"  # the metadata that a key comes in
 MAX_TENANT_CHARS = 128
 MAX_PRIORITY = 100
 
@@ -95,6 +96,11 @@ class KeyText(NamedTuple):
 
     def __str__(self) -> str:
         return f"penstock_{self.key_id}_{self.secret}"
+
+
+def as_metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    """What a client sends with each RPC; nothing where it has no key."""
+    return () if key is None else ((AUTHORIZATION, f"Bearer {key}"),)
 
 
 def draw_key() -> KeyText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,6 +41,7 @@ async def serve(settings: CoordinatorSettings) -> None:
             drain=conductor.stop,
             exit_with_parent=settings.exit_with_parent,
         )
+        conductor.trail.close()
     finally:
         telemetry.shutdown()
 
@@ -76,6 +78,7 @@ def main(
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
+    audit: Annotated[Path | None, typer.Option(help="file of the audit log")] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="stop when standard input ends")
@@ -98,6 +101,7 @@ def main(
             prefix_cache=prefix_cache,
             tenant_weights=parse_tenant_weights(tenant_weights),
             open_timeout_s=open_timeout_s,
+            audit=audit,
             log_level=log_level,
             exit_with_parent=exit_with_parent,
         )
