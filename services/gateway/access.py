@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from core.errors import PermissionDenied, Unauthenticated
 from services.common.keys import (
+    AUTHORIZATION,
     GENERATE,
     MODELS,
     STATUS,
@@ -29,7 +30,6 @@ from services.gateway.share import share_from
 
 Metadata = Iterable[tuple[str, Any]] | None
 
-AUTHORIZATION = "authorization"
 OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 _GENERATION, _INFERENCE = "/penstock.v1.GenerationService/", "/inference.GRPCInferenceService/"
 SCOPE_OF = {

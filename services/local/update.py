@@ -25,6 +25,7 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from core.errors import InvalidInput, Unavailable
 from services.common.channels import open_channel
+from services.common.keys import as_metadata
 from services.common.statuses import error_from_rpc
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
@@ -51,9 +52,16 @@ class Update:
 
 
 async def update_stage(
-    update: Update, *, record: MeshRecord, socket_path: Path, say: Callable[[str], None]
+    update: Update,
+    *,
+    record: MeshRecord,
+    socket_path: Path,
+    key: str | None,
+    say: Callable[[str], None],
 ) -> None:
     """Returns when all replicas of the stage have the new weights; `say` is told each step.
+
+    `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
 
     Raises InvalidInput (another model's weights, no such stage), Unavailable (a new process ended,
     did not fit or failed its probe; the mesh cannot be reached). Then the mesh is as it was, but
@@ -72,6 +80,7 @@ async def update_stage(
             gateway=GenerationServiceStub(
                 await stack.enter_async_context(open_channel(record.gateway))
             ),
+            key=key,
             say=say,
         )
         try:
@@ -99,6 +108,7 @@ class Updater:
         coordinator: Any,
         supervisor: Any,
         gateway: Any,
+        key: str | None,
         say: Callable[[str], None],
     ) -> None:
         """The services are stubs."""
@@ -106,6 +116,7 @@ class Updater:
         self._coordinator = coordinator
         self._supervisor = supervisor
         self._gateway = gateway
+        self._metadata = as_metadata(key)
         self._say = say
 
     async def run(self) -> None:
@@ -222,7 +233,9 @@ class Updater:
 
     async def _prompt(self) -> Sequence[int]:
         request = generation_pb2.TokenizeRequest(prompt=PROBE_PROMPT)
-        answer = await self._gateway.Tokenize(request, timeout=CALL_TIMEOUT_S)
+        answer = await self._gateway.Tokenize(
+            request, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+        )
         return list(answer.token_ids)
 
 

@@ -29,23 +29,38 @@ SAMPLING = [
 OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
-        *("--kv-memory", "--prefix-cache", "--speculation"),
+        *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--model"],
-    "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
-    "tokenize": ["--model", "--address"],
+    "update": ["--stage", "--model", "--key"],
+    "generate": [
+        *("--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--key", "--usage")
+    ],
+    "tokenize": ["--model", "--address", "--key"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--memory"],
     "warm": ["--dtype"],
+    "keys create": [
+        *("--tenant", "--scopes", "--models", "--expires", "--max-streams", "--tokens-per-minute"),
+        *("--max-prompt-tokens", "--max-output-tokens", "--max-priority"),
+    ],
+    "keys list": [],
+    "keys revoke": [],
+    "audit verify": ["--expect-head"],
+    "audit show": [],
 }
 
 
 def commands() -> dict[str, object]:
-    return typer.main.get_command(app).commands
+    """Those of groups are named behind their group."""
+    found: dict[str, object] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {x}": y for x, y in inner.items()}
+    return found
 
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
