@@ -102,12 +102,14 @@ class AuditLog:
         """Where to go on.
 
         Where lines of the end are missing or changed, the head still knows: the gap then shows
-        for ever, instead of being closed by the next line.
+        for ever, instead of being closed by the next line or taken for one that was cut off.
         """
         end = _read_end(descriptor)
         head = read_head(self.path) or Head()
-        # The other way round where a writer died before it wrote the head.
-        return end._replace(head=head) if head.sequence >= end.head.sequence else end
+        if head.sequence > end.head.sequence:
+            return _End(head, is_open=end.is_open)
+        # A writer that died may not have come to writing the head.
+        return end._replace(head=head) if head.sequence == end.head.sequence else end
 
 
 class _End(NamedTuple):

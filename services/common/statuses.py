@@ -100,7 +100,9 @@ def error_from_rpc(error: grpc.RpcError) -> errors.PenstockError:
     if kind is errors.InvalidInput:
         return _invalid_input(message, details)
     if kind is errors.Exhausted:
-        return errors.Exhausted(message, retry_after_s=details.retry_after_s)
+        return errors.Exhausted(
+            message, retry_after_s=details.retry_after_s, subject=details.subject
+        )
     if kind is errors.Unavailable:
         return errors.Unavailable(message, retry_after_s=details.retry_after_s)
     if kind is errors.NotFound:
@@ -112,6 +114,7 @@ class _Details(NamedTuple):
     reason: str = ""
     metadata: dict[str, str] | None = None
     retry_after_s: float | None = None
+    subject: str = ""
 
 
 def _status(code: grpc.StatusCode, message: str, details: Iterable[Any]) -> Status:
@@ -161,11 +164,14 @@ def _quota_failure(error: errors.Exhausted) -> Any:
 def _unpack(status: Any) -> _Details:
     details = _Details()
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    quota = error_details_pb2.QuotaFailure()
     for packed in status.details:
         if packed.Unpack(info) and info.domain == DOMAIN:
             details = details._replace(reason=info.reason, metadata=dict(info.metadata))
         elif packed.Unpack(retry):
             details = details._replace(retry_after_s=seconds(retry.retry_delay))
+        elif packed.Unpack(quota) and quota.violations:
+            details = details._replace(subject=quota.violations[0].subject)
     return details
 
 
