@@ -34,7 +34,7 @@ OPTIONS = {
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--model", "--key"],
+    "update": ["--stage", "--weights", "--key"],
     "generate": [
         *("--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--key", "--usage")
     ],
