@@ -16,7 +16,9 @@ from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 from core.errors import InvalidInput, Unavailable
 from services.cli import console
 from services.cli.generate import CONNECT_TIMEOUT_S, describe_usage, make_request, stream_answer
+from services.cli.options import Key
 from services.common.channels import open_public_channel
+from services.common.keys import as_metadata
 from services.local.identities import authority_of
 from services.local.run_folder import RunFolder, default_folder
 
@@ -117,6 +119,7 @@ def generate(
     model: ModelName = "",
     address: Address = None,
     ca: Authorities = None,
+    key: Key = None,
     usage: Annotated[
         bool,
         typer.Option(
@@ -144,9 +147,11 @@ def generate(
 
     async def ask(channel: grpc.aio.Channel) -> pb.GenerateResponse:
         request = await make_request(
-            channel, prompt, model=model, system=system, raw=raw, sampling=sampling
+            channel, prompt, model=model, system=system, raw=raw, sampling=sampling, key=key or None
         )
-        return await stream_answer(channel, request, write=write_answer, timeout_s=timeout)
+        return await stream_answer(
+            channel, request, write=write_answer, key=key or None, timeout_s=timeout
+        )
 
     last = with_channel(address, ask, ca=ca)
     console.say()
@@ -155,14 +160,21 @@ def generate(
 
 
 def tokenize(
-    text: Prompt, *, model: ModelName = "", address: Address = None, ca: Authorities = None
+    text: Prompt,
+    *,
+    model: ModelName = "",
+    address: Address = None,
+    ca: Authorities = None,
+    key: Key = None,
 ) -> None:
     """Prints the token ids of a text, as the mesh sees them."""
 
     async def ask(channel: grpc.aio.Channel) -> pb.TokenizeResponse:
         request = pb.TokenizeRequest(model=model, prompt=text)
         stub = GenerationServiceStub(channel)
-        return await stub.Tokenize(request, timeout=CONNECT_TIMEOUT_S)
+        return await stub.Tokenize(
+            request, timeout=CONNECT_TIMEOUT_S, metadata=as_metadata(key or None)
+        )
 
     console.say(" ".join(map(str, with_channel(address, ask, ca=ca).token_ids)))
 

@@ -6,6 +6,11 @@ from pathlib import Path
 
 QUESTION = "Explain in two sentences what a water turbine does."
 
+HOW_TO_GET_A_KEY = """\
+Requests need an API key. `penstock keys create --tenant NAME` makes one and shows it once;
+clients send it as metadata `authorization: Bearer KEY`, and `make generate` takes it as KEY=.
+"""
+
 _TEXT = """\
 From Python, with the stubs of this repository (.venv/bin/python has them):
 

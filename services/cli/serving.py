@@ -17,8 +17,8 @@ from core.errors import NotFound
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
-from services.cli.how_to_call import QUESTION, how_to_call
-from services.cli.options import NumberFormat
+from services.cli.how_to_call import HOW_TO_GET_A_KEY, QUESTION, how_to_call
+from services.cli.options import Key, NumberFormat
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
 from services.common.channels import open_channel, open_public_channel
@@ -109,6 +109,14 @@ def mesh(
             "pipeline has time for it; 0: none.",
         ),
     ] = 16,
+    require_keys: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_KEYS",
+            help="Answers only requests with an API key, such as `penstock keys create` makes.",
+        ),
+    ] = False,
+    key: Key = None,
     grpc_port: Annotated[
         int,
         typer.Option(envvar="PENSTOCK_GRPC_PORT", help="Port of the public API; 0: any free one."),
@@ -159,6 +167,7 @@ def mesh(
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,
+        require_keys=require_keys,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         shortcuts=shortcuts,
@@ -168,7 +177,7 @@ def mesh(
     run_folder.refuse_if_claimed()
     with fetch_display() as report:
         layout = prepare(settings, report=report)
-    asyncio.run(_start(layout, run_folder=run_folder, detach=detach))
+    asyncio.run(_start(layout, run_folder=run_folder, key=key or None, detach=detach))
 
 
 def stop() -> None:
@@ -190,14 +199,19 @@ def status() -> None:
     console.out.print(status_table(record, mesh))
 
 
-async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> None:
+async def _start(
+    layout: MeshLayout, *, run_folder: RunFolder, key: str | None, detach: bool
+) -> None:
     address, ca = layout.gateway_address, authority_of(layout.certs)
     with StartDisplay(layout) as display:
 
         async def ready() -> None:
             display.__exit__()
             console.say(f"{layout.model_name} is ready after {display.seconds:.1f} s\n")
-            await _show_first_answer(address, ca=ca)
+            if layout.require_keys and key is None:
+                console.say(HOW_TO_GET_A_KEY)
+            else:
+                await _show_first_answer(address, ca=ca, key=key)
             console.say(how_to_call(address, ca=ca))
             ending = "`make stop` ends it" if detach else "Ctrl-C ends it"
             console.say(f"Serving at {address}; logs in {run_folder.path}; {ending}")
@@ -213,16 +227,16 @@ def _say(line: str) -> None:
     console.say(line, to=console.err)
 
 
-async def _show_first_answer(address: str, *, ca: Path | None) -> None:
+async def _show_first_answer(address: str, *, ca: Path | None, key: str | None) -> None:
     """Asks a first question through the public API; a failure is shown and ends nothing."""
     channel = open_public_channel(address, ca=ca)
     sampling = SamplingParameters(max_tokens=FIRST_ANSWER_TOKENS, temperature=0)
     console.say(f"> {QUESTION}", style="bold")
     try:
         request = await make_request(
-            channel, QUESTION, model="", system=None, raw=False, sampling=sampling
+            channel, QUESTION, model="", system=None, raw=False, sampling=sampling, key=key
         )
-        await stream_answer(channel, request, write=_write)
+        await stream_answer(channel, request, write=_write, key=key)
         console.say("\n")
     except grpc.RpcError as error:
         console.show_error(console.describe_rpc_error(error))

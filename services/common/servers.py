@@ -32,11 +32,13 @@ def create_server(
     credentials: Credentials | None = None,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     max_send_bytes: int = MAX_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
 
     With `credentials` of this process, others of its mesh may call only what `identity.py` allows
     them; `bind` then must have them too, so that callers show who they are.
+    Handlers of `interceptors` may, too: they stand within the one that turns errors into statuses.
     Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
     """
     options = [
@@ -52,8 +54,8 @@ def create_server(
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
     access = Access(credentials.identity) if credentials is not None else None
-    interceptor = ServerInterceptor(telemetry, access=access)
-    return grpc.aio.server(interceptors=[interceptor], options=options)
+    outermost = ServerInterceptor(telemetry, access=access)
+    return grpc.aio.server(interceptors=[outermost, *interceptors], options=options)
 
 
 def bind(

@@ -44,6 +44,7 @@ async def serve(settings: CoordinatorSettings) -> None:
             drain=conductor.stop,
             exit_with_parent=settings.exit_with_parent,
         )
+        conductor.trail.close()
     finally:
         telemetry.shutdown()
 
@@ -86,6 +87,7 @@ def main(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
     ] = False,
+    audit: Annotated[Path | None, typer.Option(help="file of the audit log")] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="stop when standard input ends")
@@ -108,6 +110,7 @@ def main(
             prefix_cache=prefix_cache,
             tenant_weights=parse_tenant_weights(tenant_weights),
             open_timeout_s=open_timeout_s,
+            audit=audit,
             log_level=log_level,
             exit_with_parent=exit_with_parent,
             certs=certs,

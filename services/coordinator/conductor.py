@@ -26,6 +26,7 @@ from core.pipeline.actions import (
 from core.pipeline.events import Event, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from services.common.audit_trail import AuditTrail
 from services.common.credentials import Credentials
 from services.common.durations import duration
 from services.common.health import HealthService
@@ -68,6 +69,7 @@ class Conductor:
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
+        self.trail = AuditTrail(settings.audit)
         self.replicas = Replicas(settings, self, credentials=credentials)
         self.requests = Requests(telemetry, post=self.post, clock=clock)
         self.mesh = MeshView(self.replicas, clock())
@@ -213,7 +215,10 @@ class Conductor:
             case AbandonMicroBatches():
                 self.replicas.send(action.replica_id, messages.abandon_request(action))
             case DropReplica():
-                self.replicas.drop(action.replica_id, action.reason)
+                replica_id, reason = action.replica_id, action.reason
+                self.replicas.drop(replica_id, reason)
+                event, actor = "replica dropped", "coordinator"
+                self.trail.record(event, actor, replica_id=replica_id, reason=reason)
 
     def _tell_news(self, actions: Sequence[Action]) -> None:
         for action in actions:

@@ -10,6 +10,7 @@ import typer
 from core.errors import PenstockError
 from core.tokens.tokenizer import load_tokenizer
 from services.common.credentials import load_credentials
+from services.common.data_folder import default_data_folder
 from services.common.identity import GATEWAY
 from services.common.logs import configure_logging
 from services.common.servers import exit_with, run_process
@@ -47,6 +48,13 @@ def main(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
     ] = False,
+    require_keys: Annotated[
+        bool | None,
+        typer.Option(help="ask for API keys; by default if anybody beyond this machine can call"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of API keys and audit log; default: the user's")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option(help="stop when standard input is closed")
@@ -64,6 +72,8 @@ def main(
             resume_limit_s=resume_limit_s,
             certs=certs,
             insecure=insecure,
+            require_keys=require_keys,
+            data_folder=data or default_data_folder(),
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, NotFound
+from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
 
@@ -56,6 +57,8 @@ class MeshLayout:
     max_rows: int
     speculation: int
     drain_s: int
+    require_keys: bool
+    data_folder: str  # of API keys and audit log
     stages: tuple[StageLayout, ...]
     coordinator_address: str
     coordinator_metrics_port: int
@@ -72,6 +75,10 @@ class MeshLayout:
             for one in stage.replicas
         )
         return (*stages, self.coordinator_command(), self.gateway_command())
+
+    @property
+    def audit_path(self) -> Path:
+        return Path(self.data_folder) / AUDIT_NAME
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -154,6 +161,7 @@ class MeshLayout:
                 "--spares": ",".join(spares),
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
+                "--audit": str(self.audit_path),
             }
             | self._identity(COORDINATOR),
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
@@ -171,8 +179,10 @@ class MeshLayout:
                 "--coordinator": self.coordinator_address,
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
+                "--data": self.data_folder,
             }
             | self._identity(GATEWAY),
+            flags=("--require-keys" if self.require_keys else "--no-require-keys",),
         )
 
 

@@ -14,6 +14,7 @@ from core.models.registry import load_config
 from core.pipeline.costs import ModelCosts
 from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
+from services.common.data_folder import default_data_folder
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.identities import settle_identities
@@ -66,6 +67,8 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         max_rows=settings.max_rows,
         speculation=settings.speculation,
         drain_s=DRAIN_S,
+        require_keys=settings.require_keys,
+        data_folder=str(default_data_folder()),
         stages=_stages(settings, plan, ports),
         coordinator_address=f"{HOST}:{ports.listen[-2]}",
         coordinator_metrics_port=ports.metrics[-2],

@@ -42,6 +42,8 @@ class MeshSettings:
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.
     prefix_cache: bool = True
+    # Whether requests need an API key.
+    require_keys: bool = False
     # Where the gateway listens; 0: any free port.
     grpc_port: int = 8001
     # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from core.errors import NotFound
+from services.common.audit import AuditLog, Detail, this_user
 from services.common.identity import SUPERVISOR
 from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
@@ -42,7 +44,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
         credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
-        async with mesh.running():
+        async with _audited(layout), mesh.running():
             supervisor.write_record()
             starting = wait_until_ready(
                 layout.gateway_address,
@@ -64,6 +66,19 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
                     _serve(listener),
                     _wait(stop),
                 )
+
+
+@asynccontextmanager
+async def _audited(layout: MeshLayout) -> AsyncIterator[None]:
+    """Records the beginning and the end of a mesh."""
+    log, actor = AuditLog(layout.audit_path), this_user()
+    facts: dict[str, Detail] = {"model": layout.model_name, "gateway": layout.gateway_address}
+    settings: dict[str, Detail] = {"stages": len(layout.stages), "keys": layout.require_keys}
+    await asyncio.to_thread(log.record, "mesh started", actor, **facts, **settings)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(log.record, "mesh stopped", actor, **facts)
 
 
 class Supervisor:

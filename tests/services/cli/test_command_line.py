@@ -30,23 +30,31 @@ SAMPLING = [
 OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
-        *("--kv-memory", "--prefix-cache", "--speculation"),
+        *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
         *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--weights"],
+    "update": ["--stage", "--weights", "--key"],
     "generate": [
         *("--raw", "--system", *SAMPLING, "--timeout"),
-        *("--model", "--address", "--ca", "--usage"),
+        *("--model", "--address", "--ca", "--key", "--usage"),
     ],
-    "tokenize": ["--model", "--address", "--ca"],
+    "tokenize": ["--model", "--address", "--ca", "--key"],
     "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
     "certs renew": ["--folder", "--host", "--days"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--memory"],
     "warm": ["--dtype"],
+    "keys create": [
+        *("--tenant", "--scopes", "--models", "--expires", "--max-streams", "--tokens-per-minute"),
+        *("--max-prompt-tokens", "--max-output-tokens", "--max-priority"),
+    ],
+    "keys list": [],
+    "keys revoke": [],
+    "audit verify": ["--expect-head"],
+    "audit show": [],
 }
 
 
