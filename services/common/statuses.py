@@ -5,9 +5,12 @@
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help
     Unavailable        UNAVAILABLE          RetryInfo
     DeadlineExceeded   DEADLINE_EXCEEDED
+    KeyRefused         PERMISSION_DENIED
+    ChecksumMismatch   DATA_LOSS
+    ManifestMismatch   DATA_LOSS
+    SealBroken         DATA_LOSS
     CorruptWeights     FAILED_PRECONDITION
     PlanImpossible     FAILED_PRECONDITION
-    ChecksumMismatch   DATA_LOSS
     MalformedMessage   INVALID_ARGUMENT
     ProtocolViolation  FAILED_PRECONDITION
     anything else      INTERNAL             an opaque id that the log has beside the traceback
@@ -45,9 +48,12 @@ _TABLE = (
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    _Row(errors.KeyRefused, grpc.StatusCode.PERMISSION_DENIED, "KEY_REFUSED"),
+    _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
+    _Row(errors.ManifestMismatch, grpc.StatusCode.DATA_LOSS, "MANIFEST_MISMATCH"),
+    _Row(errors.SealBroken, grpc.StatusCode.DATA_LOSS, "SEAL_BROKEN"),
     _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
     _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
-    _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
     _Row(errors.MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     _Row(errors.ProtocolViolation, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VIOLATION"),
     _Row(errors.PenstockError, grpc.StatusCode.UNKNOWN, "PENSTOCK_ERROR"),
