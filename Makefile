@@ -8,7 +8,7 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # What `make mesh MODEL=... STAGES=...` takes. The values reach the programs as
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
-OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
+OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KEYS KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
 	ROUNDS PEERS FAULTS KINDS MINUTES
@@ -28,7 +28,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KEYS= KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
@@ -43,7 +43,7 @@ update: $(RUN_STAMP) ## gives a stage of the running mesh other weights: STAGE=1
 stop: $(RUN_STAMP) ## ends the running mesh
 	@$(CLI) stop
 
-plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT=
+plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT= KEYS=
 	@$(CLI) plan
 
 models: $(RUN_STAMP) ## lists the models of the catalogue

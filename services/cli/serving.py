@@ -17,7 +17,7 @@ from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
 from services.cli.how_to_call import QUESTION, how_to_call
-from services.cli.options import NumberFormat
+from services.cli.options import KeysFolder, NumberFormat
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
 from services.common.channels import open_channel
@@ -27,7 +27,13 @@ from services.local.catalogue import DEFAULT_MODEL
 from services.local.layout import MeshLayout
 from services.local.prepare import prepare
 from services.local.run_folder import RunFolder, default_folder
-from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
+from services.local.settings import (
+    MeshSettings,
+    default_keys_folder,
+    parse_bytes,
+    parse_counts,
+    parse_factors,
+)
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
@@ -41,7 +47,7 @@ def mesh(
         typer.Option(
             envvar="PENSTOCK_MODEL",
             help="A name that `penstock models` shows, a .gguf or .bin file, a Hugging Face "
-            "folder, or a hub id.",
+            "folder, a sealed folder, or a hub id.",
         ),
     ] = DEFAULT_MODEL,
     stages: Annotated[
@@ -83,6 +89,7 @@ def mesh(
             help="Layers of each stage, such as 0:14,14:30, instead of a balanced plan.",
         ),
     ] = None,
+    keys: KeysFolder = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +143,7 @@ def mesh(
         dtype=dtype,
         device=device,
         split=split,
+        keys=keys or default_keys_folder(),
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, NotFound
+from core.weights.sealed.sealing import OWNER
 from services.local.process import ProcessCommand
+from services.local.seal_keys import private_key, public_key, stage_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class MeshLayout:
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -126,6 +131,7 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
+                **self._opening(index),
             },
         )
 
@@ -160,8 +166,20 @@ class MeshLayout:
                 "--coordinator": self.coordinator_address,
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
+                **self._sealer(),
             },
         )
+
+    def _opening(self, stage_index: int) -> dict[str, str]:
+        """What a stage opens a sealed model with."""
+        if not self.keys:
+            return {}
+        identity = private_key(Path(self.keys), stage_name(stage_index))
+        return {"--identity-key": str(identity)} | self._sealer()
+
+    def _sealer(self) -> dict[str, str]:
+        """Whose sealed model is believed."""
+        return {"--sealer": str(public_key(Path(self.keys), OWNER))} if self.keys else {}
 
 
 def replica_name(stage_index: int, number: int) -> str:

@@ -14,6 +14,7 @@ from core.models.registry import load_config
 from core.pipeline.costs import ModelCosts
 from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import SealKeys
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
@@ -26,6 +27,7 @@ from services.local.memory import (
 from services.local.number_format import choose_number_format
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import HOST, free_ports, require_free
+from services.local.seal_keys import follow_seal, seal_keys
 from services.local.settings import MeshSettings
 
 # What is in flight when a mesh is told to stop has this long to end.
@@ -43,9 +45,11 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
     memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
+    settings = follow_seal(settings)
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
-    model = read_model(path, dtype=_chosen_dtype(settings))
+    keys = seal_keys(path, settings.keys)
+    model = read_model(path, dtype=_chosen_dtype(settings), keys=keys)
     plan = plan_stages(
         model.config,
         number_format=model.number_format,
@@ -70,6 +74,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+        keys="" if keys is None else str(settings.keys.absolute()),
     )
 
 
@@ -108,9 +113,10 @@ class ModelFacts(NamedTuple):
     number_format: str
 
 
-def read_model(path: Path, *, dtype: str) -> ModelFacts:
-    """What the headers of a model's file say; raises CorruptWeights."""
-    checkpoint = open_checkpoint(path)
+def read_model(path: Path, *, dtype: str, keys: SealKeys | None = None) -> ModelFacts:
+    """What the headers of a model's file say; raises CorruptWeights. `keys` are those of a sealed
+    one."""
+    checkpoint = open_checkpoint(path, keys=keys)
     try:
         config = load_config(checkpoint)
         return ModelFacts(config, choose_number_format(dtype, checkpoint, config))

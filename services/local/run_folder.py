@@ -44,6 +44,8 @@ class MeshRecord:
     gateway: str
     coordinator: str
     processes: tuple[ProcessRecord, ...]
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
 
     @property
     def supervisor(self) -> ProcessRecord:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.number_format import NUMBER_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def default_keys_folder() -> Path:
+    """$XDG_CONFIG_HOME/penstock/keys, or ~/.config/penstock/keys."""
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(config).expanduser() / "penstock" / "keys"
+
 
 _UNITS = {"": 1}
 _UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
@@ -37,6 +46,8 @@ class MeshSettings:
     device: str = "cpu"
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
+    # Folder with the keys of sealed models.
+    keys: Path = field(default_factory=default_keys_folder)
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.

@@ -120,6 +120,7 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                keys=layout.keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

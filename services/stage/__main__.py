@@ -16,7 +16,7 @@ from services.stage.settings import StageSettings, parse_layers
 
 def stage(
     *,
-    model: Annotated[Path, typer.Option(help="GGUF file, Hugging Face folder or llama2.c file")],
+    model: Annotated[Path, typer.Option(help="Weight file, or folder, maybe sealed")],
     name: Annotated[str, typer.Option(help="The model's name in the mesh")],
     layers: Annotated[str, typer.Option(help="Layers to hold, FIRST:END, end not included")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one")],
@@ -36,6 +36,12 @@ def stage(
     slow_down: Annotated[
         float, typer.Option(help="Takes so many times as long to compute, to try out slow nodes")
     ] = 1.0,
+    sealer: Annotated[
+        Path | None, typer.Option(help="Public key of who has sealed the model; no other is opened")
+    ] = None,
+    identity_key: Annotated[
+        Path | None, typer.Option(help="Private key that opens this stage's sealed layers")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -60,6 +66,8 @@ def stage(
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,
             slow_down=slow_down,
+            sealer=sealer,
+            identity_key=identity_key,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

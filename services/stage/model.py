@@ -13,6 +13,7 @@ from penstock.v1 import stage_pb2
 from core.errors import InvalidInput
 from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
+from services.stage.dumps import forbid_dumps
 from services.stage.job import StageEngine
 from services.stage.settings import StageSettings
 from services.stage.slowed_engine import slowed
@@ -44,8 +45,8 @@ class LoadedModel:
 def load_model(settings: StageSettings) -> LoadedModel:
     """Reads the layers of this stage and prepares its kernels; takes seconds.
 
-    Raises CorruptWeights, NotFound, InvalidInput (layers that the model has not) or
-    Exhausted (too little memory).
+    Raises CorruptWeights, NotFound, InvalidInput (layers that the model has not), KeyRefused
+    (layers that this stage may not open) or Exhausted (too little memory).
     """
     started = time.perf_counter_ns()
     # Imported here, by the compute thread: compiled kernels load while the port is open
@@ -59,8 +60,13 @@ def load_model(settings: StageSettings) -> LoadedModel:
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
     from core.weights.open import open_checkpoint
+    from core.weights.sealed.identity import read_seal_keys
 
-    checkpoint = open_checkpoint(settings.model)
+    keys = None
+    if settings.sealer is not None:
+        forbid_dumps()
+        keys = read_seal_keys(settings.sealer, settings.identity_key)
+    checkpoint = open_checkpoint(settings.model, keys=keys)
     config = load_config(checkpoint)
     layers = f"{settings.first_layer}:{settings.end_layer}"
     if settings.end_layer > config.num_layers:

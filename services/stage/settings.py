@@ -15,7 +15,7 @@ DEVICES = ("auto", "cpu", "cuda")
 class StageSettings:
     """What one stage holds and where it listens."""
 
-    model: Path  # a GGUF file, a Hugging Face folder or a llama2.c file
+    model: Path  # a GGUF file, a Hugging Face folder, a llama2.c file or a sealed folder
     name: str  # the model's name in the mesh
     first_layer: int
     end_layer: int  # one past the last layer; checked against the model when it is read
@@ -30,6 +30,9 @@ class StageSettings:
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
+    # Of a sealed model: whose signature counts, and what opens this stage's layers.
+    sealer: Path | None = None
+    identity_key: Path | None = None
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:
@@ -37,6 +40,9 @@ class StageSettings:
             raise InvalidInput("dtype", self.number_format, " or ".join(NUMBER_FORMATS))
         if self.device not in DEVICES:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
+        if (self.sealer is None) != (self.identity_key is None):
+            wanted = "given with --identity-key, or neither of them"
+            raise InvalidInput("sealer", str(self.sealer or ""), wanted)
         if not self.name:
             raise InvalidInput("name", self.name, "a name that is not empty")
         if not 0 <= self.first_layer < self.end_layer:

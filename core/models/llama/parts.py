@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from core.models.llama.config import LlamaConfig
 from core.models.llama.weight_names import NAMINGS
@@ -11,6 +12,7 @@ from core.weights.checkpoint import Checkpoint
 EMBEDDING, HEAD = "embedding", "head"
 # What belongs to no layer, such as rotary frequencies, which are needed with any of them.
 SHARED = "shared"
+_LAYER_PART = re.compile(r"layer-(\d+)")
 
 
 def tensor_parts(checkpoint: Checkpoint) -> dict[str, str]:
@@ -36,6 +38,12 @@ def slice_parts(config: LlamaConfig, *, first_layer: int, end_layer: int) -> fro
     if is_last:
         parts.add(HEAD)
     return frozenset(parts)
+
+
+def granted_layers(parts: Collection[str]) -> tuple[int, int]:
+    """The first layer among parts, and one past the last; (0, 0) where there is none."""
+    layers = [int(found[1]) for part in parts if (found := _LAYER_PART.fullmatch(part))]
+    return (min(layers), max(layers) + 1) if layers else (0, 0)
 
 
 def layer_part(layer: int) -> str:

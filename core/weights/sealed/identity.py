@@ -127,6 +127,14 @@ def read_public_identity(path: Path) -> PublicIdentity:
         ) from None
 
 
+def read_seal_keys(sealer: Path, identity: Path | None = None) -> SealKeys:
+    """What a process is given as files. Raises NotFound or InvalidInput."""
+    return SealKeys(
+        sealer=read_public_identity(sealer),
+        identity=None if identity is None else read_identity(identity),
+    )
+
+
 def parse_public_identity(text: str) -> PublicIdentity:
     """Raises InvalidInput."""
     keys = _parse(text, _PUBLIC_TAG)

@@ -28,7 +28,7 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
+        *(*SHARED, "--replicas", "--spares", "--slow", "--device", "--keys"),
         *("--kv-memory", "--prefix-cache", "--speculation"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
@@ -39,13 +39,22 @@ OPTIONS = {
     "tokenize": ["--model", "--address"],
     "models": [],
     "pull": [],
-    "plan": ["--stages", "--dtype", "--split", "--memory"],
+    "plan": ["--stages", "--dtype", "--split", "--keys", "--memory"],
+    "seal keygen": ["--stages", "--keys"],
+    "seal make": ["--to", "--stages", "--split", "--for", "--version", "--keys"],
+    "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--keys"],
+    "seal show": ["--keys"],
     "warm": ["--dtype"],
 }
 
 
 def commands() -> dict[str, object]:
-    return typer.main.get_command(app).commands
+    """All of them; those of a group by both names."""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {one}": inner[one] for one in inner} if inner else {name: command}
+    return found
 
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A sealed model reads as the plain one, for whoever may read it, and as nothing at all otherwise."""
+"""A sealed model reads as the plain one, for whoever may read it, and for nobody else."""
 
 from __future__ import annotations
 
@@ -75,16 +75,14 @@ def test_rows_across_chunks_are_read_as_from_the_plain_file(tmp_path: Path) -> N
 
 
 def test_blocks_of_4_bits_come_as_the_file_has_them(plain: Path, sealed: SealedModel) -> None:
-    name = "blk.1.ffn_up.weight"
-    for checkpoint in (
-        opened := open_sealed(sealed.folder, sealed.keys(0)),
-        open_checkpoint(plain),
-    ):
-        assert isinstance(checkpoint, GgufCheckpoint)
-    np.testing.assert_array_equal(
-        opened.read_nibbles(name, first=0, count=96).integers_NK,  # type: ignore[attr-defined]
-        checkpoint.read_nibbles(name, first=0, count=96).integers_NK,
+    opened, whole = open_sealed(sealed.folder, sealed.keys(0)), open_checkpoint(plain)
+    assert isinstance(opened, GgufCheckpoint)
+    assert isinstance(whole, GgufCheckpoint)
+    found, expected = (
+        checkpoint.read_nibbles("blk.1.ffn_up.weight", first=0, count=96)
+        for checkpoint in (opened, whole)
     )
+    np.testing.assert_array_equal(found.integers_NK, expected.integers_NK)
 
 
 def test_a_stage_opens_its_own_layers_and_no_others(sealed: SealedModel) -> None:
