@@ -8,7 +8,7 @@ import grpc
 import typer
 
 from core.errors import PenstockError
-from services.cli import asking, console, planning, sealing, serving, updating
+from services.cli import asking, console, manifests, planning, sealing, serving, updating
 
 app = typer.Typer(
     name="penstock",
@@ -30,6 +30,7 @@ for command in (
     planning.warm,
 ):
     app.command()(command)
+app.add_typer(manifests.app, name="manifest")
 app.add_typer(sealing.app, name="seal")
 
 

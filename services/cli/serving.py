@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -90,6 +91,14 @@ def mesh(
         ),
     ] = None,
     keys: KeysFolder = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PENSTOCK_MANIFEST",
+            help="A file of `penstock manifest make`: stages load no other bytes. Models of the "
+            "catalogue have one.",
+        ),
+    ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +153,7 @@ def mesh(
         device=device,
         split=split,
         keys=keys or default_keys_folder(),
+        manifest=manifest,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,

@@ -64,6 +64,8 @@ class MeshLayout:
     gateway_metrics_port: int
     # Folder with the keys of a sealed model; "": it is not sealed.
     keys: str = ""
+    # Digests that stages hold the model to; "": none.
+    manifest: str = ""
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -132,6 +134,8 @@ class MeshLayout:
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
                 **self._opening(index),
+                # Others than the mesh's weights have another manifest.
+                **({"--manifest": self.manifest} if self.manifest and not one.model_path else {}),
             },
         )
 

@@ -18,6 +18,7 @@ from core.weights.sealed.identity import SealKeys
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
+from services.local.manifests import catalogue_manifest
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
     MemoryNeeds,
@@ -48,6 +49,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     settings = follow_seal(settings)
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
+    manifest = settings.manifest or catalogue_manifest(settings.model, path)
     keys = seal_keys(path, settings.keys)
     model = read_model(path, dtype=_chosen_dtype(settings), keys=keys)
     plan = plan_stages(
@@ -75,6 +77,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
         keys="" if keys is None else str(settings.keys.absolute()),
+        manifest="" if manifest is None else str(manifest.absolute()),
     )
 
 

@@ -49,7 +49,7 @@ def follow_seal(settings: MeshSettings) -> MeshSettings:
         return settings
     sealer = read_seal_keys(public_key(settings.keys, OWNER)).sealer
     holders = read_header(model, sealer=sealer).holders
-    spans = []
+    spans: list[tuple[int, int]] = []
     while (name := stage_name(len(spans))) in holders:
         spans.append(granted_layers(holders[name].wraps))
     split = ",".join(f"{first}:{end}" for first, end in spans)

@@ -48,6 +48,8 @@ class MeshSettings:
     split: str | None = None
     # Folder with the keys of sealed models.
     keys: Path = field(default_factory=default_keys_folder)
+    # Digests of the model's bytes, for stages to check; None: those of the catalogue, if any.
+    manifest: Path | None = None
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.

@@ -42,6 +42,9 @@ def stage(
     identity_key: Annotated[
         Path | None, typer.Option(help="Private key that opens this stage's sealed layers")
     ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="The model's digests; other bytes are not loaded")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -68,6 +71,7 @@ def stage(
             slow_down=slow_down,
             sealer=sealer,
             identity_key=identity_key,
+            manifest=manifest,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

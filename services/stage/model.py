@@ -11,6 +11,10 @@ from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import stage_pb2
 
 from core.errors import InvalidInput
+from core.weights.checkpoint import Checkpoint
+from core.weights.manifest import open_checked, read_manifest
+from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import read_seal_keys
 from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
 from services.stage.dumps import forbid_dumps
@@ -59,14 +63,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
     from core.engine.engine import Engine, EngineSettings
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
-    from core.weights.open import open_checkpoint
-    from core.weights.sealed.identity import read_seal_keys
 
-    keys = None
-    if settings.sealer is not None:
-        forbid_dumps()
-        keys = read_seal_keys(settings.sealer, settings.identity_key)
-    checkpoint = open_checkpoint(settings.model, keys=keys)
+    checkpoint = _open(settings)
     config = load_config(checkpoint)
     layers = f"{settings.first_layer}:{settings.end_layer}"
     if settings.end_layer > config.num_layers:
@@ -119,6 +117,16 @@ def load_model(settings: StageSettings) -> LoadedModel:
     return LoadedModel(
         engine=slowed(engine, by=settings.slow_down), manifest=manifest, codec=engine.codec
     )
+
+
+def _open(settings: StageSettings) -> Checkpoint:
+    if settings.manifest is not None:
+        return open_checked(settings.model, read_manifest(settings.manifest))
+    if settings.sealer is None:
+        return open_checkpoint(settings.model)
+    forbid_dumps()
+    keys = read_seal_keys(settings.sealer, settings.identity_key)
+    return open_checkpoint(settings.model, keys=keys)
 
 
 def _digest(*facts: object) -> str:

@@ -33,6 +33,7 @@ class StageSettings:
     # Of a sealed model: whose signature counts, and what opens this stage's layers.
     sealer: Path | None = None
     identity_key: Path | None = None
+    manifest: Path | None = None  # digests of the model; other bytes are not loaded
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:
@@ -43,6 +44,9 @@ class StageSettings:
         if (self.sealer is None) != (self.identity_key is None):
             wanted = "given with --identity-key, or neither of them"
             raise InvalidInput("sealer", str(self.sealer or ""), wanted)
+        if self.sealer is not None and self.manifest is not None:
+            wanted = "given for models that are not sealed: a seal covers every byte"
+            raise InvalidInput("manifest", str(self.manifest), wanted)
         if not self.name:
             raise InvalidInput("name", self.name, "a name that is not empty")
         if not 0 <= self.first_layer < self.end_layer:

@@ -50,7 +50,7 @@ class SealedExtent:
 
     def seal(self, key: bytes, chunk: int, plaintext: npt.NDArray[np.uint8]) -> bytes:
         """Returns the chunk with its tag."""
-        return AESGCM(key).encrypt(self._nonce(chunk), plaintext, self._associated(chunk))
+        return AESGCM(key).encrypt(self._nonce(chunk), plaintext.data, self._associated(chunk))
 
     def open_into(
         self, key: bytes, chunk: int, sealed: bytes, plaintext: npt.NDArray[np.uint8]
@@ -58,7 +58,7 @@ class SealedExtent:
         """Whether the chunk is the one that belongs here; then `plaintext` has it."""
         nonce, associated = self._nonce(chunk), self._associated(chunk)
         try:
-            AESGCM(key).decrypt_into(nonce, sealed, associated, plaintext)
+            AESGCM(key).decrypt_into(nonce, sealed, associated, plaintext.data)
         except InvalidTag:
             return False
         return True

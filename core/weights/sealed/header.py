@@ -21,6 +21,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 
 from core.errors import NotFound, SealBroken
+from core.weights.formats import FORMATS
 from core.weights.sealed.identity import Identity, PublicIdentity
 
 HEADER_NAME = "sealed.header"
@@ -33,7 +34,6 @@ _SIGNATURE_BYTES = 64
 # A model of a thousand layers with a hundred holders has 30 MB.
 _MAX_BODY_BYTES = 1 << 26
 _MAX_SIZE = 1 << 62
-_FORMATS = ("gguf", "safetensors", "llama2c")
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f]{1,255}")
 _HEX = {size: re.compile(f"[0-9a-f]{{{2 * size}}}") for size in (16, 32)}
 
@@ -183,7 +183,7 @@ class _Parser:
         return header
 
     def _check(self, header: SealHeader) -> None:
-        if header.format not in _FORMATS or not header.files:
+        if header.format not in FORMATS or not header.files:
             raise self._error(f"{header.format!r} with {len(header.files)} files is no model")
         names = [file.name for file in header.files]
         names += [tensor.name for file in header.files for tensor in file.tensors]

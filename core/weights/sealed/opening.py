@@ -12,9 +12,7 @@ from pathlib import Path
 
 from core.errors import SealBroken
 from core.weights.checkpoint import Checkpoint
-from core.weights.gguf import GgufCheckpoint
-from core.weights.llama2c import Llama2cCheckpoint
-from core.weights.safetensors import SafetensorsCheckpoint
+from core.weights.formats import read_as
 from core.weights.sealed.chunks import sealed_extents
 from core.weights.sealed.data_keys import DataKeys
 from core.weights.sealed.header import HEADER_NAME, SEALED_SUFFIX, SealHeader, read_header
@@ -42,18 +40,9 @@ def open_sealed(path: Path, keys: SealKeys) -> Checkpoint:
             sealed_path = path / (file.name + SEALED_SUFFIX)
             opened = OpenSealedFile(sealed_path, file, extents[file.name], data_keys)
             files.append(stack.enter_context(closing(opened)))
-        checkpoint = _checkpoint(header.format, path, files)
+        checkpoint = read_as(header.format, path, files)
         stack.pop_all()  # which the checkpoint closes
     return checkpoint
-
-
-def _checkpoint(file_format: str, path: Path, files: list[OpenSealedFile]) -> Checkpoint:
-    if file_format == "safetensors":
-        return SafetensorsCheckpoint(path, files=files)
-    (file,) = files
-    if file_format == "gguf":
-        return GgufCheckpoint(file.path, file=file)
-    return Llama2cCheckpoint(file.path, file=file)
 
 
 def _check_folder(path: Path, header: SealHeader) -> None:

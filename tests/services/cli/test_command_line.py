@@ -28,7 +28,7 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--replicas", "--spares", "--slow", "--device", "--keys"),
+        *(*SHARED, "--replicas", "--spares", "--slow", "--device", "--keys", "--manifest"),
         *("--kv-memory", "--prefix-cache", "--speculation"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],
@@ -40,6 +40,8 @@ OPTIONS = {
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--keys", "--memory"],
+    "manifest make": ["--to"],
+    "manifest verify": ["--manifest"],
     "seal keygen": ["--stages", "--keys"],
     "seal make": ["--to", "--stages", "--split", "--for", "--version", "--keys"],
     "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--keys"],
