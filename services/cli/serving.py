@@ -99,6 +99,14 @@ def mesh(
             "catalogue have one.",
         ),
     ] = None,
+    rehash_minutes: Annotated[
+        float,
+        typer.Option(
+            envvar="PENSTOCK_REHASH_MINUTES",
+            help="How often stages hash their weights in memory again, and stop serving where a "
+            "bit has changed; 0: never.",
+        ),
+    ] = 10.0,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +162,7 @@ def mesh(
         split=split,
         keys=keys or default_keys_folder(),
         manifest=manifest,
+        rehash_minutes=rehash_minutes,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,

@@ -66,6 +66,7 @@ class MeshLayout:
     keys: str = ""
     # Digests that stages hold the model to; "": none.
     manifest: str = ""
+    rehash_minutes: float = 10.0
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -133,6 +134,7 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
+                "--rehash-minutes": str(self.rehash_minutes),
                 **self._opening(index),
                 # Others than the mesh's weights have another manifest.
                 **({"--manifest": self.manifest} if self.manifest and not one.model_path else {}),

@@ -77,6 +77,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
         keys="" if keys is None else str(settings.keys.absolute()),
+        rehash_minutes=settings.rehash_minutes,
         manifest="" if manifest is None else str(manifest.absolute()),
     )
 

@@ -50,6 +50,8 @@ class MeshSettings:
     keys: Path = field(default_factory=default_keys_folder)
     # Digests of the model's bytes, for stages to check; None: those of the catalogue, if any.
     manifest: Path | None = None
+    # How often stages hash their weights in memory again; 0: never.
+    rehash_minutes: float = 10.0
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.
@@ -72,6 +74,8 @@ class MeshSettings:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if self.speculation < 0:
             raise InvalidInput("speculation", self.speculation, "0 or more")
+        if not 0 <= self.rehash_minutes < math.inf:
+            raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
         for stage_index, factor in self.slow_down.items():

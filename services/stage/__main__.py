@@ -10,6 +10,7 @@ import typer
 from core.errors import PenstockError
 from services.common.logs import configure_logging
 from services.common.servers import exit_with, run_process
+from services.stage.dumps import forbid_dumps
 from services.stage.process import run_stage
 from services.stage.settings import StageSettings, parse_layers
 
@@ -45,6 +46,9 @@ def stage(
     manifest: Annotated[
         Path | None, typer.Option(help="The model's digests; other bytes are not loaded")
     ] = None,
+    rehash_minutes: Annotated[
+        float, typer.Option(help="How often weights in memory are hashed again; 0: never")
+    ] = 10.0,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -72,11 +76,14 @@ def stage(
             sealer=sealer,
             identity_key=identity_key,
             manifest=manifest,
+            rehash_minutes=rehash_minutes,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:
         exit_with(error)
     configure_logging(f"stage {layers}", level=log_level)
+    if settings.sealer is not None:
+        forbid_dumps()
     run_process(run_stage(settings))
 
 

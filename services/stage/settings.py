@@ -34,6 +34,7 @@ class StageSettings:
     sealer: Path | None = None
     identity_key: Path | None = None
     manifest: Path | None = None  # digests of the model; other bytes are not loaded
+    rehash_minutes: float = 10.0  # weights in memory are hashed again so often; 0: never
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class StageSettings:
             raise InvalidInput("layers", layers, "FIRST:END with 0 <= FIRST < END")
         if not 1.0 <= self.slow_down < float("inf"):
             raise InvalidInput("slow_down", self.slow_down, "at least 1")
+        if not 0 <= self.rehash_minutes < float("inf"):
+            raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
         for name in ("num_kv_blocks", "max_rows", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InvalidInput(name, getattr(self, name), "at least 1")

@@ -29,6 +29,7 @@ SAMPLING = [
 OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device", "--keys", "--manifest"),
+        "--rehash-minutes",
         *("--kv-memory", "--prefix-cache", "--speculation"),
         *("--grpc-port", "--metrics-port", "--detach"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from penstock.v1 import stage_pb2
 
+from core.engine.engine import Engine
 from core.errors import KeyRefused, ManifestMismatch, SealBroken
 from core.weights.manifest import make_manifest, write_manifest
 from core.weights.open import open_checkpoint
@@ -112,3 +114,16 @@ def test_a_stage_opens_its_own_sealed_layers_alone(tmp_path: Path) -> None:
         load(sealed.folder, (1, 3), **settings)
     with pytest.raises(SealBroken, match="is not sealed"):
         load(plain, (0, 2), **settings)
+
+
+def test_the_arrays_that_are_computed_with_are_watched(tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path, TinyModel())
+    settings = StageSettings(model=folder, name="tiny", first_layer=0, end_layer=2, listen="")
+    loaded = load_model(settings)
+    assert isinstance(loaded.engine, Engine)
+    arrays = loaded.engine.weight_arrays
+    num_arrays = sum(array.nbytes > 0 for array in arrays.values())
+    assert sum(array.nbytes for array in arrays.values()) == loaded.manifest.weights_bytes
+    assert set(islice(loaded.watch.check(), num_arrays)) == {""}
+    arrays["panels"][3] ^= 1
+    assert "panels" in islice(loaded.watch.check(), num_arrays)
