@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,15 +67,28 @@ def test_nobody_but_the_owner_rewraps(plain: Path, sealed: SealedModel) -> None:
         rewrap(sealed.folder, owner=sealed.stages[0], grants={})
 
 
-def test_a_wrap_is_of_no_use_to_another_holder(sealed: SealedModel) -> None:
-    """Even one who could rewrite the header: here the owner does."""
+def with_wraps(sealed: SealedModel, name: str, wraps: Mapping[str, bytes]) -> None:
+    """Rewrites the header as only its owner can."""
     header = read_header(sealed.folder, sealer=sealed.owner.public)
-    first, second = header.holders["stage-0"], header.holders["stage-1"]
-    swapped = replace(first, wraps=second.wraps)
-    changed = replace(header, holders={**header.holders, "stage-0": swapped})
+    holder = replace(header.holders[name], wraps={**header.holders[name].wraps, **wraps})
+    changed = replace(header, holders={**header.holders, name: holder})
     write_header(sealed.folder, changed, sealer=sealed.owner)
+
+
+def wraps_of(sealed: SealedModel, name: str) -> Mapping[str, bytes]:
+    return read_header(sealed.folder, sealer=sealed.owner.public).holders[name].wraps
+
+
+def test_a_wrap_is_of_no_use_to_another_holder(sealed: SealedModel) -> None:
+    with_wraps(sealed, "stage-0", {"layer-2": wraps_of(sealed, "stage-1")["layer-2"]})
     with pytest.raises(SealBroken, match="does not open"):
         open_sealed(sealed.folder, sealed.keys(0)).read("blk.2.attn_q.weight")
+
+
+def test_a_wrap_is_of_no_use_for_another_part(sealed: SealedModel) -> None:
+    with_wraps(sealed, "stage-1", {"layer-2": wraps_of(sealed, "stage-1")["layer-3"]})
+    with pytest.raises(SealBroken, match="the wrapped key of 'layer-2'"):
+        open_sealed(sealed.folder, sealed.keys(1)).read("blk.2.attn_q.weight")
 
 
 @pytest.mark.parametrize("name", ["nobody", "owner"])
