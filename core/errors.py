@@ -9,6 +9,9 @@ PenstockError
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
 ├── DeadlineExceeded      the caller's deadline passed
 ├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
+│   ├── ManifestMismatch  its bytes are not those of the manifest
+│   └── SealBroken        a sealed model is not as its sealer signed it
+├── KeyRefused            an identity may not open a part of a sealed model
 ├── CorruptLog            the audit log was changed, or lines of it are missing
 ├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
 └── ProtocolViolation     a peer sent what does not fit the manifest or the stream's state
@@ -92,6 +95,18 @@ class CorruptWeights(PenstockError):
 
 class CorruptLog(PenstockError):
     """The audit log is not what was written; the message names the line."""
+
+
+class ManifestMismatch(CorruptWeights):
+    """Bytes of a model are not those that its manifest promises."""
+
+
+class SealBroken(CorruptWeights):
+    """A sealed model was changed, moved, cut short, or signed by somebody who is not trusted."""
+
+
+class KeyRefused(PenstockError):
+    """An identity holds no key for a part of a sealed model: it never did, or it was revoked."""
 
 
 class PlanImpossible(PenstockError):

@@ -5,6 +5,7 @@ Letters: T rows, H hidden size, S rows whose token or logits are wanted, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +52,10 @@ class Backend(Protocol):
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory."""
+
+    @property
+    def weight_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Those in the host's memory, by names for people; nobody writes to them."""
 
     @property
     def fingerprint(self) -> str:

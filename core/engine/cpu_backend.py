@@ -81,7 +81,12 @@ class CpuBackend:
 
     @property
     def weights_bytes(self) -> int:
-        return sum(part.nbytes for part in self._weights if isinstance(part, np.ndarray))
+        return sum(part.nbytes for part in self.weight_arrays.values())
+
+    @property
+    def weight_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        parts = self._weights._asdict()
+        return {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
 
     @property
     def fingerprint(self) -> str:

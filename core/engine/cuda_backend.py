@@ -90,6 +90,10 @@ class CudaBackend:
         return self._weights.num_bytes
 
     @property
+    def weight_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {}  # a device's memory corrects its own errors, or has none to tell
+
+    @property
     def fingerprint(self) -> str:
         arithmetic = f"{self._device.name}-{self._settings.number_format}"
         return f"{arithmetic}-{self._settings.wire}-{cuda_kernel_key()}"

@@ -5,6 +5,7 @@ Letters: T rows, H hidden size, R runs, S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,11 @@ class Engine:
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory."""
         return self._backend.weights_bytes
+
+    @property
+    def weight_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The weights in the host's memory, by names for people; nobody writes to them."""
+        return self._backend.weight_arrays
 
     @property
     def kv_block_bytes(self) -> int:

@@ -19,6 +19,8 @@ from core.tokens.hugging_face_vocabulary import read_hugging_face_vocabulary
 from core.tokens.llama2c_vocabulary import read_llama2c_vocabulary
 from core.tokens.vocabulary import Vocabulary, special_token_ids, token_bytes
 from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import SealKeys
+from core.weights.sealed.opening import is_sealed
 
 # A noncharacter (Unicode 15, section 23.7), so in no real text.
 _BREAK = "\ufdd0"
@@ -136,16 +138,17 @@ def _check_messages(messages: Sequence[ChatMessage]) -> None:
             )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Loads the tokenizer that belongs to a model: a GGUF file, a Hugging Face folder, or a
-    llama2.c .bin with its tokenizer.bin beside it. Raises NotFound or CorruptWeights.
+def load_tokenizer(path: Path, *, keys: SealKeys | None = None) -> Tokenizer:
+    """Loads the tokenizer that belongs to a model: a GGUF file, a Hugging Face folder, a llama2.c
+    .bin with its tokenizer.bin beside it, or with `keys` a sealed one. Raises NotFound,
+    CorruptWeights or InvalidInput, as `open_checkpoint` does.
     """
-    if (path / "tokenizer.json").is_file():
+    if keys is None and (path / "tokenizer.json").is_file() and not is_sealed(path):
         return Tokenizer(read_hugging_face_vocabulary(path))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, keys=keys)
     try:
         if checkpoint.format == "llama2c":
-            return Tokenizer(read_llama2c_vocabulary(path.with_name("tokenizer.bin")))
+            return Tokenizer(read_llama2c_vocabulary(checkpoint.path.with_name("tokenizer.bin")))
         if checkpoint.format == "safetensors":
             return Tokenizer(read_hugging_face_vocabulary(path))
         return Tokenizer(read_gguf_vocabulary(checkpoint.metadata))

@@ -145,6 +145,7 @@ class Supervisor:
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
                 certs=layout.certs,
+                keys=layout.keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

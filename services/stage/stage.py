@@ -51,6 +51,7 @@ class Stage:
         self._stage_index: int | None = None
         self._changed = asyncio.Event()
         self._closed = False
+        self._distrusted: Unavailable | None = None
 
     async def set_model(self, model: LoadedModel) -> None:
         """Takes the model once it is loaded; those who wait for it go on."""
@@ -59,6 +60,7 @@ class Stage:
             self._telemetry,
             manifest=model.manifest,
             totals=self._totals,
+            watch=model.watch,
             stage_index=lambda: self._stage_index,
             kv_blocks_used=lambda: 0 if self._session is None else self._session.kv_blocks_used,
         )
@@ -69,9 +71,11 @@ class Stage:
         """Begins a session and ends the one before it; waits for the model.
 
         Raises ProtocolViolation when the order does not fit the model or its epoch is not
-        greater than the last one.
+        greater than the last one; Unavailable once the weights are distrusted.
         """
         model = await self._loaded()
+        if self._distrusted is not None:
+            raise self._distrusted
         if order.epoch <= self._last_epoch:
             raise ProtocolViolation(
                 f"epoch {order.epoch} has begun already; the last one is {self._last_epoch}"
@@ -123,6 +127,16 @@ class Stage:
             raise ProtocolViolation(f"epoch {epoch} is not open; the last was {self._last_epoch}")
         return session
 
+    async def distrust(self, damaged: str) -> None:
+        """Serves nobody any more: weights in memory, the array `damaged`, have changed."""
+        layers = "" if self._model is None else _layers(self._model)
+        message = f"the weights of layers {layers} have changed in memory: {damaged}"
+        _LOG.error("weights damaged", extra={"layers": layers, "array": damaged})
+        self._distrusted = Unavailable(message, retry_after_s=None)
+        await self._health.stop_serving()
+        if self._session is not None:
+            self._session.close(self._distrusted)
+
     async def close(self) -> None:
         """Ends the session and everybody's waiting: the process is about to stop."""
         self._closed = True
@@ -149,3 +163,7 @@ class Stage:
         """Wakes all who wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _layers(model: LoadedModel) -> str:
+    return f"{model.manifest.first_layer}:{model.manifest.end_layer}"
