@@ -7,6 +7,7 @@ PenstockError
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
 ├── DeadlineExceeded      the caller's deadline passed
 ├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
+├── NotFinite             the model's result is NaN or infinite where numbers are wanted
 ├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
 └── ProtocolViolation     a peer sent what does not fit the manifest or the stream's state
     ├── MalformedMessage  the message is wrong in itself, whatever the state
@@ -70,6 +71,11 @@ class DeadlineExceeded(PenstockError):
 
 class CorruptWeights(PenstockError):
     """A weight file is truncated, damaged or of an unsupported type."""
+
+
+class NotFinite(PenstockError):
+    """The model's result is NaN or infinite where numbers are wanted: weights or activations are
+    damaged, or too big for the number format."""
 
 
 class PlanImpossible(PenstockError):

@@ -8,6 +8,7 @@
     CorruptWeights     FAILED_PRECONDITION
     PlanImpossible     FAILED_PRECONDITION
     ChecksumMismatch   DATA_LOSS
+    NotFinite          DATA_LOSS
     MalformedMessage   INVALID_ARGUMENT
     ProtocolViolation  FAILED_PRECONDITION
     anything else      INTERNAL             an opaque id that the log has beside the traceback
@@ -48,6 +49,7 @@ _TABLE = (
     _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
     _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
     _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
+    _Row(errors.NotFinite, grpc.StatusCode.DATA_LOSS, "NOT_FINITE"),
     _Row(errors.MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     _Row(errors.ProtocolViolation, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VIOLATION"),
     _Row(errors.PenstockError, grpc.StatusCode.UNKNOWN, "PENSTOCK_ERROR"),
