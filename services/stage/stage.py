@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from penstock.v1 import stage_pb2
@@ -21,6 +22,9 @@ from services.stage.timings import Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
+# Epochs begin at the coordinator's clock. One far ahead of ours, taken, would keep every later
+# coordinator out until this process is restarted.
+MAX_EPOCH_AHEAD_MS = 600_000
 
 
 class Stage:
@@ -64,9 +68,10 @@ class Stage:
     async def open(self, order: stage_pb2.OpenPipeline) -> Session:
         """Begins a session and ends the one before it; waits for the model.
 
-        Raises ProtocolViolation when the order does not fit the model or its epoch is not
-        greater than the last one.
+        Raises ProtocolViolation when the order does not fit the model, or its epoch is not
+        greater than the last one, or far ahead of the clock.
         """
+        _check_epoch(order.epoch)
         model = await self._loaded()
         if order.epoch <= self._last_epoch:
             raise ProtocolViolation(
@@ -105,9 +110,10 @@ class Stage:
     async def session_of(self, epoch: int) -> Session:
         """Returns the session of `epoch`, waiting for it to begin.
 
-        Upstream may hear of a new epoch first. Raises ProtocolViolation when it is over,
-        Unavailable when it does not begin in time.
+        Upstream may hear of a new epoch first. Raises ProtocolViolation when it is over or cannot
+        be, Unavailable when it does not begin in time.
         """
+        _check_epoch(epoch)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 await self._wait_until(lambda: self._last_epoch >= epoch)
@@ -144,3 +150,12 @@ class Stage:
         """Wakes all who wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _check_epoch(epoch: int) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    if epoch > now_ms + MAX_EPOCH_AHEAD_MS:
+        raise ProtocolViolation(
+            f"epoch {epoch} is ahead of this host's clock, {now_ms} ms, by more than "
+            f"{MAX_EPOCH_AHEAD_MS} ms: one of the two clocks is wrong"
+        )
