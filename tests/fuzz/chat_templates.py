@@ -16,14 +16,13 @@ from core.tokens.chat_template_child import compile_template
 from tests.fuzz.target import FuzzTarget
 from tests.support.tiny_tokenizer import CHAT_TEMPLATE
 
-_LIMIT_S = 0.2
+_LIMIT_S = 0.05  # of its own time
 _MAX_CHARS = 1 << 20
 _MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "hello {{ 7 * 7 }} <|end|>"},
 ]
-# What code outside of the sandbox would do first. (The interpreter's own `import` of a codec or of
-# a module that jinja needs later is none of it.)
+# What code outside of the sandbox would do first.
 _FORBIDDEN = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "open", "exec.")
 _PIECES = (
     "messages",
@@ -97,7 +96,6 @@ def make_target() -> FuzzTarget:
         mutate=_mutate,
         # What holds in the child is its limit of 1 GiB for everything.
         max_allocation_bytes=lambda size: 1 << 30,
-        timeout_s=20,
         max_input_bytes=4096,
     )
 
@@ -123,8 +121,15 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _rendering and event.startswith(_FORBIDDEN):
+    if _rendering and event.startswith(_FORBIDDEN) and not _is_import(event, arguments):
         raise _Escaped(f"{event} {arguments!r}"[:300])
+
+
+def _is_import(event: str, arguments: tuple[Any, ...]) -> bool:
+    """jinja imports some modules, and Python some codecs, when they are first needed."""
+    return event == "os.listdir" or (
+        event == "open" and str(arguments[0]).endswith((".py", ".pyc"))
+    )
 
 
 def _mutate(data: bytes, random: Random) -> bytes:

@@ -26,20 +26,20 @@ def overwrite_number(data: bytes, random: Random) -> bytes:
     size = random.choice((1, 2, 4, 4, 8, 8))
     if len(data) < size:
         return data
-    places = _number_places(data, size) or [random.randrange(len(data) - size + 1)]
-    first = random.choice(places)
+    first = _likely_number(data, size, random)
     number = odd_number(random, near=len(data)) % (1 << 8 * size)
     return data[:first] + number.to_bytes(size, "little") + data[first + size :]
 
 
-def _number_places(data: bytes, size: int, most: int = 4096) -> list[int]:
-    """Where a small number with leading zeros stands: mostly the lengths and counts of headers."""
+def _likely_number(data: bytes, size: int, random: Random) -> int:
+    """Where a small number with leading zeros stands, if a few tries near the beginning find one:
+    mostly the lengths and counts of headers."""
     zeros = bytes(size - 1)
-    return [
-        first
-        for first in range(min(len(data), most) - size + 1)
-        if data[first] and data[first + 1 : first + size] == zeros
-    ]
+    for _ in range(20):
+        first = random.randrange(min(len(data), 4096) - size + 1)
+        if data[first] and data[first + 1 : first + size] == zeros:
+            return first
+    return random.randrange(len(data) - size + 1)
 
 
 def cut(data: bytes, random: Random) -> bytes:

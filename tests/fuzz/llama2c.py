@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,10 +39,8 @@ def _open_and_read(data: bytes) -> None:
     weights, vocabulary = split(data, 2)
     (folder / "model.bin").write_bytes(weights)
     (folder / "tokenizer.bin").write_bytes(vocabulary)
-    try:
+    with suppress(PenstockError):  # the weights are another file
         Tokenizer(read_llama2c_vocabulary(folder / "tokenizer.bin")).encode("hello w")
-    except PenstockError:  # the weights are another file
-        pass
     checkpoint = Llama2cCheckpoint(folder / "model.bin")
     try:
         load_config(checkpoint)

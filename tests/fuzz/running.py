@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz.registry import TARGETS
+from tests.fuzz.registry import find
 
 CORPUS = Path(__file__).parent / "corpus"
 _ROOT = Path(__file__).parents[2]
@@ -65,8 +65,7 @@ def run(target: str, *, executions: int, seed: int) -> FuzzResult:
 
 def _run_child(target: str, *, executions: int, seed: int, folder: Path) -> str:
     """Returns what libFuzzer wrote."""
-    if target not in TARGETS:
-        raise KeyError(f"no fuzz target {target!r}; there are {', '.join(sorted(TARGETS))}")
+    find(target)
     command = [sys.executable, "-m", "tests.fuzz.child", target, str(executions), str(seed), folder]
     search_path = os.pathsep.join([str(_ROOT), str(_ROOT / "protos" / "generated")])
     environment = os.environ | {
@@ -94,10 +93,14 @@ def _findings(folder: Path, report: dict, log: str) -> tuple[Finding, ...]:
     ]
     # libFuzzer's own: crash-HASH, timeout-HASH, oom-HASH.
     findings += [
-        Finding(what=f"the process ended: {path.name}", input=path.read_bytes())
+        Finding(what=f"the process ended ({path.name}):\n{_end_of(log)}", input=path.read_bytes())
         for pattern in ("crash-*", "timeout-*", "oom-*")
         for path in sorted(folder.glob(pattern))
     ]
     if not findings and not report.get("is_complete"):
-        findings.append(Finding(what=f"the process ended early:\n{log[-4000:]}", input=b""))
+        findings.append(Finding(what=f"the process ended early:\n{_end_of(log)}", input=b""))
     return tuple(findings)
+
+
+def _end_of(log: str) -> str:
+    return log[-3000:]

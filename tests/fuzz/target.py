@@ -27,5 +27,5 @@ class FuzzTarget:
     # this, the others by libFuzzer, which knows bytes only.
     mutate: Callable[[bytes, Random], bytes]
     max_allocation_bytes: Callable[[int], int] = lambda size: 4 * MIB + 64 * size
-    timeout_s: int = 5
+    timeout_s: int = 20  # by the clock on the wall, on machines that have other work as well
     max_input_bytes: int = 64 * 1024
