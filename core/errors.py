@@ -13,6 +13,7 @@ PenstockError
 │   └── SealBroken        a sealed model is not as its sealer signed it
 ├── KeyRefused            an identity may not open a part of a sealed model
 ├── CorruptLog            the audit log was changed, or lines of it are missing
+├── NotFinite             the model's result is NaN or infinite where numbers are wanted
 ├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
 └── ProtocolViolation     a peer sent what does not fit the manifest or the stream's state
     ├── MalformedMessage  the message is wrong in itself, whatever the state
@@ -107,6 +108,11 @@ class SealBroken(CorruptWeights):
 
 class KeyRefused(PenstockError):
     """An identity holds no key for a part of a sealed model: it never did, or it was revoked."""
+
+
+class NotFinite(PenstockError):
+    """The model's result is NaN or infinite where numbers are wanted: weights or activations are
+    damaged, or too big for the number format."""
 
 
 class PlanImpossible(PenstockError):

@@ -42,6 +42,10 @@ class StageOutputs(Protocol):
         """The likeliest token of each of `greedy_rows`; may be longer."""
 
     @property
+    def is_finite_S(self) -> npt.NDArray[np.bool_]:
+        """Whether the result of each of `greedy_rows`, and then of `logits_rows`, is numbers."""
+
+    @property
     def logits_SV(self) -> Any:
         """Float32 logits of each of `logits_rows`, as the backend's own sampler takes them."""
 

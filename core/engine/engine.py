@@ -20,7 +20,13 @@ from core.engine.settings import EngineSettings
 from core.engine.stage_memory import kv_bytes_per_block
 from core.errors import InvalidInput, ProtocolViolation
 from core.models.llama.config import LlamaConfig
-from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
+from core.pipeline.batch import (
+    NO_TOKEN,
+    MicroBatch,
+    PositionLogprobs,
+    SampledTokens,
+    SequenceUpdates,
+)
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
 
@@ -272,6 +278,8 @@ class Engine:
             has_logprobs = bool(logprobs)
             for at, entry in zip(drawn, logprobs, strict=False):
                 logprobs_S[at] = entry
+        order_S = np.concatenate([np.flatnonzero(is_greedy_S), drawn])
+        tokens_S[order_S[~outputs.is_finite_S]] = NO_TOKEN
         return SampledTokens(
             micro_batch_id=micro_batch_id,
             token_ids=tuple(tokens_S.tolist()),

@@ -23,18 +23,14 @@ from core.errors import (
     DeadlineExceeded,
     Exhausted,
     InvalidInput,
+    NotFinite,
     PenstockError,
     ProtocolViolation,
     Unavailable,
 )
-from core.pipeline.actions import (
-    Action,
-    DropReplica,
-    EmitTokens,
-    FinishReason,
-    Refuse,
-)
+from core.pipeline.actions import Action, DropReplica, EmitTokens, FinishReason, Refuse
 from core.pipeline.arrival import Pace, misfit, new_sequence
+from core.pipeline.batch import NO_TOKEN
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -357,6 +353,9 @@ class Scheduler:
     def _accept(self, pipeline: Pipeline, landed: Landed) -> None:
         """Gives a sequence its tokens, up to the one that ends it."""
         sequence = landed.sequence
+        if NO_TOKEN in landed.token_ids:
+            self._refuse(sequence, NotFinite("the model's result is NaN or infinite"))
+            return
         count, reason = self._append(sequence, landed.token_ids, pipeline.facts.eos_token_ids)
         self.num_tokens += count
         sequence.last_token_s = self._now_s

@@ -26,7 +26,8 @@ from core.weights.mapped_file import MappedFile, WeightFile
 from core.weights.readings import Readings
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
-_MAX_JSON_BYTES = 100_000_000
+# Parsed, JSON takes up to thirty times its size. The biggest index and settings have a few MB.
+_MAX_JSON_BYTES = 1 << 24
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _MAX_DIMENSIONS = 8
@@ -202,10 +203,15 @@ def _indexed_files(folder: Path) -> dict[Path, frozenset[str] | None]:
         raise CorruptWeights(f"{index} has no weight_map")
     names: dict[Path, set[str]] = {}
     for tensor, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not _is_file_name(file_name):
             raise CorruptWeights(f"{index} names {file_name!r}, which is not a file of the folder")
         names.setdefault(folder / file_name, set()).add(tensor)
     return {path: frozenset(tensors) for path, tensors in sorted(names.items())}
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it stays in its folder, and a file can have it: without NUL and lone surrogates."""
+    return Path(name).name == name and name.isprintable()
 
 
 def _read_header(file: WeightFile) -> dict[str, _Tensor]:

@@ -15,6 +15,7 @@
     CorruptWeights     FAILED_PRECONDITION
     CorruptLog         DATA_LOSS
     PlanImpossible     FAILED_PRECONDITION
+    NotFinite          DATA_LOSS
     MalformedMessage   INVALID_ARGUMENT
     ProtocolViolation  FAILED_PRECONDITION
     anything else      INTERNAL             an opaque id that the log has beside the traceback
@@ -61,6 +62,7 @@ _TABLE = (
     _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
     _Row(errors.CorruptLog, grpc.StatusCode.DATA_LOSS, "CORRUPT_LOG"),
     _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
+    _Row(errors.NotFinite, grpc.StatusCode.DATA_LOSS, "NOT_FINITE"),
     _Row(errors.MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     _Row(errors.ProtocolViolation, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VIOLATION"),
     _Row(errors.PenstockError, grpc.StatusCode.UNKNOWN, "PENSTOCK_ERROR"),

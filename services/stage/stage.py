@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from penstock.v1 import stage_pb2
@@ -22,6 +23,9 @@ from services.stage.timings import Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
+# Epochs begin at the coordinator's clock. One far ahead of ours, taken, would keep every later
+# coordinator out until this process is restarted.
+MAX_EPOCH_AHEAD_MS = 600_000
 
 
 class Stage:
@@ -70,9 +74,11 @@ class Stage:
     async def open(self, order: stage_pb2.OpenPipeline) -> Session:
         """Begins a session and ends the one before it; waits for the model.
 
-        Raises ProtocolViolation when the order does not fit the model or its epoch is not
-        greater than the last one; Unavailable once the weights are distrusted.
+        Raises ProtocolViolation when the order does not fit the model, or its epoch is not
+        greater than the last one, or far ahead of the clock; Unavailable once the weights are
+        distrusted.
         """
+        _check_epoch(order.epoch)
         model = await self._loaded()
         if self._distrusted is not None:
             raise self._distrusted
@@ -114,9 +120,10 @@ class Stage:
     async def session_of(self, epoch: int) -> Session:
         """Returns the session of `epoch`, waiting for it to begin.
 
-        Upstream may hear of a new epoch first. Raises ProtocolViolation when it is over,
-        Unavailable when it does not begin in time.
+        Upstream may hear of a new epoch first. Raises ProtocolViolation when it is over or cannot
+        be, Unavailable when it does not begin in time.
         """
+        _check_epoch(epoch)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 await self._wait_until(lambda: self._last_epoch >= epoch)
@@ -167,3 +174,12 @@ class Stage:
 
 def _layers(model: LoadedModel) -> str:
     return f"{model.manifest.first_layer}:{model.manifest.end_layer}"
+
+
+def _check_epoch(epoch: int) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    if epoch > now_ms + MAX_EPOCH_AHEAD_MS:
+        raise ProtocolViolation(
+            f"epoch {epoch} is ahead of this host's clock, {now_ms} ms, by more than "
+            f"{MAX_EPOCH_AHEAD_MS} ms: one of the two clocks is wrong"
+        )

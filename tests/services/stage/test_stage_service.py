@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -10,7 +11,8 @@ import pytest
 from google.protobuf.message import Message
 from penstock.v1 import stage_pb2
 
-from tests.support.counting_engine import POISON
+from services.stage.stage import MAX_EPOCH_AHEAD_MS
+from tests.support.counting_engine import CONTEXT_LENGTH, POISON
 from tests.support.stages import (
     ControlStream,
     HandDrivenCoordinator,
@@ -129,6 +131,16 @@ async def test_an_epoch_that_is_not_newer_is_refused_and_the_session_goes_on() -
         assert list((await coordinator.sampled()).token_ids) == [8]
 
 
+async def test_an_epoch_far_in_the_future_is_refused_and_keeps_nobody_out() -> None:
+    now_ms = time.time_ns() // 1_000_000
+    async with running_chain(1) as stages:
+        for epoch in (2**64 - 1, now_ms + 2 * MAX_EPOCH_AHEAD_MS):
+            async with ControlStream(stages[0].address) as control:
+                await control.open(epoch=epoch, index=0, num_stages=1)
+                assert (await control.failure()).code() is PRECONDITION
+        await runs_a_micro_batch(stages, epoch=now_ms)
+
+
 @pytest.mark.parametrize(
     ("place", "code"),
     [
@@ -188,6 +200,7 @@ def started(**fields: Any) -> dict[str, Message]:
         (started(sampling={"temperature": -1}), INVALID),
         (started(known_token_ids=[1000]), INVALID),
         (started(num_prompt_tokens=1), INVALID),
+        (started(known_token_ids=[1] * (CONTEXT_LENGTH + 1)), INVALID),
         (linked(upstream_link=1), INVALID),
         (linked(downstream_link=1), INVALID),
         (linked(replays=True, upstream_link=1), INVALID),
