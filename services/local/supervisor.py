@@ -8,7 +8,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from core.errors import NotFound
+from core.errors import InvalidInput, NotFound
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -17,6 +17,8 @@ from services.local.progress import StageProgress, wait_until_ready
 from services.local.run_folder import MeshRecord, RunFolder, record_process
 from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
+
+_LONGEST_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,11 @@ class Supervisor:
     async def try_replica(
         self, stage_index: int, *, model_path: str, is_spare: bool
     ) -> MeshProcess:
-        """Starts one more replica; raises InvalidInput where there is no such stage."""
+        """Starts one more replica; raises InvalidInput where there is no such stage, or where the
+        path could be no argument of a process."""
+        if "\0" in model_path or len(model_path.encode()) > _LONGEST_PATH_BYTES:
+            allowed = f"a path of at most {_LONGEST_PATH_BYTES} bytes"
+            raise InvalidInput("model_path", model_path, allowed)
         listen, metrics = free_ports(2)
         on_trial = {one.number for index, one, _ in self._on_trial.values() if index == stage_index}
         replica = ReplicaLayout(

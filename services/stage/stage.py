@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from penstock.v1 import stage_pb2
@@ -21,6 +22,9 @@ from services.stage.timings import Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
+# Coordinators count epochs in milliseconds of Unix time, by clocks that differ a little. One far
+# ahead could never be exceeded: nobody would have this stage again.
+_MOST_AHEAD_MS = 24 * 3600 * 1000
 
 
 class Stage:
@@ -65,13 +69,15 @@ class Stage:
         """Begins a session and ends the one before it; waits for the model.
 
         Raises ProtocolViolation when the order does not fit the model or its epoch is not
-        greater than the last one.
+        greater than the last one, or so great that no later one could be.
         """
         model = await self._loaded()
         if order.epoch <= self._last_epoch:
             raise ProtocolViolation(
                 f"epoch {order.epoch} has begun already; the last one is {self._last_epoch}"
             )
+        if order.epoch > time.time() * 1000 + _MOST_AHEAD_MS:
+            raise ProtocolViolation(f"epoch {order.epoch} is more than a day ahead of this clock")
         session = Session(
             order,
             model=model,

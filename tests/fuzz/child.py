@@ -12,8 +12,8 @@ import os
 import resource
 import sys
 import time
-import tracemalloc
 import traceback
+import tracemalloc
 from pathlib import Path
 from random import Random
 
