@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredTarget:
-    """`module` has `make_target() -> FuzzTarget`. It is imported in the fuzzer's process only, where
-    the packages in `instrumented` report which of their edges an input reaches.
+    """`module` has `make_target() -> FuzzTarget`. It is imported in the fuzzer's process only,
+    where the packages in `instrumented` report which of their edges an input reaches.
     """
 
     module: str
@@ -17,4 +17,11 @@ class RegisteredTarget:
 
 TARGETS = {
     "gguf": RegisteredTarget(module="tests.fuzz.gguf", instrumented=("core",)),
+    "safetensors": RegisteredTarget(module="tests.fuzz.safetensors", instrumented=("core",)),
+    "llama2c": RegisteredTarget(module="tests.fuzz.llama2c", instrumented=("core",)),
+    "frames": RegisteredTarget(module="tests.fuzz.frames", instrumented=("core",)),
+    "tokenizer-json": RegisteredTarget(module="tests.fuzz.tokenizer_json", instrumented=("core",)),
+    "chat-template": RegisteredTarget(
+        module="tests.fuzz.chat_templates", instrumented=("core", "jinja2")
+    ),
 }
