@@ -21,6 +21,12 @@ _LOG = logging.getLogger(__name__)
 # Of servers, whose clients may be anywhere: silent ones are noticed after both.
 _PING_INTERVAL_MS = 10_000
 _PING_TIMEOUT_MS = 5_000
+# Of one connection; more wait at the client. Enough for what a queue holds and what runs.
+MAX_STREAMS = 2048
+# Of all connections; more are refused with RESOURCE_EXHAUSTED. Each costs some 50 KB.
+MAX_RPCS = 8192
+# For a connection that says nothing, or only the beginning of what HTTP/2 begins with.
+HANDSHAKE_TIMEOUT_MS = 10_000
 
 
 def create_server(
@@ -28,16 +34,20 @@ def create_server(
     *,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     max_send_bytes: int = MAX_MESSAGE_BYTES,
+    max_streams: int = MAX_STREAMS,
 ) -> grpc.aio.Server:
     """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
 
-    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
+    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself. Of what one
+    connection asks for at a time beyond `max_streams`, the rest waits at the client.
     """
     options = [
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", max_send_bytes),
         # Two servers on one port would share its connections between them, silently.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -45,7 +55,11 @@ def create_server(
         # Clients that ping as often as our channels do are welcome.
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
-    return grpc.aio.server(interceptors=[ServerInterceptor(telemetry)], options=options)
+    return grpc.aio.server(
+        interceptors=[ServerInterceptor(telemetry)],
+        options=options,
+        maximum_concurrent_rpcs=MAX_RPCS,
+    )
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:

@@ -15,7 +15,7 @@ from typing import Protocol
 import grpc
 from penstock.v1 import stage_pb2
 
-from core.errors import Exhausted, InvalidInput, NotFound, ProtocolViolation
+from core.errors import Exhausted, InvalidInput, NotFound, ProtocolViolation, shown
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -134,7 +134,9 @@ class Replicas:
             if link.place.address == address:
                 return link
         known = ", ".join(link.place.address for link in self.links)
-        raise NotFound(f"no replica listens at {address!r}; there are {known}", field="address")
+        raise NotFound(
+            f"no replica listens at {shown(address)}; there are {known}", field="address"
+        )
 
     # --- administration
 
@@ -181,7 +183,7 @@ class Replicas:
         }
         if weights_digest not in known:
             raise NotFound(
-                f"no open replica of stage {stage_index} has weights {weights_digest!r}; "
+                f"no open replica of stage {stage_index} has weights {shown(weights_digest)}; "
                 f"there are {', '.join(sorted(known)) or 'none'}",
                 field="weights_digest",
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
 from services.local.process import ProcessCommand
 
 
@@ -90,7 +90,7 @@ class MeshLayout:
             kept = tuple(one for one in stage.replicas if one.address != address)
             if len(kept) < len(stage.replicas):
                 return self._with_replicas(index, kept)
-        raise NotFound(f"no replica listens at {address!r}", field="address")
+        raise NotFound(f"no replica listens at {shown(address)}", field="address")
 
     def stage(self, stage_index: int) -> StageLayout:
         """Raises InvalidInput where there is none."""

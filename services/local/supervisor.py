@@ -8,7 +8,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -97,7 +97,7 @@ class Supervisor:
     def keep_replica(self, address: str) -> None:
         """Makes a replica on trial a part of the mesh; raises NotFound where none listens there."""
         if address not in self._on_trial:
-            raise NotFound(f"no replica on trial listens at {address!r}", field="address")
+            raise NotFound(f"no replica on trial listens at {shown(address)}", field="address")
         stage_index, replica, process = self._on_trial.pop(address)
         self._layout = self._layout.with_replica(stage_index, replica)
         self.mesh.change(self._layout.coordinator_command())

@@ -5,7 +5,7 @@ layers before it and nothing secret. A linear map, fitted on random tokens, gues
 embedding, and so which tokens are likely; running them behind the prefix that is known so far says
 which it was, since equal tokens have equal activations.
 
-Letters: T rows, H hidden size, V vocabulary.
+Letters: T rows, H hidden size, V vocabulary, C candidates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Lossy = Callable[[Floats], Floats]
 MOST_CANDIDATES = 8192
 _LONGEST_TEXT = 64
 _BLOCKS_A_TEXT = -(-_LONGEST_TEXT // BLOCK_SIZE)
-_MOST_TEXTS = 8
+_MOST_TEXTS = 32  # a row costs nearly as much as so many
 _RIDGE = 1e-3  # of the variance
 
 
@@ -68,16 +68,21 @@ class FirstStage:
         return np.concatenate([self._run_at_once(group) for group in groups])
 
     def begin(self) -> None:
-        """Begins one text, for `try_token`."""
-        self._engine.apply(_starts(1))
+        """Begins one text, in all slots alike, for `try_tokens`."""
+        self._engine.apply(_starts(_MOST_TEXTS))
 
     def end(self) -> None:
-        self._engine.apply(SequenceUpdates(ended_slots=(0,)))
+        self._engine.apply(SequenceUpdates(ended_slots=tuple(range(_MOST_TEXTS))))
 
-    def try_token(self, token_id: int, *, position: int) -> Floats:
-        """The activations [1, H] of a token behind those kept at the positions before."""
-        forget = SequenceUpdates(rewind_slots=(0,), rewind_positions=(position,))
-        return self._step([[token_id]], first=position, updates=forget)
+    def keep(self, token_id: int, *, position: int) -> None:
+        """Goes on with a token, in place of those that were tried there."""
+        self.try_tokens([token_id] * _MOST_TEXTS, position=position)
+
+    def try_tokens(self, token_ids: Sequence[int], *, position: int) -> Floats:
+        """The activations of each of these tokens behind those kept at the positions before."""
+        slots = tuple(range(len(token_ids)))
+        forget = SequenceUpdates(rewind_slots=slots, rewind_positions=(position,) * len(slots))
+        return self._step([[id] for id in token_ids], first=position, updates=forget)
 
     def _run_at_once(self, texts: Sequence[Sequence[int]]) -> Floats:
         rows_TH = self._step(texts, first=0, updates=_starts(len(texts)))
@@ -126,23 +131,26 @@ class Inverter:
         """The tokens whose activations, after `lossy`, were seen behind those `known`."""
         self._stage.begin()
         for position, token_id in enumerate(known):
-            self._stage.try_token(token_id, position=position)
+            self._stage.keep(token_id, position=position)
         recovered = []
         for position, row_H in enumerate(seen_TH, start=len(known)):
             recovered.append(self._find(row_H, position=position, lossy=lossy))
+            self._stage.keep(recovered[-1], position=position)
         self._stage.end()
         return recovered
 
     def _find(self, row_H: Floats, *, position: int, lossy: Lossy) -> int:
         """The likeliest candidate that yields this row; else the one that comes closest."""
-        distances = {}
-        for token_id in self._candidates(row_H):
-            tried_1H = lossy(self._stage.try_token(token_id, position=position))
-            distances[token_id] = float(np.abs(tried_1H[0] - row_H).sum())
-            if distances[token_id] == 0:
-                return token_id
-        closest = min(distances, key=distances.__getitem__)
-        self._stage.try_token(closest, position=position)
+        closest, least = 0, np.inf
+        candidates = self._candidates(row_H)
+        for first in range(0, len(candidates), _MOST_TEXTS):
+            some = candidates[first : first + _MOST_TEXTS]
+            tried_CH = lossy(self._stage.try_tokens(some, position=position))
+            distances_C = np.abs(tried_CH - row_H).sum(axis=1)
+            if distances_C.min() < least:
+                closest, least = some[int(distances_C.argmin())], distances_C.min()
+            if least == 0:
+                break
         return closest
 
     def _candidates(self, row_H: Floats) -> list[int]:

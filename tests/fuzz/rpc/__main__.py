@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz.rpc --executions 2000 --seed 1 --method Generate`: fuzzes running servers."""
+"""`python -m tests.fuzz.rpc --executions 2000 --seed 1`: fuzzes the RPCs of running servers."""
 
 from __future__ import annotations
 

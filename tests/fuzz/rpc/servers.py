@@ -30,6 +30,8 @@ from tests.support.stages import HandDrivenCoordinator, micro_batch, start
 
 ROOT = Path(__file__).parents[3]
 LAYERS = ("0:2", "2:4")
+# Short, so that requests that say nothing of their length end soon.
+CONTEXT_LENGTH = 64
 STOP_S = 20.0
 ANSWER_S = 60.0
 PROMPT = [5, 6, 7, 8]
@@ -61,6 +63,11 @@ class Servers:
         record = mesh.record
         self._supervisor = f"unix:{mesh.run_folder.socket_path}"
         self._gateway, self._coordinator = record.gateway, record.coordinator
+        self._mesh_addresses = {
+            "gateway": self._gateway,
+            "coordinator": self._coordinator,
+            "supervisor": self._supervisor,
+        }
         self._mesh_processes = [
             Serving(name=one.name, process=psutil.Process(one.pid), log=Path(one.log))
             for one in record.processes
@@ -150,7 +157,7 @@ class Servers:
 @contextmanager
 def serving(folder: Path) -> Iterator[Servers]:
     """Starts everything around a tiny model, and ends it."""
-    model = write_servable(folder / "tiny", TinyModel())
+    model = write_servable(folder / "tiny", TinyModel(context_length=CONTEXT_LENGTH))
     mesh = LocalMesh(runtime=folder, environment={})
     mesh.start("--model", str(model), "--stages", "2", "--kv-memory", "16MiB")
     try:
