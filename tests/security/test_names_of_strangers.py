@@ -52,6 +52,17 @@ async def test_a_name_cannot_forge_a_line_of_the_log(
         assert json.loads(line)["message"] == "rpc refused"
 
 
+async def test_a_name_of_a_megabyte_is_short_in_the_status_and_in_the_log(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    name = "x" * 1_000_000
+    error = await refusal(setup.generation.Tokenize(pb.TokenizeRequest(model=name, prompt="a")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert len(error.details() or "") < 500
+    assert all(len(JsonFormatter("gateway").format(record)) < 2000 for record in caplog.records)
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_path_in_place_of_a_models_name_is_not_found(setup: Setup, path: str) -> None:
     requests = [
