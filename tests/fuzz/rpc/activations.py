@@ -14,9 +14,8 @@ from penstock.v1 import stage_pb2, stage_pb2_grpc
 
 from tests.fuzz.rpc.calls import Outcome, open_channel
 from tests.fuzz.rpc.methods import RpcMethod
-from tests.fuzz.rpc.stage_sequences import opening, start_of_sequence
+from tests.fuzz.rpc.stage_sequences import NUM_ROWS, opening, start_of_sequence
 
-_NUM_ROWS = 2
 _PULSE_TIMEOUT_S = 30.0
 
 
@@ -110,7 +109,7 @@ class ActivateCaller:
             updates=rewind,
             slots=[0],
             first_positions=[0],
-            num_rows=[_NUM_ROWS],
+            num_rows=[NUM_ROWS],
             num_samples=[1],
             upstream_link=self._number,
         )

@@ -13,6 +13,8 @@ from penstock.v1 import generation_pb2, stage_pb2, tensor_pb2
 
 HIDDEN_SIZE = 64
 NUM_STAGES = 2
+# Of a micro-batch that comes over a link.
+NUM_ROWS = 2
 # As the coordinator counts them: milliseconds of Unix time, each greater than the one before.
 _epochs = itertools.count(time.time_ns() // 1_000_000)
 
@@ -82,16 +84,15 @@ def _micro_batch(id: int, *, position: int, num_rows: int, starts: bool) -> stag
 
 
 def frames(random: Random) -> list[Message]:
-    """A link and a few frames over it; `epoch` and `link_id` are put right by who sends them."""
+    """A link and a micro-batch's frames; epoch and ids are put right when they are sent."""
     messages: list[Message] = [stage_pb2.ActivateRequest(open=stage_pb2.OpenLink(epoch=1))]
     row = 0
-    for number in range(random.randint(1, 3)):
-        num_rows = random.randint(1, 3)
-        data = np.full((num_rows, HIDDEN_SIZE), 0x3F80, "<u2").tobytes()
+    for number, num_rows in enumerate(random.choice(((NUM_ROWS,), (1,) * NUM_ROWS))):
+        data = np.ones((num_rows, HIDDEN_SIZE), "<f4").tobytes()
         frame = tensor_pb2.ActivationFrame(
             micro_batch_id=1,
             sequence_number=number,
-            codec=tensor_pb2.CODEC_BF16,
+            codec=tensor_pb2.CODEC_F32,
             first_row=row,
             num_rows=num_rows,
             hidden_size=HIDDEN_SIZE,
