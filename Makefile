@@ -12,14 +12,14 @@ OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY 
 	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS MINUTES
+	ROUNDS PEERS FAULTS KINDS MINUTES EXECUTIONS
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
+.PHONY: help mesh generate status update stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -95,6 +95,9 @@ chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares e
 
 soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MINUTES=30 SEED=1
 	@$(PYTHON) -m tests.chaos.soak
+
+security: $(DEV_STAMP) ## tries for long to break what SECURITY.md promises: EXECUTIONS=20000 SEED=1 JSON=path
+	@$(PYTHON) -m tests.security
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -25,6 +25,12 @@ PenstockError
 from __future__ import annotations
 
 
+def shown(value: object) -> str:
+    """What was seen, as a message shows it: on one line, and short, whatever a client sent."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 class PenstockError(Exception):
     """Root of the tree. The message is one sentence for people and leaks no internals."""
 
@@ -37,9 +43,8 @@ class InvalidInput(PenstockError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
         self.field = field
-        self.value = shown if len(shown) <= 100 else shown[:97] + "..."
+        self.value = shown(value)
         self.allowed = allowed
         super().__init__(f"{field} is {self.value}; allowed: {allowed}")
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from penstock.v1 import stage_pb2
 
-from core.errors import InvalidInput, NotFound, ProtocolViolation
+from core.errors import Exhausted, InvalidInput, NotFound, ProtocolViolation, shown
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -29,6 +29,10 @@ from services.coordinator.fit import Manifest, check_fit, pipeline_facts, replic
 from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
 from services.coordinator.settings import CoordinatorSettings
+
+# Of one stage. Each is dialled again and again while nobody answers.
+MOST_REPLICAS = 64
+_LONGEST_ADDRESS = 256
 
 
 class MeshListener(Protocol):
@@ -128,17 +132,22 @@ class Replicas:
             if link.place.address == address:
                 return link
         known = ", ".join(link.place.address for link in self.links)
-        raise NotFound(f"no replica listens at {address!r}; there are {known}", field="address")
+        raise NotFound(
+            f"no replica listens at {shown(address)}; there are {known}", field="address"
+        )
 
     # --- administration
 
     def add(self, stage_index: int, address: str, *, is_spare: bool) -> ReplicaLink:
         """Takes a replica into the mesh; raises InvalidInput for a stage that does not exist or an
-        address that is taken."""
+        address that is none or taken, and Exhausted."""
         if stage_index >= self.num_stages:
             raise InvalidInput("stage_index", stage_index, f"below {self.num_stages}")
-        if not address or any(link.place.address == address for link in self.links):
+        _check_address(address)
+        if any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
+        if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
+            raise Exhausted(f"stage {stage_index} has {MOST_REPLICAS} replicas already")
         link = self._insert(stage_index, address, is_spare=is_spare)
         self._start(link)
         self._listener.on_mesh_changed()
@@ -172,7 +181,7 @@ class Replicas:
         }
         if weights_digest not in known:
             raise NotFound(
-                f"no open replica of stage {stage_index} has weights {weights_digest!r}; "
+                f"no open replica of stage {stage_index} has weights {shown(weights_digest)}; "
                 f"there are {', '.join(sorted(known)) or 'none'}",
                 field="weights_digest",
             )
@@ -275,3 +284,11 @@ class Replicas:
 
 def _manifest(replica: Incarnation) -> Manifest:
     return Manifest(replica.place.name, replica.place.stage_index, replica.ready)
+
+
+def _check_address(address: str) -> None:
+    """Raises InvalidInput for what gRPC would take for something else than host:port."""
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
+    if not (is_port and host and host.isprintable() and len(address) <= _LONGEST_ADDRESS):
+        raise InvalidInput("address", address, "host:port")

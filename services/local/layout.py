@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
 from core.weights.sealed.sealing import OWNER
 from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
@@ -108,7 +108,7 @@ class MeshLayout:
             kept = tuple(one for one in stage.replicas if one.address != address)
             if len(kept) < len(stage.replicas):
                 return self._with_replicas(index, kept)
-        raise NotFound(f"no replica listens at {address!r}", field="address")
+        raise NotFound(f"no replica listens at {shown(address)}", field="address")
 
     def stage(self, stage_index: int) -> StageLayout:
         """Raises InvalidInput where there is none."""

@@ -46,6 +46,8 @@ class CountingEngine:
 
     def apply(self, updates: SequenceUpdates) -> None:
         self.threads.add(threading.get_ident())
+        if len(set(updates.ended_slots)) < len(updates.ended_slots):
+            raise ProtocolViolation("a slot ends twice")
         for slot in updates.ended_slots:
             if slot not in self.live:
                 raise ProtocolViolation(f"slot {slot} is not live")

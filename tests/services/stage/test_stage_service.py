@@ -120,6 +120,17 @@ async def test_sequences_are_dropped_when_the_stream_ends() -> None:
             await runs_a_micro_batch(stages, epoch=epoch)
 
 
+async def test_a_sequence_whose_end_was_refused_does_not_stay_behind() -> None:
+    async with running_chain(1) as stages:
+        async with HandDrivenCoordinator(stages) as coordinator:
+            await coordinator.open()
+            await coordinator.run(micro_batch(1, {0: [1]}, starts=[start(0)]))
+            control = coordinator.controls[0]
+            await control.send(updates=stage_pb2.SequenceUpdates(ended_slots=[0, 0]))
+            assert (await control.failure()).code() is PRECONDITION
+        await runs_a_micro_batch(stages, epoch=2)
+
+
 async def test_an_epoch_that_is_not_newer_is_refused_and_the_session_goes_on() -> None:
     async with running_chain(1) as stages, HandDrivenCoordinator(stages, epoch=5) as coordinator:
         await coordinator.open()
