@@ -36,6 +36,9 @@ def stage(
     slow_down: Annotated[
         float, typer.Option(help="Takes so many times as long to compute, to try out slow nodes")
     ] = 1.0,
+    slow_down_file: Annotated[
+        Path | None, typer.Option(help="File that says so instead, while it is there; inf: hangs")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -60,6 +63,7 @@ def stage(
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,
             slow_down=slow_down,
+            slow_down_file=slow_down_file,
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

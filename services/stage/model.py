@@ -111,7 +111,9 @@ def load_model(settings: StageSettings) -> LoadedModel:
         weights_digest=_digest(*weights),
     )
     return LoadedModel(
-        engine=slowed(engine, by=settings.slow_down), manifest=manifest, codec=engine.codec
+        engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),
+        manifest=manifest,
+        codec=engine.codec,
     )
 
 

@@ -30,6 +30,7 @@ class StageSettings:
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
+    slow_down_file: Path | None = None  # while it is there, what it says instead; inf: it hangs
     exit_with_parent: bool = False  # stop when standard input ends
 
     def __post_init__(self) -> None:

@@ -21,6 +21,9 @@ from services.stage.timings import Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
+# After the end of a session its last step may still run, but no longer than a coordinator waits
+# for one. A thread that has hung cannot be ended, only its process.
+HANG_LIMIT_S = 10.0
 
 
 class Stage:
@@ -34,12 +37,16 @@ class Stage:
         telemetry: Telemetry,
         initial_credits: int | None = None,
         offers_shortcuts: bool = True,
+        hang_limit_s: float = HANG_LIMIT_S,
     ) -> None:
+        """`hang_limit_s`: from the opening of a session to the end of the last one's last step."""
         self._worker = worker
         self._offers_shortcuts = offers_shortcuts
         self._health = health
         self._telemetry = telemetry
         self._initial_credits = initial_credits
+        self._hang_limit_s = hang_limit_s
+        self._hung = asyncio.Event()
         self._totals = Totals()
         self._model: LoadedModel | None = None
         self._session: Session | None = None
@@ -90,10 +97,23 @@ class Stage:
         self._tell()
         return session
 
-    async def say_serving(self, session: Session) -> None:
-        """Makes the stage known to health checks by its place in the pipeline."""
+    async def begin(self, session: Session) -> None:
+        """Has the compute thread begin with a session, and the stage known to health checks by its
+        place in the pipeline. Raises Unavailable where the thread hangs."""
+        try:
+            async with asyncio.timeout(self._hang_limit_s):
+                await session.open()
+        except TimeoutError:
+            self._hung.set()
+            raise Unavailable("the stage's compute thread has hung") from None
         model = await self._loaded()
         await self._health.set(f"{model.manifest.model}/stage/{session.stage_index}", serving=True)
+
+    async def watch(self) -> None:
+        """Raises Unavailable once the compute thread is known to hang: the process is of no use."""
+        await self._hung.wait()
+        await self.close()
+        raise Unavailable("the compute thread has hung; another process must take its place")
 
     def leave(self, session: Session) -> None:
         """Ends a session, if nobody has yet."""
