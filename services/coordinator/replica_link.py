@@ -19,12 +19,11 @@ from penstock.v1 import stage_pb2
 from core.errors import PenstockError, Unavailable
 from services.common.cancellation import in_own_task
 from services.common.channels import open_channel
+from services.coordinator.backoff import Backoff
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
 _LOG = logging.getLogger(__name__)
-_FIRST_BACKOFF_S = 0.05
-_MOST_BACKOFF_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +103,16 @@ class ReplicaLink:
 
     async def run(self) -> None:
         """Opens the replica again and again until cancelled."""
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff()
         while True:
             reason = await in_own_task(self._run_once())
             incarnation, self.incarnation = self.incarnation, None
             if incarnation is not None:
-                backoff_s = _FIRST_BACKOFF_S
+                backoff.reset()
             self.problem = reason
             _LOG.warning("replica lost", extra={"epoch": self._epoch, "reason": reason})
             self._listener.on_lost(self, incarnation)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MOST_BACKOFF_S)
+            await asyncio.sleep(backoff.take_s())
 
     async def _run_once(self) -> str:
         """One incarnation; returns why it ended, or did not come about."""

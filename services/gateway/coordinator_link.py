@@ -24,9 +24,10 @@ _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 0.5
 # From dialling to the first message, which a coordinator sends as soon as it is called.
 _FIRST_MESSAGE_TIMEOUT_S = 3.0
-# A coordinator sends something twice a second; one that stays silent for so long is lost. A peer
-# that is frozen, or cut off, is found by keepalive too, but later.
-_SILENCE_S = 2.0
+# A coordinator sends something twice a second; one that stays silent for so long is lost. It is
+# listened for several times, and seconds are not counted: when it was this process that stood
+# still, what was sent meanwhile is there at the first of them.
+_SILENCE_S, _LISTENINGS = 2.0, 4
 # The coordinator batches news of many requests into one message.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -106,10 +107,11 @@ class CoordinatorLink:
         self._requests.deliver(response)
 
     async def _listen_for_silence(self) -> None:
-        num_heard = -1
-        while num_heard != self._num_read:
+        num_silent = 0
+        while num_silent < _LISTENINGS:
             num_heard = self._num_read
-            await asyncio.sleep(_SILENCE_S)
+            await asyncio.sleep(_SILENCE_S / _LISTENINGS)
+            num_silent = num_silent + 1 if num_heard == self._num_read else 0
         raise Unavailable(f"the coordinator was silent for {_SILENCE_S:.0f} s")
 
     async def _take_mesh(self, mesh: coordinator_pb2.MeshState) -> None:
