@@ -4,6 +4,7 @@
     NotFound           NOT_FOUND            BadRequest: the field, where a request named it
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help
     Unavailable        UNAVAILABLE          RetryInfo
+    Superseded         ABORTED
     DeadlineExceeded   DEADLINE_EXCEEDED
     CorruptWeights     FAILED_PRECONDITION
     PlanImpossible     FAILED_PRECONDITION
@@ -44,6 +45,7 @@ _TABLE = (
     _Row(errors.NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    _Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
     _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import grpc
 from penstock.v1 import stage_pb2
 
-from core.errors import InvalidInput, NotFound, ProtocolViolation
+from core.errors import InvalidInput, NotFound, ProtocolViolation, Superseded
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -48,6 +49,9 @@ class MeshListener(Protocol):
     def on_mesh_changed(self) -> None:
         """What people and gateways are told of replicas has changed."""
 
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the stages over."""
+
 
 class Replicas:
     """Opens them all and keeps them open; see `run`."""
@@ -67,6 +71,7 @@ class Replicas:
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
+        self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         for stage_index, addresses in enumerate(settings.stages):
@@ -74,7 +79,9 @@ class Replicas:
                 self._insert(stage_index, address, is_spare=address in settings.spares)
 
     async def run(self) -> None:
-        """Keeps all replicas open, those that are added later too, until cancelled."""
+        """Takes the stages over, and keeps all replicas open, those that are added later too, until
+        cancelled."""
+        self._term = time.time_ns() // 1_000_000
         async with asyncio.TaskGroup() as self._group:
             for link in self.links:
                 self._start(link)
@@ -142,7 +149,8 @@ class Replicas:
         if not address or any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
         link = self._insert(stage_index, address, is_spare=is_spare)
-        self._start(link)
+        if self._group is not None:
+            self._start(link)
         self._listener.on_mesh_changed()
         return link
 
@@ -159,7 +167,8 @@ class Replicas:
         if link not in self.links:
             return
         self.links.remove(link)
-        self._tasks.pop(link).cancel()
+        if link in self._tasks:
+            self._tasks.pop(link).cancel()
         if link.incarnation is not None:
             self._forget(link.incarnation, reason="it has been drained")
             link.incarnation = None
@@ -215,6 +224,9 @@ class Replicas:
             self.remove(link)  # there is nothing left to wait for
         self._listener.on_mesh_changed()
 
+    def on_superseded(self, error: Superseded) -> None:
+        self._listener.on_superseded(error)
+
     # --- links between them (LinkListener)
 
     def on_link_ready(self, upstream: Incarnation, downstream: Incarnation) -> None:
@@ -269,8 +281,8 @@ class Replicas:
         return link
 
     def _start(self, link: ReplicaLink) -> None:
-        assert self._group is not None, "replicas are added while they are kept open"
-        self._tasks[link] = self._group.create_task(link.run())
+        assert self._group is not None, "replicas are opened while they are kept open"
+        self._tasks[link] = self._group.create_task(link.run(term=self._term))
 
 
 def _manifest(replica: Incarnation) -> Manifest:

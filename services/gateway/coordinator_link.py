@@ -42,7 +42,8 @@ class CoordinatorLink:
         *,
         on_mesh: Callable[[coordinator_pb2.MeshState | None], Awaitable[None]],
     ) -> None:
-        """`addresses` are dialled in turn: when one coordinator is lost, the next one.
+        """`addresses` are dialled in turn: when one coordinator is lost, the next one. One that
+        waits is left to wait while there may be another one that serves.
 
         `on_mesh` is awaited with every new state of the mesh, and with None when it is lost.
         """
@@ -55,19 +56,23 @@ class CoordinatorLink:
     async def run(self) -> None:
         """Connects, and connects again, until cancelled; then open requests fail."""
         backoff_s = _FIRST_BACKOFF_S
+        num_tried = 0  # since one served, that one included
         try:
             for address in itertools.cycle(self._addresses):
-                was_connected = await self._connect(address)
+                is_last = num_tried + 1 >= len(self._addresses)
+                was_connected = await self._connect(address, takes_over=is_last)
+                num_tried = 1 if was_connected else num_tried + 1
                 longer_s = min(_LAST_BACKOFF_S, 2 * backoff_s)
                 backoff_s = _FIRST_BACKOFF_S if was_connected else longer_s
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
         finally:
             self._requests.give_up()
 
-    async def _connect(self, address: str) -> bool:
-        """Serves one stream to its end; whether there was one."""
+    async def _connect(self, address: str, *, takes_over: bool) -> bool:
+        """Serves one stream to its end; whether there was one. `takes_over`: where the coordinator
+        waits, it has to serve, since no other one does."""
         try:
-            await in_own_task(self._serve_stream(address))
+            await in_own_task(self._serve_stream(address, takes_over=takes_over))
         except* (grpc.RpcError, PenstockError, TimeoutError) as group:
             reasons = "; ".join(_reason(error) for error in group.exceptions)
             level = logging.DEBUG if self._mesh is None else logging.WARNING
@@ -78,14 +83,16 @@ class CoordinatorLink:
                 await self._drop_stream()
         return was_connected
 
-    async def _serve_stream(self, address: str) -> None:
+    async def _serve_stream(self, address: str, *, takes_over: bool) -> None:
         # A channel of its own for each try: none waits for the backoff of the one before.
         async with open_channel(address, max_message_bytes=_MAX_MESSAGE_BYTES) as channel:
             # No deadline: the stream lives as long as both ends, and is heard of.
             call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Connect()
             try:
                 async with asyncio.timeout(_FIRST_MESSAGE_TIMEOUT_S):
-                    await self._read(call)
+                    if takes_over:
+                        await _write(call, coordinator_pb2.ConnectRequest(take_over=True))
+                    await self._read(call, may_wait=takes_over)
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write_all(call))
                     tasks.create_task(self._read_all(call))
@@ -97,12 +104,14 @@ class CoordinatorLink:
         while True:
             await self._read(call)
 
-    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _read(self, call: grpc.aio.StreamStreamCall, *, may_wait: bool = True) -> None:
         response = await call.read()
         if not isinstance(response, coordinator_pb2.ConnectResponse):
             raise Unavailable("the coordinator ended the stream")
         self._num_read += 1
         if response.HasField("mesh"):
+            if response.mesh.waiting and not may_wait:
+                raise Unavailable("the coordinator waits for others to fail")
             await self._take_mesh(response.mesh)
         self._requests.deliver(response)
 
@@ -124,17 +133,20 @@ class CoordinatorLink:
     async def _write_all(self, call: grpc.aio.StreamStreamCall) -> None:
         while True:
             await self._requests.has_news.wait()
-            message = self._requests.next_message()
-            try:
-                await call.write(message)
-            except asyncio.InvalidStateError:  # it ended between two turns
-                raise Unavailable("the coordinator ended the stream") from None
+            await _write(call, self._requests.next_message())
 
     async def _drop_stream(self) -> None:
         assert self._mesh is not None
         self._requests.lose(self._mesh.eos_token_ids)
         self._mesh = None
         await self._on_mesh(None)
+
+
+async def _write(call: grpc.aio.StreamStreamCall, message: coordinator_pb2.ConnectRequest) -> None:
+    try:
+        await call.write(message)
+    except asyncio.InvalidStateError:  # it ended between two turns
+        raise Unavailable("the coordinator ended the stream") from None
 
 
 def _reason(error: BaseException) -> str:

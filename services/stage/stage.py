@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from penstock.v1 import stage_pb2
 
-from core.errors import ProtocolViolation, Unavailable
+from core.errors import PenstockError, ProtocolViolation, Superseded, Unavailable
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
 from services.stage.metrics import register_metrics
@@ -51,6 +51,7 @@ class Stage:
         self._model: LoadedModel | None = None
         self._session: Session | None = None
         self._last_epoch = -1
+        self._last_term = 0
         self._stage_index: int | None = None
         self._changed = asyncio.Event()
         self._closed = False
@@ -72,9 +73,11 @@ class Stage:
         """Begins a session and ends the one before it; waits for the model.
 
         Raises ProtocolViolation when the order does not fit the model or its epoch is not
-        greater than the last one.
+        greater than the last one, Superseded when its coordinator is not the latest.
         """
         model = await self._loaded()
+        if order.term < self._last_term:
+            raise Superseded(f"term {order.term} is over: {self._last_term} has begun")
         if order.epoch <= self._last_epoch:
             raise ProtocolViolation(
                 f"epoch {order.epoch} has begun already; the last one is {self._last_epoch}"
@@ -89,8 +92,9 @@ class Stage:
             offers_shortcuts=self._offers_shortcuts,
         )
         if self._session is not None:
-            self._session.close(Unavailable("a newer epoch took this stage over"))
+            self._session.close(_successor(order, last_term=self._last_term))
         self._session, self._last_epoch = session, order.epoch
+        self._last_term = order.term
         self._stage_index = order.stage_index
         facts = {"epoch": order.epoch, "stage": order.stage_index, "stages": order.num_stages}
         _LOG.info("pipeline opened", extra=facts)
@@ -164,3 +168,10 @@ class Stage:
         """Wakes all who wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _successor(order: stage_pb2.OpenPipeline, *, last_term: int) -> PenstockError:
+    """Why a session ends when another one begins."""
+    if order.term > last_term:
+        return Superseded(f"a coordinator of term {order.term} has taken this stage over")
+    return Unavailable("a newer epoch took this stage over")

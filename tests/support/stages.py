@@ -157,10 +157,11 @@ class ControlStream:
     async def send(self, **order: Any) -> None:
         await self.call.write(stage_pb2.ControlRequest(**order))
 
-    async def open(self, *, epoch: int, index: int, num_stages: int) -> None:
+    async def open(self, *, epoch: int, index: int, num_stages: int, term: int = 0) -> None:
         await self.send(
             open=stage_pb2.OpenPipeline(
                 epoch=epoch,
+                term=term,
                 stage_index=index,
                 num_stages=num_stages,
                 num_slots=64,

@@ -85,6 +85,23 @@ async def test_a_compute_thread_that_hangs_ends_the_process() -> None:
             await asyncio.wait_for(stage.stage.watch(), TIMEOUT_S)
 
 
+async def test_the_coordinator_of_the_latest_term_has_the_stage_for_good() -> None:
+    async with (
+        running_stage(index=0, num_stages=1) as stage,
+        ControlStream(stage.address) as old,
+        ControlStream(stage.address) as new,
+        ControlStream(stage.address) as old_again,
+    ):
+        await old.open(epoch=10, index=0, num_stages=1, term=1)
+        await old.next("ready")
+        await new.open(epoch=5 + 10, index=0, num_stages=1, term=2)
+        await new.next("ready")
+        assert (await old.failure()).code() is grpc.StatusCode.ABORTED
+        await old_again.open(epoch=20, index=0, num_stages=1, term=1)
+        assert (await old_again.failure()).code() is grpc.StatusCode.ABORTED
+        await new.report()
+
+
 async def test_the_model_may_load_after_the_coordinator_has_called() -> None:
     async with (
         running_stage(index=0, num_stages=1, loaded=False) as stage,
