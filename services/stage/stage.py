@@ -21,9 +21,9 @@ from services.stage.timings import Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
-# After the end of a session its last step may still run, but no longer than a coordinator waits
-# for one. A thread that has hung cannot be ended, only its process.
-HANG_LIMIT_S = 10.0
+# After the end of a session its last step may still run; policy keeps steps far shorter than this.
+# A thread that has hung cannot be ended, only its process.
+HANG_LIMIT_S = 5.0
 
 
 class Stage:
