@@ -165,7 +165,7 @@ def _has_retry_delay(error: grpc.aio.AioRpcError) -> bool:
 
 async def overload(model: Path, *, vocab_size: int, seconds: float, folder: Path) -> Report:
     """A mesh of its own for an overload."""
-    shape = Shape(model=model, max_sequences=MAX_RUNNING, max_waiting=MAX_WAITING)
+    shape = Shape(models=(model,), max_sequences=MAX_RUNNING, max_waiting=MAX_WAITING)
     async with (
         ChaosMesh(shape, folder=folder) as mesh,
         open_channel(mesh.wires[mesh.gateway_names[0]].address) as channel,

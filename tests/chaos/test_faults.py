@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.__main__ import Campaign, choose_rounds, run_campaign
+from tests.chaos.campaigns import Campaign, choose_rounds, run_campaign
 from tests.chaos.conftest import TINY
 from tests.chaos.faults import find_faults
 from tests.chaos.mesh import Shape
@@ -23,7 +23,7 @@ async def run(model: Path, folder: Path, *, num_replicas: int, kinds: str) -> li
     faults = find_faults(kinds)
     campaign = Campaign(
         title=f"{num_replicas} replicas",
-        shape=Shape(model=model, num_replicas=num_replicas, seed=SEED),
+        shape=Shape(models=(model,), num_replicas=num_replicas, seed=SEED),
         vocab_size=TINY.vocab_size,
         num_streams=NUM_STREAMS,
         rounds=tuple(choose_rounds(faults, count=len(faults), seed=SEED)),
