@@ -25,7 +25,8 @@ from core.pipeline.actions import (
     RunMicroBatch,
 )
 from core.pipeline.events import Event, Tick
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
 from services.common.durations import duration
 from services.common.health import HealthService

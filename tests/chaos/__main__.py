@@ -70,7 +70,7 @@ def main(
     ] = "",
     dtype: Annotated[str, typer.Option(envvar="PENSTOCK_DTYPE")] = "bf16",
     replicas: Annotated[
-        int, typer.Option(envvar="PENSTOCK_REPLICAS", help="Of each stage; 0: meshes of all kinds.")
+        int, typer.Option(envvar="PENSTOCK_REPLICAS", help="Of each stage; default: three meshes.")
     ] = 0,
     spares: Annotated[
         int, typer.Option(envvar="PENSTOCK_SPARES", help="Further ones that wait, of each stage.")
@@ -78,7 +78,8 @@ def main(
     coordinators: Annotated[int, typer.Option(envvar="PENSTOCK_COORDINATORS")] = 1,
 ) -> None:
     """Runs a campaign on each mesh, the faults shared out among them, and prints the table."""
-    meshes = ((replicas, spares, coordinators),) if replicas else _MESHES
+    one_is_asked_for = replicas or spares or coordinators > 1
+    meshes = ((max(replicas, 1), spares, coordinators),) if one_is_asked_for else _MESHES
     chosen = list(choose_rounds(find_faults(kinds), count=faults, seed=seed))
     results = []
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as name:
