@@ -14,7 +14,7 @@ from tests.chaos.updates import update
 from tests.support.fault_proxy import Faults
 
 # How long a fault lasts that does not end by itself: longer than anyone waits for a pulse.
-HOLD_S = 4.0
+HOLD_S = 3.0
 ACTIVATE = b"/penstock.v1.StageService/Activate"
 
 # Does it to a part of the mesh; returns when it is over.

@@ -31,7 +31,7 @@ NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 16, 64
 # Clients that together keep the mesh full, to find what it can serve. All may come in one turn, and
 # then all wait.
 NUM_SATURATING = 32
-SATURATION_S = 4.0
+SATURATION_S = 3.0
 TIMES_SATURATION = 3.0
 DEADLINE_S = 5.0
 # How late a deadline may be seen by its client; the machine is full.
