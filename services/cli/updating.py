@@ -23,6 +23,7 @@ def update(
     model: Annotated[
         str,
         typer.Option(
+            "--weights",
             envvar="PENSTOCK_MODEL",
             help="The new weights, of the same shapes: a name, a file, a folder or a hub id.",
         ),

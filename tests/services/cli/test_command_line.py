@@ -34,7 +34,7 @@ OPTIONS = {
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--model"],
+    "update": ["--stage", "--weights"],
     "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
     "tokenize": ["--model", "--address"],
     "models": [],
