@@ -12,7 +12,7 @@ OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY 
 	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS MINUTES EXECUTIONS
+	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
@@ -89,7 +89,7 @@ quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 i
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
 	@$(PYTHON) -m tests.benchmarks.simulated
 
-chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32
+chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32 REPLICAS= SPARES= COORDINATORS= MODEL= DTYPE=
 	@$(PYTHON) -m tests.chaos
 	@$(PYTHON) -m tests.chaos.overload
 

@@ -7,6 +7,7 @@ PenstockError
 ├── PermissionDenied      the caller is known, and may not do this
 ├── Exhausted             a bound was reached; try again after `retry_after_s`
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
+├── Superseded            another coordinator has taken over
 ├── DeadlineExceeded      the caller's deadline passed
 ├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
 │   ├── ManifestMismatch  its bytes are not those of the manifest
@@ -89,6 +90,10 @@ class Unavailable(PenstockError):
     def __init__(self, message: str, *, retry_after_s: float | None = 1.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class Superseded(PenstockError):
+    """Another coordinator has taken over what this one had."""
 
 
 class DeadlineExceeded(PenstockError):

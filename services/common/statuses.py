@@ -7,6 +7,7 @@
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help; QuotaFailure,
                                             where the quota is somebody's own
     Unavailable        UNAVAILABLE          RetryInfo
+    Superseded         ABORTED
     DeadlineExceeded   DEADLINE_EXCEEDED
     KeyRefused         PERMISSION_DENIED
     ChecksumMismatch   DATA_LOSS
@@ -54,6 +55,7 @@ _TABLE = (
     _Row(errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    _Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     _Row(errors.KeyRefused, grpc.StatusCode.PERMISSION_DENIED, "KEY_REFUSED"),
     _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from typing import Protocol
 
 from penstock.v1 import stage_pb2
 
-from core.errors import Exhausted, InvalidInput, NotFound, ProtocolViolation, shown
+from core.errors import (
+    Exhausted,
+    InvalidInput,
+    NotFound,
+    ProtocolViolation,
+    Superseded,
+    shown,
+)
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -50,6 +58,9 @@ class MeshListener(Protocol):
     def on_mesh_changed(self) -> None:
         """What people and gateways are told of replicas has changed."""
 
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the stages over."""
+
 
 class Replicas:
     """Opens them all and keeps them open; see `run`."""
@@ -69,6 +80,7 @@ class Replicas:
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
+        self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         for stage_index, addresses in enumerate(settings.stages):
@@ -76,7 +88,9 @@ class Replicas:
                 self._insert(stage_index, address, is_spare=address in settings.spares)
 
     async def run(self) -> None:
-        """Keeps all replicas open, those that are added later too, until cancelled."""
+        """Takes the stages over, and keeps all replicas open, those that are added later too, until
+        cancelled."""
+        self._term = time.time_ns() // 1_000_000
         async with asyncio.TaskGroup() as self._group:
             for link in self.links:
                 self._start(link)
@@ -149,7 +163,8 @@ class Replicas:
         if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
             raise Exhausted(f"stage {stage_index} has {MOST_REPLICAS} replicas already")
         link = self._insert(stage_index, address, is_spare=is_spare)
-        self._start(link)
+        if self._group is not None:
+            self._start(link)
         self._listener.on_mesh_changed()
         return link
 
@@ -166,7 +181,8 @@ class Replicas:
         if link not in self.links:
             return
         self.links.remove(link)
-        self._tasks.pop(link).cancel()
+        if link in self._tasks:
+            self._tasks.pop(link).cancel()
         if link.incarnation is not None:
             self._forget(link.incarnation, reason="it has been drained")
             link.incarnation = None
@@ -221,6 +237,9 @@ class Replicas:
         if link.is_draining:
             self.remove(link)  # there is nothing left to wait for
         self._listener.on_mesh_changed()
+
+    def on_superseded(self, error: Superseded) -> None:
+        self._listener.on_superseded(error)
 
     # --- links between them (LinkListener)
 
@@ -278,8 +297,8 @@ class Replicas:
         return link
 
     def _start(self, link: ReplicaLink) -> None:
-        assert self._group is not None, "replicas are added while they are kept open"
-        self._tasks[link] = self._group.create_task(link.run())
+        assert self._group is not None, "replicas are opened while they are kept open"
+        self._tasks[link] = self._group.create_task(link.run(term=self._term))
 
 
 def _manifest(replica: Incarnation) -> Manifest:

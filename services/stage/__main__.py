@@ -49,6 +49,9 @@ def stage(
     rehash_minutes: Annotated[
         float, typer.Option(help="How often weights in memory are hashed again; 0: never")
     ] = 10.0,
+    slow_down_file: Annotated[
+        Path | None, typer.Option(help="File that says so instead, while it is there; inf: hangs")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
@@ -83,6 +86,7 @@ def stage(
             identity_key=identity_key,
             manifest=manifest,
             rehash_minutes=rehash_minutes,
+            slow_down_file=slow_down_file,
             exit_with_parent=exit_with_parent,
             certs=certs,
             insecure=insecure,

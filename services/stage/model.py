@@ -116,7 +116,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
         weights_digest=_digest(*weights),
     )
     return LoadedModel(
-        engine=slowed(engine, by=settings.slow_down),
+        engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),
         manifest=manifest,
         codec=engine.codec,
         watch=WeightWatch(engine.weight_arrays, interval_s=60 * settings.rehash_minutes),

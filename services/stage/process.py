@@ -62,7 +62,7 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
         _LOG.info("stage listens", extra={**facts, "layers": layers})
         await run_until_stopped(
             server,
-            tasks=[_load(settings, load=load, worker=worker, stage=stage)],
+            tasks=[_load(settings, load=load, worker=worker, stage=stage), stage.watch()],
             drain=stage.close,
             exit_with_parent=settings.exit_with_parent,
         )

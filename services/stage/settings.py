@@ -35,6 +35,7 @@ class StageSettings:
     identity_key: Path | None = None
     manifest: Path | None = None  # digests of the model; other bytes are not loaded
     rehash_minutes: float = 10.0  # weights in memory are hashed again so often; 0: never
+    slow_down_file: Path | None = None  # while it is there, what it says instead; inf: it hangs
     exit_with_parent: bool = False  # stop when standard input ends
     certs: Path | None = None  # folder of this stage's identity; None: everything in the clear
     insecure: bool = False  # listens beyond loopback even so

@@ -11,9 +11,11 @@ import pytest
 from google.protobuf.message import Message
 from penstock.v1 import stage_pb2
 
+from core.errors import Unavailable
 from services.stage.stage import MAX_EPOCH_AHEAD_MS
 from tests.support.counting_engine import CONTEXT_LENGTH, POISON
 from tests.support.stages import (
+    TIMEOUT_S,
     ControlStream,
     HandDrivenCoordinator,
     RunningStage,
@@ -70,6 +72,36 @@ async def test_reports_come_by_themselves_and_attribute_the_time() -> None:
     assert reports[0].wire.ToNanoseconds() > 0
     assert reports[0].starved.ToNanoseconds() == 0
     assert reports[1].starved.ToNanoseconds() > 0
+
+
+async def test_a_compute_thread_that_hangs_ends_the_process() -> None:
+    async with running_stage(index=0, num_stages=1, hang_limit_s=0.1) as stage:
+        async with HandDrivenCoordinator([stage]) as coordinator:
+            await coordinator.open()
+            stage.engine.gate.clear()
+            await coordinator.run(micro_batch(1, {0: [1]}, starts=[start(0)]))
+            async with ControlStream(stage.address) as control:
+                await control.open(epoch=2, index=0, num_stages=1)
+                assert "has hung" in str((await control.failure()).details())
+        with pytest.raises(Unavailable, match="has hung"):
+            await asyncio.wait_for(stage.stage.watch(), TIMEOUT_S)
+
+
+async def test_the_coordinator_of_the_latest_term_has_the_stage_for_good() -> None:
+    async with (
+        running_stage(index=0, num_stages=1) as stage,
+        ControlStream(stage.address) as old,
+        ControlStream(stage.address) as new,
+        ControlStream(stage.address) as old_again,
+    ):
+        await old.open(epoch=10, index=0, num_stages=1, term=1)
+        await old.next("ready")
+        await new.open(epoch=5 + 10, index=0, num_stages=1, term=2)
+        await new.next("ready")
+        assert (await old.failure()).code() is grpc.StatusCode.ABORTED
+        await old_again.open(epoch=20, index=0, num_stages=1, term=1)
+        assert (await old_again.failure()).code() is grpc.StatusCode.ABORTED
+        await new.report()
 
 
 async def test_the_model_may_load_after_the_coordinator_has_called() -> None:
