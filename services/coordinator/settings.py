@@ -30,6 +30,8 @@ class CoordinatorSettings:
     log_level: str = "INFO"
     audit: Path | None = None  # file of the audit log; None: none
     exit_with_parent: bool = False  # stop when standard input ends
+    certs: Path | None = None  # folder of its identity; None: everything in the clear
+    insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
         self._check_addresses()

@@ -12,6 +12,7 @@ from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.tokens.tokenizer import Tokenizer
 from services.common.audit_trail import AuditTrail
+from services.common.credentials import Credentials
 from services.common.data_folder import AUDIT_NAME, STORE_NAME
 from services.common.health import HealthService, add_reflection
 from services.common.servers import bind, create_server, run_until_stopped
@@ -36,9 +37,15 @@ class Gateway:
     """Serves until stopped. To be made inside a running event loop."""
 
     def __init__(
-        self, settings: GatewaySettings, tokenizer: Tokenizer, telemetry: Telemetry
+        self,
+        settings: GatewaySettings,
+        tokenizer: Tokenizer,
+        telemetry: Telemetry,
+        *,
+        credentials: Credentials | None = None,
     ) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._tokenizer = tokenizer
         self.health = HealthService()
         mesh = MeshView(
@@ -47,7 +54,9 @@ class Gateway:
             has_chat_template=tokenizer.has_chat_template,
         )
         self.requests = OpenRequests(resume_limit_s=settings.resume_limit_s)
-        self.link = CoordinatorLink(settings.coordinators, self.requests, on_mesh=mesh.update)
+        self.link = CoordinatorLink(
+            settings.coordinators, self.requests, on_mesh=mesh.update, credentials=credentials
+        )
         self._generator = TextGenerator(tokenizer, mesh, self.requests, telemetry)
         self._trail = _audit_trail(settings)
         self._server = create_server(
@@ -71,7 +80,13 @@ class Gateway:
             oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
         )
         add_reflection(self._server, services=services)
-        port = bind(self._server, self._settings.listen)
+        port = bind(
+            self._server,
+            self._settings.listen,
+            credentials=self._credentials,
+            is_public=True,
+            insecure=self._settings.insecure,
+        )
         await self._server.start()
         facts: dict[str, Any] = {"port": port, "coordinators": self._settings.coordinators}
         facts["requires_keys"] = self._settings.requires_keys

@@ -17,6 +17,8 @@ class GatewaySettings:
     """host:port of the pipeline's coordinator, and of those that stand by."""
     model: Path
     """Weight file or folder: the tokenizer is read from it, or from beside it."""
+    sealer: Path | None = None
+    """Public key of who has sealed the model; None: it is not sealed."""
     listen: str = "127.0.0.1:8001"
     """host:port to serve on; port 0 takes a free one."""
     metrics_port: int | None = None
@@ -27,6 +29,10 @@ class GatewaySettings:
     """How long open requests may go on after a signal to stop."""
     resume_limit_s: float = 30.0
     """How long requests wait for the next coordinator when one was lost; then they fail."""
+    certs: Path | None = None
+    """Folder of its identity; None: everything in the clear. Clients need none of their own."""
+    insecure: bool = False
+    """Listens beyond loopback even so."""
     require_keys: bool | None = None
     """Whether each RPC needs an API key; None: if anybody beyond this machine can call."""
     data_folder: Path = Path("data")

@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
+from core.weights.sealed.sealing import OWNER
 from services.common.data_folder import AUDIT_NAME
+from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
+from services.local.seal_keys import private_key, public_key, stage_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,13 @@ class MeshLayout:
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    shortcuts: bool = True
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
+    # Digests that stages hold the model to; "": none.
+    manifest: str = ""
+    rehash_minutes: float = 10.0
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -98,7 +108,7 @@ class MeshLayout:
             kept = tuple(one for one in stage.replicas if one.address != address)
             if len(kept) < len(stage.replicas):
                 return self._with_replicas(index, kept)
-        raise NotFound(f"no replica listens at {address!r}", field="address")
+        raise NotFound(f"no replica listens at {shown(address)}", field="address")
 
     def stage(self, stage_index: int) -> StageLayout:
         """Raises InvalidInput where there is none."""
@@ -115,6 +125,10 @@ class MeshLayout:
         stages = list(self.stages)
         stages[stage_index] = replace(stages[stage_index], replicas=replicas)
         return replace(self, stages=tuple(stages))
+
+    def _identity(self, role: str) -> dict[str, str]:
+        """The option for a process of this role."""
+        return {"--certs": str(Path(self.certs) / name_of(role))} if self.certs else {}
 
     def stage_command(self, index: int, one: ReplicaLayout) -> ProcessCommand:
         """Runs a replica."""
@@ -134,7 +148,13 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
-            },
+                "--rehash-minutes": str(self.rehash_minutes),
+                **self._opening(index),
+                # Others than the mesh's weights have another manifest.
+                **({"--manifest": self.manifest} if self.manifest and not one.model_path else {}),
+            }
+            | self._identity(stage_role(index)),
+            flags=() if self.shortcuts else ("--no-shortcuts",),
         )
 
     def coordinator_command(self) -> ProcessCommand:
@@ -153,7 +173,8 @@ class MeshLayout:
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
                 "--audit": str(self.audit_path),
-            },
+            }
+            | self._identity(COORDINATOR),
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
@@ -170,9 +191,22 @@ class MeshLayout:
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
                 "--data": self.data_folder,
-            },
+            }
+            | self._identity(GATEWAY)
+            | self._sealer(),
             flags=("--require-keys" if self.require_keys else "--no-require-keys",),
         )
+
+    def _opening(self, stage_index: int) -> dict[str, str]:
+        """What a stage opens a sealed model with."""
+        if not self.keys:
+            return {}
+        identity = private_key(Path(self.keys), stage_name(stage_index))
+        return {"--identity-key": str(identity)} | self._sealer()
+
+    def _sealer(self) -> dict[str, str]:
+        """Whose sealed model is believed."""
+        return {"--sealer": str(public_key(Path(self.keys), OWNER))} if self.keys else {}
 
 
 def replica_name(stage_index: int, number: int) -> str:

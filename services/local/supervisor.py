@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from core.errors import NotFound
+from core.errors import InvalidInput, NotFound, shown
 from services.common.audit import AuditLog, Detail, this_user
+from services.common.identity import SUPERVISOR
+from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -19,6 +21,8 @@ from services.local.progress import StageProgress, wait_until_ready
 from services.local.run_folder import MeshRecord, RunFolder, record_process
 from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
+
+_LONGEST_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     """
     with run_folder.claim():
         stop = stop_on_signals()
+        credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
         async with _audited(layout), mesh.running():
@@ -46,6 +51,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
+                credentials=credentials,
                 report=listener.progress,
                 is_compiling=mesh.is_compiling,
             )
@@ -53,7 +59,12 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             if not stop.is_set():
                 await first_of(
                     mesh.keep_alive(restarted=supervisor.write_record),
-                    serve_supervisor(supervisor, run_folder.socket_path, say=listener.say),
+                    serve_supervisor(
+                        supervisor,
+                        run_folder.socket_path,
+                        credentials=credentials,
+                        say=listener.say,
+                    ),
                     _serve(listener),
                     _wait(stop),
                 )
@@ -86,7 +97,11 @@ class Supervisor:
     async def try_replica(
         self, stage_index: int, *, model_path: str, is_spare: bool
     ) -> MeshProcess:
-        """Starts one more replica; raises InvalidInput where there is no such stage."""
+        """Starts one more replica; raises InvalidInput where there is no such stage, or where the
+        path could be no argument of a process."""
+        if "\0" in model_path or len(model_path.encode()) > _LONGEST_PATH_BYTES:
+            allowed = f"a path of at most {_LONGEST_PATH_BYTES} bytes"
+            raise InvalidInput("model_path", model_path, allowed)
         listen, metrics = free_ports(2)
         on_trial = {one.number for index, one, _ in self._on_trial.values() if index == stage_index}
         replica = ReplicaLayout(
@@ -106,7 +121,7 @@ class Supervisor:
     def keep_replica(self, address: str) -> None:
         """Makes a replica on trial a part of the mesh; raises NotFound where none listens there."""
         if address not in self._on_trial:
-            raise NotFound(f"no replica on trial listens at {address!r}", field="address")
+            raise NotFound(f"no replica on trial listens at {shown(address)}", field="address")
         stage_index, replica, process = self._on_trial.pop(address)
         self._layout = self._layout.with_replica(stage_index, replica)
         self.mesh.change(self._layout.coordinator_command())
@@ -135,6 +150,8 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                certs=layout.certs,
+                keys=layout.keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -30,18 +31,28 @@ OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
         *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
-        *("--grpc-port", "--metrics-port", "--detach"),
+        *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
+        *("--seal-keys", "--manifest", "--rehash-minutes"),
     ],
     "stop": [],
     "status": [],
     "update": ["--stage", "--weights", "--key"],
     "generate": [
-        *("--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--key", "--usage")
+        *("--raw", "--system", *SAMPLING, "--timeout"),
+        *("--model", "--address", "--ca", "--key", "--usage"),
     ],
-    "tokenize": ["--model", "--address", "--key"],
+    "tokenize": ["--model", "--address", "--ca", "--key"],
+    "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
+    "certs renew": ["--folder", "--host", "--days"],
     "models": [],
     "pull": [],
-    "plan": ["--stages", "--dtype", "--split", "--memory"],
+    "plan": ["--stages", "--dtype", "--split", "--seal-keys", "--memory"],
+    "manifest make": ["--to"],
+    "manifest verify": ["--manifest"],
+    "seal keygen": ["--stages", "--seal-keys"],
+    "seal make": ["--to", "--stages", "--split", "--for", "--version", "--seal-keys"],
+    "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--seal-keys"],
+    "seal show": ["--seal-keys"],
     "warm": ["--dtype"],
     "keys create": [
         *("--tenant", "--scopes", "--models", "--expires", "--max-streams", "--tokens-per-minute"),
@@ -54,12 +65,12 @@ OPTIONS = {
 }
 
 
-def commands() -> dict[str, object]:
-    """Those of groups are named behind their group."""
-    found: dict[str, object] = {}
+def commands() -> dict[str, Any]:
+    """All of them; those within a group by both names."""
+    found: dict[str, Any] = {}
     for name, command in typer.main.get_command(app).commands.items():
-        inner = getattr(command, "commands", None)
-        found |= {name: command} if inner is None else {f"{name} {x}": y for x, y in inner.items()}
+        inner = getattr(command, "commands", {})
+        found |= {f"{name} {part}": one for part, one in inner.items()} or {name: command}
     return found
 
 
