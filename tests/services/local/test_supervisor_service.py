@@ -88,6 +88,8 @@ async def running(folder: Path) -> AsyncIterator[Running]:
         max_rows=1,
         speculation=0,
         drain_s=0,
+        require_keys=False,
+        data_folder=str(run_folder.path),
         stages=stages,
         coordinator_address="coordinator:1",
         coordinator_metrics_port=0,
