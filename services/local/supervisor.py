@@ -7,16 +7,18 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from core.errors import NotFound
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
 from services.local.process import MeshProcess
-from services.local.progress import StageProgress, wait_until_ready
 from services.local.run_folder import MeshRecord, RunFolder, record_process
-from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
+
+if TYPE_CHECKING:
+    from services.local.progress import StageProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
         mesh = supervisor.mesh
         async with mesh.running():
             supervisor.write_record()
+            # Imported while the processes start: gRPC takes half of what this one imports.
+            from services.local.progress import wait_until_ready
+            from services.local.supervisor_service import serve_supervisor
+
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
