@@ -3,10 +3,13 @@
 PenstockError
 ├── InvalidInput          a request or option is wrong: the field, its value, what is allowed
 ├── NotFound              a model, file or version that does not exist
+├── Unauthenticated       the caller's key is missing, unknown, expired or revoked
+├── PermissionDenied      the caller is known, and may not do this
 ├── Exhausted             a bound was reached; try again after `retry_after_s`
 ├── Unavailable           a part of the mesh is down; try again after `retry_after_s`
 ├── DeadlineExceeded      the caller's deadline passed
 ├── CorruptWeights        a weight file is truncated, damaged or of an unsupported type
+├── CorruptLog            the audit log was changed, or lines of it are missing
 ├── PlanImpossible        no partition satisfies the constraints; the message has the numbers
 └── ProtocolViolation     a peer sent what does not fit the manifest or the stream's state
     ├── MalformedMessage  the message is wrong in itself, whatever the state
@@ -48,11 +51,26 @@ class NotFound(PenstockError):
         super().__init__(message)
 
 
-class Exhausted(PenstockError):
-    """A bound was reached. `retry_after_s` is None where trying again cannot help."""
+class Unauthenticated(PenstockError):
+    """Nobody is known by the key that came with a request, or none came. The message tells those
+    who do not hold a key nothing about it."""
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+
+class PermissionDenied(PenstockError):
+    """The caller is known, and may not do this."""
+
+
+class Exhausted(PenstockError):
+    """A bound was reached. `retry_after_s` is None where trying again cannot help.
+
+    `subject` is whose quota it was ("key 1f2e"); empty where the bound is common to all.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, subject: str = ""
+    ) -> None:
         self.retry_after_s = retry_after_s
+        self.subject = subject
         super().__init__(message)
 
 
@@ -70,6 +88,10 @@ class DeadlineExceeded(PenstockError):
 
 class CorruptWeights(PenstockError):
     """A weight file is truncated, damaged or of an unsupported type."""
+
+
+class CorruptLog(PenstockError):
+    """The audit log is not what was written; the message names the line."""
 
 
 class PlanImpossible(PenstockError):

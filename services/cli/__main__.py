@@ -8,7 +8,7 @@ import grpc
 import typer
 
 from core.errors import PenstockError
-from services.cli import asking, console, planning, serving, updating
+from services.cli import asking, auditing, certs, console, keys, planning, serving, updating
 
 app = typer.Typer(
     name="penstock",
@@ -30,6 +30,9 @@ for command in (
     planning.warm,
 ):
     app.command()(command)
+app.add_typer(certs.app, name="certs")
+app.add_typer(keys.app, name="keys")
+app.add_typer(auditing.app, name="audit")
 
 
 def main() -> None:

@@ -6,6 +6,14 @@ from typing import Annotated
 
 import typer
 
+Key = Annotated[
+    str | None,
+    typer.Option(
+        envvar="PENSTOCK_KEY",
+        help="API key, where the mesh asks for one. The environment hides it from other users, "
+        "a command line does not.",
+    ),
+]
 NumberFormat = Annotated[
     str,
     typer.Option(

@@ -21,20 +21,29 @@ class Administration:
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
         self._replicas = conductor.replicas
+        self._trail = conductor.trail
 
-    def add(self, request: coordinator_pb2.AddReplicaRequest) -> None:
+    def add(self, request: coordinator_pb2.AddReplicaRequest, *, actor: str) -> None:
         """Takes a replica in; raises InvalidInput."""
         self._replicas.add(request.stage_index, request.address, is_spare=request.spare)
+        stage, address = request.stage_index, request.address
+        self._trail.record("replica added", actor, stage=stage, address=address)
 
-    def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest) -> None:
+    def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest, *, actor: str) -> None:
         """Has new sequences take other weights; raises NotFound."""
         self._replicas.choose_weights(request.stage_index, request.weights_digest)
+        stage, digest = request.stage_index, request.weights_digest
+        self._trail.record("weights chosen", actor, stage=stage, weights_digest=digest)
 
-    async def drain(self, request: coordinator_pb2.DrainReplicaRequest) -> AsyncIterator[int]:
+    async def drain(
+        self, request: coordinator_pb2.DrainReplicaRequest, *, actor: str
+    ) -> AsyncIterator[int]:
         """How many sequences a replica still holds, whenever that changes, until it has left;
         raises NotFound."""
         link = self._replicas.by_address(request.address)
         self._replicas.drain(link, moves=request.moves)
+        stage, address = link.place.stage_index, request.address
+        self._trail.record("replica drained", actor, stage=stage, address=address)
         told = -1
         while link in self._replicas.links:
             held = self._conductor.num_sequences(link)

@@ -26,6 +26,8 @@ from core.pipeline.actions import (
 from core.pipeline.events import Event, Tick
 from core.pipeline.scheduler import Scheduler, SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from services.common.audit_trail import AuditTrail
+from services.common.credentials import Credentials
 from services.common.durations import duration
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
@@ -51,6 +53,7 @@ class Conductor:
         telemetry: Telemetry,
         health: HealthService,
         *,
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._health = health
@@ -66,7 +69,8 @@ class Conductor:
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
-        self.replicas = Replicas(settings, self)
+        self.trail = AuditTrail(settings.audit)
+        self.replicas = Replicas(settings, self, credentials=credentials)
         self.requests = Requests(telemetry, post=self.post, clock=clock)
         self.mesh = MeshView(self.replicas, clock())
         self._events: list[Event] = []
@@ -211,7 +215,10 @@ class Conductor:
             case AbandonMicroBatches():
                 self.replicas.send(action.replica_id, messages.abandon_request(action))
             case DropReplica():
-                self.replicas.drop(action.replica_id, action.reason)
+                replica_id, reason = action.replica_id, action.reason
+                self.replicas.drop(replica_id, reason)
+                event, actor = "replica dropped", "coordinator"
+                self.trail.record(event, actor, replica_id=replica_id, reason=reason)
 
     def _tell_news(self, actions: Sequence[Action]) -> None:
         for action in actions:

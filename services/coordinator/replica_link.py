@@ -18,13 +18,17 @@ from penstock.v1 import stage_pb2
 
 from core.errors import PenstockError, Unavailable
 from services.common.cancellation import in_own_task
-from services.common.channels import open_channel
+from services.common.channels import open_channel, why_unreachable
+from services.common.credentials import Credentials
+from services.common.identity import stage_role
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S = 0.05
 _MOST_BACKOFF_S = 2.0
+# A process that starts listens by then; later, whoever looks shall see why nobody answers.
+_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class ReplicaLink:
         *,
         settings: CoordinatorSettings,
         listener: ReplicaListener,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
+        credentials: Credentials | None = None,
     ) -> None:
         self.place = place
         self.incarnation: Incarnation | None = None
@@ -93,7 +97,7 @@ class ReplicaLink:
         self.is_draining = False
         self._settings = settings
         self._listener = listener
-        self._dial = dial
+        self._credentials = credentials
         self._epoch = 0
         self._dropped: asyncio.Future[str] | None = None
 
@@ -123,7 +127,10 @@ class ReplicaLink:
         self._dropped = asyncio.get_running_loop().create_future()
         reason = ""
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
-        async with self._dial(self.place.address) as channel:
+        role = stage_role(self.place.stage_index)
+        async with open_channel(
+            self.place.address, credentials=self._credentials, role=role
+        ) as channel:
             stream = StageStream(
                 channel,
                 name=self.place.name,
@@ -134,6 +141,7 @@ class ReplicaLink:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(stream.run(self._order()))
                     group.create_task(self._watch(self._dropped))
+                    group.create_task(self._explain(channel))
                     await self._open(stream)
             except* PenstockError as errors:
                 reason = str(errors.exceptions[0])
@@ -167,6 +175,18 @@ class ReplicaLink:
         self.incarnation, self.problem = incarnation, ""
         _LOG.info("replica open", extra={"epoch": self._epoch, "replica": incarnation.replica_id})
         self._listener.on_open(incarnation)
+
+    async def _explain(self, channel: grpc.aio.Channel) -> None:
+        """Says why a replica cannot be reached, which its stream waits for in silence."""
+        while True:
+            await asyncio.sleep(_SILENCE_S)
+            if self.incarnation is not None:
+                return
+            reason = await why_unreachable(channel)
+            if reason and self.incarnation is None and reason != self.problem:
+                self.problem = reason
+                facts = {"replica": self.place.name, "reason": reason}
+                _LOG.warning("replica cannot be reached", extra=facts)
 
     async def _watch(self, dropped: asyncio.Future[str]) -> None:
         raise Unavailable(await dropped)

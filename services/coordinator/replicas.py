@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
 from typing import Protocol
 
-import grpc
 from penstock.v1 import stage_pb2
 
 from core.errors import InvalidInput, NotFound, ProtocolViolation
@@ -26,7 +24,7 @@ from core.pipeline.events import (
     ReplicaReady,
     WeightsChosen,
 )
-from services.common.channels import open_channel
+from services.common.credentials import Credentials
 from services.coordinator.fit import Manifest, check_fit, pipeline_facts, replica_facts
 from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
@@ -57,13 +55,13 @@ class Replicas:
         settings: CoordinatorSettings,
         listener: MeshListener,
         *,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
+        credentials: Credentials | None = None,
     ) -> None:
         self.links: list[ReplicaLink] = []  # by stage, then by number
         self.neighbours = NeighbourLinks(self)
         self._settings = settings
         self._listener = listener
-        self._dial = dial
+        self._credentials = credentials
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
@@ -263,7 +261,9 @@ class Replicas:
         taken = {x.place.number for x in self.links if x.place.stage_index == stage_index}
         number = next(n for n in itertools.count() if n not in taken)
         place = Place(stage_index=stage_index, number=number, address=address, is_spare=is_spare)
-        link = ReplicaLink(place, settings=self._settings, listener=self, dial=self._dial)
+        link = ReplicaLink(
+            place, settings=self._settings, listener=self, credentials=self._credentials
+        )
         self.links.append(link)
         self.links.sort(key=lambda link: (link.place.stage_index, link.place.number))
         return link

@@ -53,7 +53,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def AddReplica(
         self, request: coordinator_pb2.AddReplicaRequest, context: Any
     ) -> coordinator_pb2.AddReplicaResponse:
-        self._administration.add(request)
+        self._administration.add(request, actor=context.peer())
         return coordinator_pb2.AddReplicaResponse()
 
     async def ProbeReplica(
@@ -64,11 +64,11 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def ChooseWeights(
         self, request: coordinator_pb2.ChooseWeightsRequest, context: Any
     ) -> coordinator_pb2.ChooseWeightsResponse:
-        self._administration.choose_weights(request)
+        self._administration.choose_weights(request, actor=context.peer())
         return coordinator_pb2.ChooseWeightsResponse()
 
     async def DrainReplica(
         self, request: coordinator_pb2.DrainReplicaRequest, context: Any
     ) -> AsyncIterator[coordinator_pb2.DrainReplicaResponse]:
-        async for held in self._administration.drain(request):
+        async for held in self._administration.drain(request, actor=context.peer()):
             yield coordinator_pb2.DrainReplicaResponse(sequences=held)

@@ -121,7 +121,7 @@ class StageStream:
     def _on_ready(self, message: stage_pb2.StageReady) -> None:
         if self.ready.done():
             raise ProtocolViolation(f"{self._name} became ready twice")
-        connection = enter(message.shortcut)
+        connection = enter(message.shortcut, message.shortcut_token)
         if connection is not None:
             self._shortcut = Shortcut(
                 connection, on_message=self._take, on_end=self._shortcut_ended.set_exception

@@ -18,6 +18,8 @@ from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 from core.errors import PenstockError, Unavailable
 from services.common.cancellation import in_own_task
 from services.common.channels import open_channel
+from services.common.credentials import Credentials
+from services.common.identity import COORDINATOR
 from services.gateway.open_requests import OpenRequests
 
 _LOG = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class CoordinatorLink:
         requests: OpenRequests,
         *,
         on_mesh: Callable[[coordinator_pb2.MeshState | None], Awaitable[None]],
+        credentials: Credentials | None = None,
     ) -> None:
         """`addresses` are dialled in turn: when one coordinator is lost, the next one.
 
@@ -48,7 +51,9 @@ class CoordinatorLink:
         self._addresses = addresses
         self._requests = requests
         self._on_mesh = on_mesh
+        self._credentials = credentials
         self._num_read = 0
+        self._last_reasons = ""  # why the last try ended
         self._mesh: coordinator_pb2.MeshState | None = None  # the last state; None: no stream
 
     async def run(self) -> None:
@@ -69,7 +74,10 @@ class CoordinatorLink:
             await in_own_task(self._serve_stream(address))
         except* (grpc.RpcError, PenstockError, TimeoutError) as group:
             reasons = "; ".join(_reason(error) for error in group.exceptions)
-            level = logging.DEBUG if self._mesh is None else logging.WARNING
+            # Once, and not at every try: it may never have been there, for its certificate say.
+            is_known = self._mesh is None and reasons == self._last_reasons
+            self._last_reasons = reasons
+            level = logging.DEBUG if is_known else logging.WARNING
             _LOG.log(level, "coordinator lost", extra={"address": address, "why": reasons})
         finally:
             was_connected = self._mesh is not None
@@ -79,7 +87,12 @@ class CoordinatorLink:
 
     async def _serve_stream(self, address: str) -> None:
         # A channel of its own for each try: none waits for the backoff of the one before.
-        async with open_channel(address, max_message_bytes=_MAX_MESSAGE_BYTES) as channel:
+        async with open_channel(
+            address,
+            credentials=self._credentials,
+            role=COORDINATOR,
+            max_message_bytes=_MAX_MESSAGE_BYTES,
+        ) as channel:
             # No deadline: the stream lives as long as both ends, and is heard of.
             call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Connect()
             try:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, NotFound
+from services.common.data_folder import AUDIT_NAME
+from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
 
 
@@ -54,11 +57,15 @@ class MeshLayout:
     max_rows: int
     speculation: int
     drain_s: int
+    require_keys: bool
+    data_folder: str  # of API keys and audit log
     stages: tuple[StageLayout, ...]
     coordinator_address: str
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    shortcuts: bool = True
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -68,6 +75,10 @@ class MeshLayout:
             for one in stage.replicas
         )
         return (*stages, self.coordinator_command(), self.gateway_command())
+
+    @property
+    def audit_path(self) -> Path:
+        return Path(self.data_folder) / AUDIT_NAME
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -108,6 +119,10 @@ class MeshLayout:
         stages[stage_index] = replace(stages[stage_index], replicas=replicas)
         return replace(self, stages=tuple(stages))
 
+    def _identity(self, role: str) -> dict[str, str]:
+        """The option for a process of this role."""
+        return {"--certs": str(Path(self.certs) / name_of(role))} if self.certs else {}
+
     def stage_command(self, index: int, one: ReplicaLayout) -> ProcessCommand:
         """Runs a replica."""
         return _command(
@@ -126,7 +141,9 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
-            },
+            }
+            | self._identity(stage_role(index)),
+            flags=() if self.shortcuts else ("--no-shortcuts",),
         )
 
     def coordinator_command(self) -> ProcessCommand:
@@ -144,7 +161,9 @@ class MeshLayout:
                 "--spares": ",".join(spares),
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
-            },
+                "--audit": str(self.audit_path),
+            }
+            | self._identity(COORDINATOR),
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
@@ -160,7 +179,10 @@ class MeshLayout:
                 "--coordinator": self.coordinator_address,
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
-            },
+                "--data": self.data_folder,
+            }
+            | self._identity(GATEWAY),
+            flags=("--require-keys" if self.require_keys else "--no-require-keys",),
         )
 
 

@@ -14,8 +14,10 @@ from core.models.registry import load_config
 from core.pipeline.costs import ModelCosts
 from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
+from services.common.data_folder import default_data_folder
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
+from services.local.identities import settle_identities
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
@@ -40,8 +42,8 @@ class _Ports(NamedTuple):
 def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayout:
     """Finds or fetches the model, cuts it, sizes the KV cache and chooses ports.
 
-    Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
-    memory), CorruptWeights, Unavailable or Exhausted (the fetch).
+    Raises NotFound (model, certificates), InvalidInput (an option, a port), PlanImpossible (the
+    cut, the memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
@@ -65,11 +67,15 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         max_rows=settings.max_rows,
         speculation=settings.speculation,
         drain_s=DRAIN_S,
+        require_keys=settings.require_keys,
+        data_folder=str(default_data_folder()),
         stages=_stages(settings, plan, ports),
         coordinator_address=f"{HOST}:{ports.listen[-2]}",
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+        shortcuts=settings.shortcuts,
+        certs=settle_identities(settings),
     )
 
 

@@ -43,6 +43,7 @@ class MeshRecord:
     number_format: str
     gateway: str
     coordinator: str
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
 
     @property

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
@@ -41,6 +42,8 @@ class MeshSettings:
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.
     prefix_cache: bool = True
+    # Whether requests need an API key.
+    require_keys: bool = False
     # Where the gateway listens; 0: any free port.
     grpc_port: int = 8001
     # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.
@@ -51,6 +54,12 @@ class MeshSettings:
     speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
+    # Whether what stages on this machine say to each other may go beside gRPC.
+    shortcuts: bool = True
+    # Folder of the identities with which the processes know each other; None: all in the clear.
+    certs: Path | None = None
+    # Whether they are made there first, in place of those there may be.
+    makes_certs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.errors import NotFound
+from services.common.audit import AuditLog, Detail, this_user
+from services.common.identity import SUPERVISOR
+from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -39,9 +43,10 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     """
     with run_folder.claim():
         stop = stop_on_signals()
+        credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
-        async with mesh.running():
+        async with _audited(layout), mesh.running():
             supervisor.write_record()
             # Imported while the processes start: gRPC takes half of what this one imports.
             from services.local.progress import wait_until_ready
@@ -50,6 +55,7 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
+                credentials=credentials,
                 report=listener.progress,
                 is_compiling=mesh.is_compiling,
             )
@@ -57,10 +63,28 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             if not stop.is_set():
                 await first_of(
                     mesh.keep_alive(restarted=supervisor.write_record),
-                    serve_supervisor(supervisor, run_folder.socket_path, say=listener.say),
+                    serve_supervisor(
+                        supervisor,
+                        run_folder.socket_path,
+                        credentials=credentials,
+                        say=listener.say,
+                    ),
                     _serve(listener),
                     _wait(stop),
                 )
+
+
+@asynccontextmanager
+async def _audited(layout: MeshLayout) -> AsyncIterator[None]:
+    """Records the beginning and the end of a mesh."""
+    log, actor = AuditLog(layout.audit_path), this_user()
+    facts: dict[str, Detail] = {"model": layout.model_name, "gateway": layout.gateway_address}
+    settings: dict[str, Detail] = {"stages": len(layout.stages), "keys": layout.require_keys}
+    await asyncio.to_thread(log.record, "mesh started", actor, **facts, **settings)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(log.record, "mesh stopped", actor, **facts)
 
 
 class Supervisor:
@@ -126,6 +150,7 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                certs=layout.certs,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

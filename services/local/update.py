@@ -25,7 +25,10 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from core.errors import InvalidInput, Unavailable
 from services.common.channels import open_channel
+from services.common.identity import COORDINATOR, GATEWAY, OPERATOR, SUPERVISOR
+from services.common.keys import as_metadata
 from services.common.statuses import error_from_rpc
+from services.local.identities import credentials_for
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
 from services.local.waiting import first_of
@@ -51,27 +54,35 @@ class Update:
 
 
 async def update_stage(
-    update: Update, *, record: MeshRecord, socket_path: Path, say: Callable[[str], None]
+    update: Update,
+    *,
+    record: MeshRecord,
+    socket_path: Path,
+    key: str | None,
+    say: Callable[[str], None],
 ) -> None:
     """Returns when all replicas of the stage have the new weights; `say` is told each step.
+
+    `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
 
     Raises InvalidInput (another model's weights, no such stage), Unavailable (a new process ended,
     did not fit or failed its probe; the mesh cannot be reached). Then the mesh is as it was, but
     for replicas that have changed already.
     """
     check_shapes(update.model_path, record)
+    credentials = credentials_for(record.certs, OPERATOR)
     async with AsyncExitStack() as stack:
+
+        async def channel(address: str, role: str) -> grpc.aio.Channel:
+            opened = open_channel(address, credentials=credentials, role=role)
+            return await stack.enter_async_context(opened)
+
         updater = Updater(
             update,
-            coordinator=CoordinatorServiceStub(
-                await stack.enter_async_context(open_channel(record.coordinator))
-            ),
-            supervisor=SupervisorServiceStub(
-                await stack.enter_async_context(open_channel(f"unix:{socket_path}"))
-            ),
-            gateway=GenerationServiceStub(
-                await stack.enter_async_context(open_channel(record.gateway))
-            ),
+            coordinator=CoordinatorServiceStub(await channel(record.coordinator, COORDINATOR)),
+            supervisor=SupervisorServiceStub(await channel(f"unix:{socket_path}", SUPERVISOR)),
+            gateway=GenerationServiceStub(await channel(record.gateway, GATEWAY)),
+            key=key,
             say=say,
         )
         try:
@@ -99,6 +110,7 @@ class Updater:
         coordinator: Any,
         supervisor: Any,
         gateway: Any,
+        key: str | None,
         say: Callable[[str], None],
     ) -> None:
         """The services are stubs."""
@@ -106,6 +118,7 @@ class Updater:
         self._coordinator = coordinator
         self._supervisor = supervisor
         self._gateway = gateway
+        self._metadata = as_metadata(key)
         self._say = say
 
     async def run(self) -> None:
@@ -222,7 +235,9 @@ class Updater:
 
     async def _prompt(self) -> Sequence[int]:
         request = generation_pb2.TokenizeRequest(prompt=PROBE_PROMPT)
-        answer = await self._gateway.Tokenize(request, timeout=CALL_TIMEOUT_S)
+        answer = await self._gateway.Tokenize(
+            request, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+        )
         return list(answer.token_ids)
 
 

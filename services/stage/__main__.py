@@ -39,6 +39,12 @@ def stage(
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
+    certs: Annotated[
+        Path | None, typer.Option(help="Folder of its identity, which `penstock certs` makes")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without certificates")
+    ] = False,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
 ) -> None:
     """Computes a run of a model's layers behind a gRPC service."""
@@ -61,6 +67,8 @@ def stage(
             offers_shortcuts=shortcuts,
             slow_down=slow_down,
             exit_with_parent=exit_with_parent,
+            certs=certs,
+            insecure=insecure,
         )
     except PenstockError as error:
         exit_with(error)

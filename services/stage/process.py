@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
+from services.common.channels import Dial, open_channel
+from services.common.credentials import Credentials, load_credentials
 from services.common.health import HealthService, add_reflection
+from services.common.identity import STAGE, stage_role
 from services.common.servers import bind, create_server, run_until_stopped
 from services.common.telemetry import start_telemetry
 from services.stage.model import LoadedModel, load_model
@@ -29,6 +33,7 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     Raises whatever loading raises: a stage without a model is of no use.
     """
     layers = f"{settings.first_layer}:{settings.end_layer}"
+    credentials = load_credentials(settings.certs, kind=STAGE)
     telemetry = start_telemetry(
         "penstock-stage",
         metrics_port=settings.metrics_port,
@@ -38,14 +43,18 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     worker: Worker[LoadedModel] = Worker(_post_to(loop))
     health = HealthService()
     stage = Stage(
-        worker, health=health, telemetry=telemetry, offers_shortcuts=settings.offers_shortcuts
+        worker,
+        health=health,
+        telemetry=telemetry,
+        offers_shortcuts=settings.offers_shortcuts,
+        dial=dialling_next(credentials),
     )
-    server = create_server(telemetry)
+    server = create_server(telemetry, credentials=credentials)
     stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(stage), server)
     await health.add_to(server)
     add_reflection(server, services=[stage_pb2.DESCRIPTOR.services_by_name["StageService"]])
     try:
-        port = bind(server, settings.listen)
+        port = bind(server, settings.listen, credentials=credentials, insecure=settings.insecure)
         await server.start()
         facts = {"port": port, "metrics_port": telemetry.metrics_port}
         _LOG.info("stage listens", extra={**facts, "layers": layers})
@@ -58,6 +67,15 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     finally:
         worker.stop(timeout_s=STOP_TIMEOUT_S)
         telemetry.shutdown()
+
+
+def dialling_next(credentials: Credentials | None) -> Dial:
+    """How a stage dials the next one; with credentials, whoever answers must be that."""
+    if credentials is None:
+        return open_channel
+    index = credentials.identity.stage_index
+    assert index is not None, "no other identity is loaded"
+    return partial(open_channel, credentials=credentials, role=stage_role(index + 1))
 
 
 async def _load(

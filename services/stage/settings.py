@@ -31,6 +31,8 @@ class StageSettings:
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
     exit_with_parent: bool = False  # stop when standard input ends
+    certs: Path | None = None  # folder of this stage's identity; None: everything in the clear
+    insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from penstock.v1 import stage_pb2
 
 from core.errors import ProtocolViolation, Unavailable
+from services.common.channels import Dial, open_channel
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
 from services.stage.metrics import register_metrics
@@ -34,9 +35,12 @@ class Stage:
         telemetry: Telemetry,
         initial_credits: int | None = None,
         offers_shortcuts: bool = True,
+        dial: Dial = open_channel,
     ) -> None:
+        """`dial` is for replicas of the next stage."""
         self._worker = worker
         self._offers_shortcuts = offers_shortcuts
+        self._dial = dial
         self._health = health
         self._telemetry = telemetry
         self._initial_credits = initial_credits
@@ -80,6 +84,7 @@ class Stage:
             telemetry=self._telemetry,
             initial_credits=self._initial_credits,
             offers_shortcuts=self._offers_shortcuts,
+            dial=self._dial,
         )
         if self._session is not None:
             self._session.close(Unavailable("a newer epoch took this stage over"))

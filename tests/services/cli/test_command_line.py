@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -29,23 +30,41 @@ SAMPLING = [
 OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
-        *("--kv-memory", "--prefix-cache", "--speculation"),
-        *("--grpc-port", "--metrics-port", "--detach"),
+        *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
+        *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--model"],
-    "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
-    "tokenize": ["--model", "--address"],
+    "update": ["--stage", "--weights", "--key"],
+    "generate": [
+        *("--raw", "--system", *SAMPLING, "--timeout"),
+        *("--model", "--address", "--ca", "--key", "--usage"),
+    ],
+    "tokenize": ["--model", "--address", "--ca", "--key"],
+    "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
+    "certs renew": ["--folder", "--host", "--days"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--memory"],
     "warm": ["--dtype"],
+    "keys create": [
+        *("--tenant", "--scopes", "--models", "--expires", "--max-streams", "--tokens-per-minute"),
+        *("--max-prompt-tokens", "--max-output-tokens", "--max-priority"),
+    ],
+    "keys list": [],
+    "keys revoke": [],
+    "audit verify": ["--expect-head"],
+    "audit show": [],
 }
 
 
-def commands() -> dict[str, object]:
-    return typer.main.get_command(app).commands
+def commands() -> dict[str, Any]:
+    """All of them; those within a group by both names."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", {})
+        found |= {f"{name} {part}": one for part, one in inner.items()} or {name: command}
+    return found
 
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:
