@@ -9,17 +9,17 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
 OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
-	SHORTCUTS CERTS HOST CA KEYS KEY \
+	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS MINUTES
+	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
+.PHONY: help mesh generate status update stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -29,7 +29,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1 ADDRESS=host:port CA=path KEY=
@@ -47,7 +47,7 @@ stop: $(RUN_STAMP) ## ends the running mesh
 certs: $(RUN_STAMP) ## makes certificates for the parts of a mesh: CERTS=certs STAGES=2 HOST="names and addresses"
 	@$(CLI) certs init
 
-plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT=
+plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT= SEAL_KEYS=
 	@$(CLI) plan
 
 models: $(RUN_STAMP) ## lists the models of the catalogue
@@ -89,12 +89,15 @@ quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 i
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
 	@$(PYTHON) -m tests.benchmarks.simulated
 
-chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32
+chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32 REPLICAS= SPARES= COORDINATORS= MODEL= DTYPE=
 	@$(PYTHON) -m tests.chaos
 	@$(PYTHON) -m tests.chaos.overload
 
 soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MINUTES=30 SEED=1
 	@$(PYTHON) -m tests.chaos.soak
+
+security: $(DEV_STAMP) ## tries for long to break what SECURITY.md promises: EXECUTIONS=20000 SEED=1 JSON=path
+	@$(PYTHON) -m tests.security
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -36,7 +36,8 @@ from core.pipeline.events import (
     StageReported,
     TokensSampled,
 )
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.sampling.parameters import SamplingParameters
 
 _REPORT_S = 0.1

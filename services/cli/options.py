@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,5 +20,14 @@ NumberFormat = Annotated[
     typer.Option(
         envvar="PENSTOCK_DTYPE",
         help="Number format: bf16, fp32, int8, int4, or auto: as the file and the CPU suggest.",
+    ),
+]
+
+SealKeysFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--seal-keys",
+        envvar="PENSTOCK_SEAL_KEYS",
+        help="Folder with the keys of sealed models. Default: ~/.config/penstock/seal-keys.",
     ),
 ]

@@ -18,7 +18,7 @@ from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
 from services.cli.how_to_call import HOW_TO_GET_A_KEY, QUESTION, how_to_call
-from services.cli.options import Key, NumberFormat
+from services.cli.options import Key, NumberFormat, SealKeysFolder
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
 from services.common.channels import open_channel, open_public_channel
@@ -30,7 +30,13 @@ from services.local.identities import authority_of, credentials_for
 from services.local.layout import MeshLayout
 from services.local.prepare import prepare
 from services.local.run_folder import MeshRecord, RunFolder, default_folder
-from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
+from services.local.settings import (
+    MeshSettings,
+    default_keys_folder,
+    parse_bytes,
+    parse_counts,
+    parse_factors,
+)
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
@@ -44,7 +50,7 @@ def mesh(
         typer.Option(
             envvar="PENSTOCK_MODEL",
             help="A name that `penstock models` shows, a .gguf or .bin file, a Hugging Face "
-            "folder, or a hub id.",
+            "folder, a sealed folder, or a hub id.",
         ),
     ] = DEFAULT_MODEL,
     stages: Annotated[
@@ -86,6 +92,23 @@ def mesh(
             help="Layers of each stage, such as 0:14,14:30, instead of a balanced plan.",
         ),
     ] = None,
+    keys: SealKeysFolder = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PENSTOCK_MANIFEST",
+            help="A file of `penstock manifest make`: stages load no other bytes. Models of the "
+            "catalogue have one.",
+        ),
+    ] = None,
+    rehash_minutes: Annotated[
+        float,
+        typer.Option(
+            envvar="PENSTOCK_REHASH_MINUTES",
+            help="How often stages hash their weights in memory again, and stop serving where a "
+            "bit has changed; 0: never.",
+        ),
+    ] = 10.0,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +187,9 @@ def mesh(
         dtype=dtype,
         device=device,
         split=split,
+        keys=keys or default_keys_folder(),
+        manifest=manifest,
+        rehash_minutes=rehash_minutes,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,

@@ -13,9 +13,9 @@ from services.common.credentials import Credentials, credentials_of_client
 Dial = Callable[[str], grpc.aio.Channel]
 # Frames are at most 1 MiB; schedules and answers are far smaller.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
-# Of channels: between parts of a mesh, which must notice soon when one has gone.
-PING_INTERVAL_MS = 2000
-PING_TIMEOUT_MS = 2000
+# Of channels: between parts of a mesh, which must notice within three seconds that one has gone.
+PING_INTERVAL_MS = 1000
+PING_TIMEOUT_MS = 1500
 _ASKING_TIMEOUT_S = 5.0
 
 
@@ -31,7 +31,7 @@ def open_channel(
     With `credentials` of this process, read anew here, the peer must show that it has this `role`
     in the same mesh, whatever its address. Streams over it say `wait_for_ready=True` themselves,
     and set deadlines. A peer that goes silent is noticed after interval plus timeout of the pings
-    (4 s).
+    (2.5 s).
     """
     options = _options(max_message_bytes)
     if credentials is None:

@@ -24,6 +24,12 @@ _LOG = logging.getLogger(__name__)
 # Of servers, whose clients may be anywhere: silent ones are noticed after both.
 _PING_INTERVAL_MS = 10_000
 _PING_TIMEOUT_MS = 5_000
+# Of one connection; more wait at the client. Enough for what a queue holds and what runs.
+MAX_STREAMS = 2048
+# Of all connections; more are refused with RESOURCE_EXHAUSTED. Each costs some 50 KB.
+MAX_RPCS = 8192
+# For a connection that says nothing, or only the beginning of what HTTP/2 begins with.
+HANDSHAKE_TIMEOUT_MS = 10_000
 
 
 def create_server(
@@ -32,6 +38,7 @@ def create_server(
     credentials: Credentials | None = None,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     max_send_bytes: int = MAX_MESSAGE_BYTES,
+    max_streams: int = MAX_STREAMS,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
@@ -39,13 +46,16 @@ def create_server(
     With `credentials` of this process, others of its mesh may call only what `identity.py` allows
     them; `bind` then must have them too, so that callers show who they are.
     Handlers of `interceptors` may, too: they stand within the one that turns errors into statuses.
-    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
+    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself. Of what one
+    connection asks for at a time beyond `max_streams`, the rest waits at the client.
     """
     options = [
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", max_send_bytes),
         # Two servers on one port would share its connections between them, silently.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -55,7 +65,11 @@ def create_server(
     ]
     access = Access(credentials.identity) if credentials is not None else None
     outermost = ServerInterceptor(telemetry, access=access)
-    return grpc.aio.server(interceptors=[outermost, *interceptors], options=options)
+    return grpc.aio.server(
+        interceptors=[outermost, *interceptors],
+        options=options,
+        maximum_concurrent_rpcs=MAX_RPCS,
+    )
 
 
 def bind(

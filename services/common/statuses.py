@@ -7,11 +7,16 @@
     Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help; QuotaFailure,
                                             where the quota is somebody's own
     Unavailable        UNAVAILABLE          RetryInfo
+    Superseded         ABORTED
     DeadlineExceeded   DEADLINE_EXCEEDED
+    KeyRefused         PERMISSION_DENIED
+    ChecksumMismatch   DATA_LOSS
+    ManifestMismatch   DATA_LOSS
+    SealBroken         DATA_LOSS
     CorruptWeights     FAILED_PRECONDITION
     CorruptLog         DATA_LOSS
     PlanImpossible     FAILED_PRECONDITION
-    ChecksumMismatch   DATA_LOSS
+    NotFinite          DATA_LOSS
     MalformedMessage   INVALID_ARGUMENT
     ProtocolViolation  FAILED_PRECONDITION
     anything else      INTERNAL             an opaque id that the log has beside the traceback
@@ -50,11 +55,16 @@ _TABLE = (
     _Row(errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    _Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    _Row(errors.KeyRefused, grpc.StatusCode.PERMISSION_DENIED, "KEY_REFUSED"),
+    _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
+    _Row(errors.ManifestMismatch, grpc.StatusCode.DATA_LOSS, "MANIFEST_MISMATCH"),
+    _Row(errors.SealBroken, grpc.StatusCode.DATA_LOSS, "SEAL_BROKEN"),
     _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
     _Row(errors.CorruptLog, grpc.StatusCode.DATA_LOSS, "CORRUPT_LOG"),
     _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
-    _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
+    _Row(errors.NotFinite, grpc.StatusCode.DATA_LOSS, "NOT_FINITE"),
     _Row(errors.MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     _Row(errors.ProtocolViolation, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VIOLATION"),
     _Row(errors.PenstockError, grpc.StatusCode.UNKNOWN, "PENSTOCK_ERROR"),

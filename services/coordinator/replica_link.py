@@ -16,17 +16,16 @@ from typing import Protocol
 import grpc
 from penstock.v1 import stage_pb2
 
-from core.errors import PenstockError, Unavailable
+from core.errors import PenstockError, Superseded, Unavailable
 from services.common.cancellation import in_own_task
 from services.common.channels import open_channel, why_unreachable
 from services.common.credentials import Credentials
 from services.common.identity import stage_role
+from services.coordinator.backoff import Backoff
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
 _LOG = logging.getLogger(__name__)
-_FIRST_BACKOFF_S = 0.05
-_MOST_BACKOFF_S = 2.0
 # A process that starts listens by then; later, whoever looks shall see why nobody answers.
 _SILENCE_S = 5.0
 
@@ -78,6 +77,9 @@ class ReplicaListener(Protocol):
     def on_lost(self, link: ReplicaLink, incarnation: Incarnation | None) -> None:
         """The incarnation is over, or did not come about, for `link.problem`."""
 
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the replica over; it is not opened again."""
+
 
 class ReplicaLink:
     """Dials, opens and watches one replica; see `run`."""
@@ -98,7 +100,7 @@ class ReplicaLink:
         self._settings = settings
         self._listener = listener
         self._credentials = credentials
-        self._epoch = 0
+        self._epoch = self._term = 0
         self._dropped: asyncio.Future[str] | None = None
 
     def drop(self, reason: str) -> None:
@@ -106,26 +108,29 @@ class ReplicaLink:
         if self._dropped is not None and not self._dropped.done():
             self._dropped.set_result(f"{self.place.name}: {reason}")
 
-    async def run(self) -> None:
-        """Opens the replica again and again until cancelled."""
-        backoff_s = _FIRST_BACKOFF_S
+    async def run(self, *, term: int) -> None:
+        """Opens the replica again and again until it is superseded. `term`: the coordinator's."""
+        self._term = term
+        backoff = Backoff()
         while True:
-            reason = await in_own_task(self._run_once())
+            error = await in_own_task(self._run_once())
+            if isinstance(error, Superseded):
+                self._listener.on_superseded(error)
+                return
             incarnation, self.incarnation = self.incarnation, None
             if incarnation is not None:
-                backoff_s = _FIRST_BACKOFF_S
-            self.problem = reason
+                backoff.reset()
+            self.problem = reason = str(error)
             _LOG.warning("replica lost", extra={"epoch": self._epoch, "reason": reason})
             self._listener.on_lost(self, incarnation)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MOST_BACKOFF_S)
+            await asyncio.sleep(backoff.take_s())
 
-    async def _run_once(self) -> str:
+    async def _run_once(self) -> PenstockError:
         """One incarnation; returns why it ended, or did not come about."""
         # A restarted coordinator must exceed the epochs of the one before it.
         self._epoch = max(self._epoch + 1, time.time_ns() // 1_000_000)
         self._dropped = asyncio.get_running_loop().create_future()
-        reason = ""
+        error: PenstockError | None = None
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
         role = stage_role(self.place.stage_index)
         async with open_channel(
@@ -144,9 +149,9 @@ class ReplicaLink:
                     group.create_task(self._explain(channel))
                     await self._open(stream)
             except* PenstockError as errors:
-                reason = str(errors.exceptions[0])
-        assert reason, "streams end by raising"
-        return reason
+                error = _leaf(errors)
+        assert error is not None, "streams end by raising"
+        return error
 
     def _order(self) -> stage_pb2.OpenPipeline:
         return stage_pb2.OpenPipeline(
@@ -154,6 +159,7 @@ class ReplicaLink:
             stage_index=self.place.stage_index,
             num_stages=len(self._settings.stages),
             num_slots=self._settings.max_sequences,
+            term=self._term,
         )
 
     async def _open(self, stream: StageStream) -> None:
@@ -194,3 +200,10 @@ class ReplicaLink:
     def _on_message(self, message: stage_pb2.ControlResponse) -> None:
         if self.incarnation is not None:
             self._listener.on_message(self.incarnation, message)
+
+
+def _leaf(errors: BaseExceptionGroup[PenstockError]) -> PenstockError:
+    """The first of them."""
+    error = errors.exceptions[0]
+    assert isinstance(error, PenstockError), "tasks of one group, none of which has groups"
+    return error

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from typing import Protocol
 
 from penstock.v1 import stage_pb2
 
-from core.errors import InvalidInput, NotFound, ProtocolViolation
+from core.errors import (
+    Exhausted,
+    InvalidInput,
+    NotFound,
+    ProtocolViolation,
+    Superseded,
+    shown,
+)
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -30,6 +38,10 @@ from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
 from services.coordinator.settings import CoordinatorSettings
 
+# Of one stage. Each is dialled again and again while nobody answers.
+MOST_REPLICAS = 64
+_LONGEST_ADDRESS = 256
+
 
 class MeshListener(Protocol):
     """Who is told what happens to the mesh."""
@@ -45,6 +57,9 @@ class MeshListener(Protocol):
 
     def on_mesh_changed(self) -> None:
         """What people and gateways are told of replicas has changed."""
+
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the stages over."""
 
 
 class Replicas:
@@ -65,6 +80,7 @@ class Replicas:
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
+        self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         for stage_index, addresses in enumerate(settings.stages):
@@ -72,7 +88,9 @@ class Replicas:
                 self._insert(stage_index, address, is_spare=address in settings.spares)
 
     async def run(self) -> None:
-        """Keeps all replicas open, those that are added later too, until cancelled."""
+        """Takes the stages over, and keeps all replicas open, those that are added later too, until
+        cancelled."""
+        self._term = time.time_ns() // 1_000_000
         async with asyncio.TaskGroup() as self._group:
             for link in self.links:
                 self._start(link)
@@ -128,19 +146,25 @@ class Replicas:
             if link.place.address == address:
                 return link
         known = ", ".join(link.place.address for link in self.links)
-        raise NotFound(f"no replica listens at {address!r}; there are {known}", field="address")
+        raise NotFound(
+            f"no replica listens at {shown(address)}; there are {known}", field="address"
+        )
 
     # --- administration
 
     def add(self, stage_index: int, address: str, *, is_spare: bool) -> ReplicaLink:
         """Takes a replica into the mesh; raises InvalidInput for a stage that does not exist or an
-        address that is taken."""
+        address that is none or taken, and Exhausted."""
         if stage_index >= self.num_stages:
             raise InvalidInput("stage_index", stage_index, f"below {self.num_stages}")
-        if not address or any(link.place.address == address for link in self.links):
+        _check_address(address)
+        if any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
+        if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
+            raise Exhausted(f"stage {stage_index} has {MOST_REPLICAS} replicas already")
         link = self._insert(stage_index, address, is_spare=is_spare)
-        self._start(link)
+        if self._group is not None:
+            self._start(link)
         self._listener.on_mesh_changed()
         return link
 
@@ -157,7 +181,8 @@ class Replicas:
         if link not in self.links:
             return
         self.links.remove(link)
-        self._tasks.pop(link).cancel()
+        if link in self._tasks:
+            self._tasks.pop(link).cancel()
         if link.incarnation is not None:
             self._forget(link.incarnation, reason="it has been drained")
             link.incarnation = None
@@ -172,7 +197,7 @@ class Replicas:
         }
         if weights_digest not in known:
             raise NotFound(
-                f"no open replica of stage {stage_index} has weights {weights_digest!r}; "
+                f"no open replica of stage {stage_index} has weights {shown(weights_digest)}; "
                 f"there are {', '.join(sorted(known)) or 'none'}",
                 field="weights_digest",
             )
@@ -212,6 +237,9 @@ class Replicas:
         if link.is_draining:
             self.remove(link)  # there is nothing left to wait for
         self._listener.on_mesh_changed()
+
+    def on_superseded(self, error: Superseded) -> None:
+        self._listener.on_superseded(error)
 
     # --- links between them (LinkListener)
 
@@ -269,9 +297,17 @@ class Replicas:
         return link
 
     def _start(self, link: ReplicaLink) -> None:
-        assert self._group is not None, "replicas are added while they are kept open"
-        self._tasks[link] = self._group.create_task(link.run())
+        assert self._group is not None, "replicas are opened while they are kept open"
+        self._tasks[link] = self._group.create_task(link.run(term=self._term))
 
 
 def _manifest(replica: Incarnation) -> Manifest:
     return Manifest(replica.place.name, replica.place.stage_index, replica.ready)
+
+
+def _check_address(address: str) -> None:
+    """Raises InvalidInput for what gRPC would take for something else than host:port."""
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
+    if not (is_port and host and host.isprintable() and len(address) <= _LONGEST_ADDRESS):
+        raise InvalidInput("address", address, "host:port")

@@ -41,6 +41,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         """Ends the stream when the gateway ends its side, or sends what cannot be read."""
         try:
             async for request in requests:
+                if request.take_over:
+                    self._conductor.take_over()
                 self._requests.receive(gateway, request)
         finally:
             gateway.close()

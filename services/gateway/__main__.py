@@ -9,6 +9,7 @@ import typer
 
 from core.errors import PenstockError
 from core.tokens.tokenizer import load_tokenizer
+from core.weights.sealed.identity import read_seal_keys
 from services.common.credentials import load_credentials
 from services.common.data_folder import default_data_folder
 from services.common.identity import GATEWAY
@@ -24,9 +25,9 @@ async def serve(settings: GatewaySettings) -> None:
     credentials = load_credentials(settings.certs, kind=GATEWAY)
     telemetry = start_telemetry("penstock-gateway", metrics_port=settings.metrics_port)
     try:
-        gateway = Gateway(
-            settings, load_tokenizer(settings.model), telemetry, credentials=credentials
-        )
+        keys = None if settings.sealer is None else read_seal_keys(settings.sealer)
+        tokenizer = load_tokenizer(settings.model, keys=keys)
+        gateway = Gateway(settings, tokenizer, telemetry, credentials=credentials)
         await gateway.start()
         await gateway.run()
     finally:
@@ -36,6 +37,9 @@ async def serve(settings: GatewaySettings) -> None:
 def main(
     coordinator: Annotated[str, typer.Option(help="host:port, then of those that stand by")],
     model: Annotated[Path, typer.Option(help="weight file or folder with the tokenizer")],
+    sealer: Annotated[
+        Path | None, typer.Option(help="public key of who has sealed the model, where it is sealed")
+    ] = None,
     listen: Annotated[str, typer.Option(help="host:port to serve on")] = "127.0.0.1:8001",
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     drain_s: Annotated[float, typer.Option(help="seconds open requests have at the end")] = 10.0,
@@ -66,6 +70,7 @@ def main(
         settings = GatewaySettings(
             coordinators=tuple(address.strip() for address in coordinator.split(",")),
             model=model,
+            sealer=sealer,
             listen=listen,
             metrics_port=metrics_port,
             drain_s=drain_s,

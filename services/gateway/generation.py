@@ -16,6 +16,7 @@ from core.errors import (
     DeadlineExceeded,
     Exhausted,
     InvalidInput,
+    NotFinite,
     NotFound,
     PenstockError,
     Unavailable,
@@ -265,4 +266,6 @@ def _raise_refusal(update: coordinator_pb2.RequestUpdate) -> None:
             raise Exhausted(refusal.message, retry_after_s=delay_s)
         case 14:
             raise Unavailable(refusal.message, retry_after_s=delay_s)
+        case 15:
+            raise NotFinite(refusal.message)
     raise PenstockError(refusal.message or "the mesh failed")

@@ -13,7 +13,7 @@ from oip import grpc_service_pb2 as oip
 from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2
 
-from core.errors import NotFound, PenstockError
+from core.errors import NotFound, PenstockError, shown
 from services.common.telemetry import context_from
 from services.gateway import inference_tensors as tensors
 from services.gateway.caller import current_caller
@@ -156,7 +156,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             message = f"the request names no model; served: {model.name!r}"
             raise NotFound(message, field="model_name")
         if asked_version not in ("", _VERSION):
-            message = f"{name!r} has no version {asked_version!r}; served: {_VERSION!r}"
+            message = f"{name!r} has no version {shown(asked_version)}; served: {_VERSION!r}"
             raise NotFound(message, field="model_version")
         return model
 

@@ -17,6 +17,8 @@ class GatewaySettings:
     """host:port of the pipeline's coordinator, and of those that stand by."""
     model: Path
     """Weight file or folder: the tokenizer is read from it, or from beside it."""
+    sealer: Path | None = None
+    """Public key of who has sealed the model; None: it is not sealed."""
     listen: str = "127.0.0.1:8001"
     """host:port to serve on; port 0 takes a free one."""
     metrics_port: int | None = None

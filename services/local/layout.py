@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
+from core.weights.sealed.sealing import OWNER
 from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
+from services.local.seal_keys import private_key, public_key, stage_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ class MeshLayout:
     gateway_metrics_port: int
     shortcuts: bool = True
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
+    # Digests that stages hold the model to; "": none.
+    manifest: str = ""
+    rehash_minutes: float = 10.0
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -101,7 +108,7 @@ class MeshLayout:
             kept = tuple(one for one in stage.replicas if one.address != address)
             if len(kept) < len(stage.replicas):
                 return self._with_replicas(index, kept)
-        raise NotFound(f"no replica listens at {address!r}", field="address")
+        raise NotFound(f"no replica listens at {shown(address)}", field="address")
 
     def stage(self, stage_index: int) -> StageLayout:
         """Raises InvalidInput where there is none."""
@@ -141,6 +148,10 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
+                "--rehash-minutes": str(self.rehash_minutes),
+                **self._opening(index),
+                # Others than the mesh's weights have another manifest.
+                **({"--manifest": self.manifest} if self.manifest and not one.model_path else {}),
             }
             | self._identity(stage_role(index)),
             flags=() if self.shortcuts else ("--no-shortcuts",),
@@ -181,9 +192,21 @@ class MeshLayout:
                 "--drain-s": str(self.drain_s),
                 "--data": self.data_folder,
             }
-            | self._identity(GATEWAY),
+            | self._identity(GATEWAY)
+            | self._sealer(),
             flags=("--require-keys" if self.require_keys else "--no-require-keys",),
         )
+
+    def _opening(self, stage_index: int) -> dict[str, str]:
+        """What a stage opens a sealed model with."""
+        if not self.keys:
+            return {}
+        identity = private_key(Path(self.keys), stage_name(stage_index))
+        return {"--identity-key": str(identity)} | self._sealer()
+
+    def _sealer(self) -> dict[str, str]:
+        """Whose sealed model is believed."""
+        return {"--sealer": str(public_key(Path(self.keys), OWNER))} if self.keys else {}
 
 
 def replica_name(stage_index: int, number: int) -> str:

@@ -45,6 +45,8 @@ class MeshRecord:
     coordinator: str
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
 
     @property
     def supervisor(self) -> ProcessRecord:

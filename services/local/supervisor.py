@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.errors import NotFound
+from core.errors import InvalidInput, NotFound, shown
 from services.common.audit import AuditLog, Detail, this_user
 from services.common.identity import SUPERVISOR
 from services.local.identities import credentials_for
@@ -23,6 +23,8 @@ from services.local.waiting import first_of, stop_on_signals
 
 if TYPE_CHECKING:
     from services.local.progress import StageProgress
+
+_LONGEST_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,11 @@ class Supervisor:
     async def try_replica(
         self, stage_index: int, *, model_path: str, is_spare: bool
     ) -> MeshProcess:
-        """Starts one more replica; raises InvalidInput where there is no such stage."""
+        """Starts one more replica; raises InvalidInput where there is no such stage, or where the
+        path could be no argument of a process."""
+        if "\0" in model_path or len(model_path.encode()) > _LONGEST_PATH_BYTES:
+            allowed = f"a path of at most {_LONGEST_PATH_BYTES} bytes"
+            raise InvalidInput("model_path", model_path, allowed)
         listen, metrics = free_ports(2)
         on_trial = {one.number for index, one, _ in self._on_trial.values() if index == stage_index}
         replica = ReplicaLayout(
@@ -121,7 +127,7 @@ class Supervisor:
     def keep_replica(self, address: str) -> None:
         """Makes a replica on trial a part of the mesh; raises NotFound where none listens there."""
         if address not in self._on_trial:
-            raise NotFound(f"no replica on trial listens at {address!r}", field="address")
+            raise NotFound(f"no replica on trial listens at {shown(address)}", field="address")
         stage_index, replica, process = self._on_trial.pop(address)
         self._layout = self._layout.with_replica(stage_index, replica)
         self.mesh.change(self._layout.coordinator_command())
@@ -151,6 +157,7 @@ class Supervisor:
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
                 certs=layout.certs,
+                keys=layout.keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

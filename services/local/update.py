@@ -24,6 +24,7 @@ from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from core.errors import InvalidInput, Unavailable
+from core.weights.sealed.opening import is_sealed
 from services.common.channels import open_channel
 from services.common.identity import COORDINATOR, GATEWAY, OPERATOR, SUPERVISOR
 from services.common.keys import as_metadata
@@ -31,6 +32,7 @@ from services.common.statuses import error_from_rpc
 from services.local.identities import credentials_for
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
+from services.local.seal_keys import seal_keys
 from services.local.waiting import first_of
 
 CALL_TIMEOUT_S = 10.0
@@ -92,9 +94,13 @@ async def update_stage(
 
 
 def check_shapes(model_path: Path, record: MeshRecord) -> None:
-    """Raises InvalidInput unless both models have the same sizes."""
-    old = read_model(Path(record.model_path), dtype=record.number_format)
-    new = read_model(model_path, dtype=record.number_format)
+    """Raises InvalidInput unless both models have the same sizes, and are sealed or not."""
+    old, new = (
+        read_model(path, dtype=record.number_format, keys=seal_keys(path, Path(record.keys)))
+        for path in (Path(record.model_path), model_path)
+    )
+    if bool(record.keys) != is_sealed(model_path):
+        raise InvalidInput("model", str(model_path), "sealed if the mesh's model is, and only then")
     if new.config != old.config:
         allowed = f"weights of the same shapes as {record.model_path}"
         raise InvalidInput("model", str(model_path), allowed)

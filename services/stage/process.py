@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
@@ -25,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 # A step in hand takes less; a hung one must not keep the process.
 STOP_TIMEOUT_S = 3.0
 Load = Callable[[StageSettings], LoadedModel]
+Result = TypeVar("Result")
 
 
 async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None:
@@ -60,7 +62,7 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
         _LOG.info("stage listens", extra={**facts, "layers": layers})
         await run_until_stopped(
             server,
-            tasks=[_load(settings, load=load, worker=worker, stage=stage)],
+            tasks=[_load(settings, load=load, worker=worker, stage=stage), stage.watch()],
             drain=stage.close,
             exit_with_parent=settings.exit_with_parent,
         )
@@ -102,17 +104,29 @@ async def _load(
         "seconds": round(model.load_duration_s, 2),
     }
     _LOG.info("stage ready", extra=facts)
+    await _watch(model, stage)
+
+
+async def _watch(model: LoadedModel, stage: Stage) -> None:
+    """Waits until weights in memory are found changed, and takes the stage out of service."""
+    loop = asyncio.get_running_loop()
+    damaged: asyncio.Future[str] = loop.create_future()
+    model.watch.start(lambda array: _post_to(loop)(_settle, damaged, array, None))
+    try:
+        await stage.distrust(await damaged)
+    finally:
+        model.watch.stop()
 
 
 def _settle(
-    loaded: asyncio.Future[LoadedModel], model: LoadedModel | None, error: BaseException | None
+    future: asyncio.Future[Result], result: Result | None, error: BaseException | None
 ) -> None:
-    if loaded.done():  # cancelled: the process is stopping
+    if future.done():  # cancelled: the process is stopping
         return
-    if model is not None:
-        loaded.set_result(model)
+    if result is not None:
+        future.set_result(result)
     elif error is not None:
-        loaded.set_exception(error)
+        future.set_exception(error)
 
 
 def _post_to(loop: asyncio.AbstractEventLoop) -> Callable[..., None]:

@@ -87,6 +87,7 @@ class Session:
         self._limits = OrderLimits(
             max_rows=manifest.max_rows,
             vocab_size=manifest.vocab_size,
+            context_length=manifest.context_length,
             is_first=model.is_first,
             is_last=model.is_last,
         )

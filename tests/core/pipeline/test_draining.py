@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import Unavailable
 from core.pipeline.events import ReplicaDraining, Tick, WeightsChosen
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 
 PROMPT = list(range(100, 122))

@@ -9,6 +9,7 @@ import pytest
 from penstock.v1 import coordinator_pb2 as pb
 
 from services.common.audit_check import read_lines, verify
+from services.coordinator.replicas import MOST_REPLICAS
 from tests.services.coordinator.conftest import coordinator, mesh
 from tests.support.fake_engine import completion
 from tests.support.fake_stages import fake_stages
@@ -69,6 +70,8 @@ async def test_orders_that_make_no_sense_are_told_by_their_status() -> None:
         stub = m.gateway.stub
         calls = (
             (stub.AddReplica(pb.AddReplicaRequest(stage_index=1)), "INVALID_ARGUMENT"),
+            (stub.AddReplica(pb.AddReplicaRequest(address="unix:/tmp/x")), "INVALID_ARGUMENT"),
+            (stub.AddReplica(pb.AddReplicaRequest(address="h:99999")), "INVALID_ARGUMENT"),
             (stub.ChooseWeights(pb.ChooseWeightsRequest(weights_digest="x")), "NOT_FOUND"),
             (stub.ProbeReplica(pb.ProbeReplicaRequest(address="x")), "NOT_FOUND"),
             (stub.DrainReplica(pb.DrainReplicaRequest(address="x")).read(), "NOT_FOUND"),
@@ -105,3 +108,12 @@ async def test_what_an_operator_does_is_in_the_audit_log(tmp_path: Path) -> None
         ("replica drained", address),
     ]
     assert all(line.actor.startswith("ipv4:127.0.0.1:") for line in read_lines(path))
+
+
+async def test_a_stage_takes_no_more_replicas_than_it_may_have() -> None:
+    async with fake_stages(1) as stages, coordinator(stages) as running, running.gateway() as it:
+        for port in range(1, MOST_REPLICAS):
+            await it.stub.AddReplica(pb.AddReplicaRequest(address=f"127.0.0.1:{port}"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.AddReplica(pb.AddReplicaRequest(address="127.0.0.1:999"))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

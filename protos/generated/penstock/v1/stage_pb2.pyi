@@ -28,16 +28,18 @@ class ControlRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenPipeline, _Mapping]] = ..., micro_batch: _Optional[_Union[MicroBatch, _Mapping]] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., report: _Optional[_Union[ReportRequest, _Mapping]] = ..., open_downstream: _Optional[_Union[OpenDownstream, _Mapping]] = ..., abandon: _Optional[_Union[AbandonMicroBatches, _Mapping]] = ...) -> None: ...
 
 class OpenPipeline(_message.Message):
-    __slots__ = ("epoch", "stage_index", "num_stages", "num_slots")
+    __slots__ = ("epoch", "stage_index", "num_stages", "num_slots", "term")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     stage_index: int
     num_stages: int
     num_slots: int
-    def __init__(self, epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., num_slots: _Optional[int] = ...) -> None: ...
+    term: int
+    def __init__(self, epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., num_stages: _Optional[int] = ..., num_slots: _Optional[int] = ..., term: _Optional[int] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ()
