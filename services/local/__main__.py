@@ -14,15 +14,12 @@ import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from core.errors import PenstockError
 from services.local.layout import MeshLayout
+from services.local.progress import StageProgress
 from services.local.run_folder import RunFolder
 from services.local.supervisor import Listener, supervise
-
-if TYPE_CHECKING:
-    from services.local.progress import StageProgress
 
 
 def say_to_starter(fields: dict[str, object]) -> None:

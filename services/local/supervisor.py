@@ -8,7 +8,6 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from core.errors import InvalidInput, NotFound, shown
 from services.common.audit import AuditLog, Detail, this_user
@@ -18,11 +17,10 @@ from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
 from services.local.process import MeshProcess
+from services.local.progress import StageProgress, wait_until_ready
 from services.local.run_folder import MeshRecord, RunFolder, record_process
+from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
-
-if TYPE_CHECKING:
-    from services.local.progress import StageProgress
 
 _LONGEST_PATH_BYTES = 4096
 
@@ -50,10 +48,6 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
         mesh = supervisor.mesh
         async with _audited(layout), mesh.running():
             supervisor.write_record()
-            # Imported while the processes start: gRPC takes half of what this one imports.
-            from services.local.progress import wait_until_ready
-            from services.local.supervisor_service import serve_supervisor
-
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
