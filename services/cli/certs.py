@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from services.cli import console
+from services.common import audit
 from services.common.credentials import AUTHORITY_DAYS, IDENTITY_DAYS
 
 DEFAULT_FOLDER = Path("certs")
@@ -65,6 +66,7 @@ def init(
         days=days,
         replaces=replace,
     )
+    audit.record("certificates made", mesh=mesh, stages=stages, folder=str(folder), days=days)
     console.say(f"identities of mesh {mesh} with {stages} stages are in {folder}")
 
 
@@ -85,4 +87,5 @@ def renew(
     from services.common.certificates import issue
 
     own = issue(folder.expanduser(), role, hosts=host, days=days)
+    audit.record("certificate renewed", identity=str(own), days=days)
     console.say(f"{own} has a certificate for {days} days")

@@ -15,6 +15,7 @@ from core.weights.sealed.sealing import OWNER
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.options import SealKeysFolder
+from services.common import audit
 from services.local.fetch import resolve_model
 from services.local.prepare import model_name
 from services.local.seal_keys import public_key, stage_name
@@ -51,7 +52,9 @@ def keygen(
 ) -> None:
     """Makes identities: NAME.key, which never leaves its machine, and NAME.pub."""
     for name in names or [OWNER, *map(stage_name, range(stages))]:
-        console.say(str(write_identity(keys or default_keys_folder(), name)))
+        path = write_identity(keys or default_keys_folder(), name)
+        audit.record("seal key made", name=name, path=str(path))
+        console.say(str(path))
 
 
 @app.command()
@@ -70,6 +73,7 @@ def make(
         path = resolve_model(model, report)
     name = model_name(model, path)
     seal_model(path, to, _wishes(keys, stages, split, holders), name=name, version=version)
+    audit.record("model sealed", model=name, version=version, folder=str(to))
     console.say(f"{to} is {name}, version {version}, sealed")
 
 
@@ -94,6 +98,9 @@ def rewrap(
     deals = stages is not None or split is not None
     wishes = _wishes(keys, stages or 2, split, holders)
     header = rewrap_model(folder, wishes, revoked=revoke or (), deals=deals)
+    facts = {"model": header.model, "version": header.version, "sealing": header.seal_id}
+    holders_now, revoked = " ".join(header.holders), " ".join(revoke or ())
+    audit.record("model rewrapped", **facts, holders=holders_now, revoked=revoked)
     _show_holders(header)
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from services.cli.__main__ import app
+from services.common.audit_check import read_lines
 from services.common.credentials import Credentials
+from services.common.data_folder import AUDIT_NAME
+
+
+@pytest.fixture(autouse=True)
+def audit_log(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("PENSTOCK_DATA", str(folder))
+    return folder / AUDIT_NAME
 
 
 def penstock(*arguments: str) -> str:
@@ -31,3 +41,10 @@ def test_a_stage_that_comes_later_gets_an_identity_too(tmp_path: Path) -> None:
     penstock("init", "--folder", str(tmp_path), "--stages", "1")
     penstock("renew", "stage/7", "--folder", str(tmp_path))
     assert Credentials(tmp_path / "stage-7").identity.role == "stage/7"
+
+
+def test_who_made_certificates_is_in_the_audit_log(tmp_path: Path, audit_log: Path) -> None:
+    penstock("init", "--folder", str(tmp_path), "--stages", "1")
+    penstock("renew", "stage/7", "--folder", str(tmp_path))
+    events = [line.event for line in read_lines(audit_log)]
+    assert events == ["certificates made", "certificate renewed"]

@@ -139,3 +139,10 @@ def test_a_terminal_does_not_obey_what_a_line_holds(folder: Path) -> None:
     shown = penstock("audit", "show").stdout
     assert "\x1b" not in shown
     assert "[bold]" in shown
+
+
+def test_keys_of_sealed_models_are_in_the_audit_log(folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "seal-keys"
+    assert penstock("seal", "keygen", "stage-3", "--seal-keys", str(keys)).exit_code == 0
+    (line,) = read_lines(folder / AUDIT_NAME)
+    assert (line.event, line.details["name"]) == ("seal key made", "stage-3")
