@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Generous: the simulator starts a Python thread for every CUDA thread, on a machine that may be busy.
+# Generous: every CUDA thread is a Python thread here, on a machine that may be busy.
 TIMEOUT_S = 400
 
 
