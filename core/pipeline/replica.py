@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from core.cache.blocks import BlockAllocator
 from core.pipeline.batch import SequenceStart, SequenceUpdates
+from core.pipeline.cut import Part
 from core.pipeline.events import ReplicaFacts, StageReported
 from core.pipeline.flights import Flight, FlightHistory
 from core.pipeline.sequences import Seat, Sequence
@@ -23,13 +24,11 @@ class Replica:
         self,
         replica_id: int,
         *,
-        stage_index: int,
         facts: ReplicaFacts,
         block_size: int,
         times: StageTimes,
     ) -> None:
         self.id = replica_id
-        self.stage_index = stage_index
         self.facts = facts
         self.block_size = block_size
         self.times = times
@@ -43,6 +42,11 @@ class Replica:
         self.is_left = False  # draining, and those who are on it shall leave now
         self.is_told = True  # there are no updates
         self._forget()
+
+    @property
+    def part(self) -> Part:
+        """What it holds."""
+        return self.facts.part
 
     def observe(self, event: StageReported) -> None:
         """Learns from a report."""

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 
 from penstock.v1 import coordinator_pb2, generation_pb2
 
-from core.errors import Unavailable
+from core.errors import InvalidInput, Unavailable
+from core.pipeline.cut import Cut, Part
 from services.coordinator.conductor import Conductor
+from services.coordinator.fit import part_of
 from services.coordinator.gateway_stream import GatewayStream
 
 _POLL_S = 0.05
@@ -23,12 +25,20 @@ class Administration:
         self._replicas = conductor.replicas
 
     def add(self, request: coordinator_pb2.AddReplicaRequest) -> None:
-        """Takes a replica in; raises InvalidInput."""
-        self._replicas.add(request.stage_index, request.address, is_spare=request.spare)
+        """Takes a replica in; raises InvalidInput, Unavailable."""
+        self._replicas.add(
+            request.stage_index, request.address, is_spare=request.spare, split=request.split
+        )
 
     def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest) -> None:
-        """Has new sequences take other weights; raises NotFound."""
-        self._replicas.choose_weights(request.stage_index, request.weights_digest)
+        """Has new sequences take other weights of a stage; raises NotFound, Unavailable."""
+        part = self._replicas.part_with(request.stage_index, request.weights_digest)
+        self._replicas.choose(_with_part(self._replicas.known_cut(), part))
+
+    def choose_cut(self, request: coordinator_pb2.ChooseCutRequest) -> None:
+        """Has new sequences take the same weights in other parts; raises InvalidInput, NotFound,
+        Unavailable."""
+        self._replicas.choose(self._replicas.known_cut().at(request.split))
 
     async def drain(self, request: coordinator_pb2.DrainReplicaRequest) -> AsyncIterator[int]:
         """How many sequences a replica still holds, whenever that changes, until it has left;
@@ -46,10 +56,15 @@ class Administration:
     async def probe(
         self, request: coordinator_pb2.ProbeReplicaRequest
     ) -> coordinator_pb2.ProbeReplicaResponse:
-        """Generates over a path with the replica's weights; raises NotFound, Unavailable."""
+        """Generates over a path of the cut with the replica's part; raises NotFound, InvalidInput,
+        Unavailable."""
         link = self._replicas.by_address(request.address)
         if link.incarnation is None:
             raise Unavailable(link.problem)
+        cut, part = self._replicas.known_cut(), part_of(link.incarnation.ready)
+        probed = cut.at(request.split) if request.split else _with_part(cut, part)
+        if part not in probed.parts:
+            raise Unavailable(f"{link.place.name} has other weights than new sequences take")
         requests = self._conductor.requests
         stream = self._conductor.connect()
         submission = coordinator_pb2.Submission(
@@ -60,10 +75,18 @@ class Administration:
             ),
         )
         try:
-            requests.submit(stream, submission, probed_id=link.incarnation.replica_id)
+            requests.submit(stream, submission, probed=probed)
             return await _answer(stream)
         finally:
             requests.disconnect(stream)
+
+
+def _with_part(cut: Cut, part: Part) -> Cut:
+    changed = cut.with_part(part)
+    if changed is None:
+        layers = "{}:{}".format(*part.layers)
+        raise InvalidInput("split", "", f"a cut with layers {layers}, which are no stage now")
+    return changed
 
 
 async def _answer(stream: GatewayStream) -> coordinator_pb2.ProbeReplicaResponse:
