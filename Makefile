@@ -11,14 +11,14 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS MINUTES
+	ROUNDS PEERS FAULTS KINDS MINUTES NOW
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update stop plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
+.PHONY: help mesh generate status update repartition stop plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -39,6 +39,9 @@ status: $(RUN_STAMP) ## shows the running mesh: stages and their replicas, layer
 
 update: $(RUN_STAMP) ## gives a stage of the running mesh other weights: STAGE=1 MODEL=
 	@$(CLI) update
+
+repartition: $(RUN_STAMP) ## moves layers between stages of the running mesh: SPLIT=0:12,12:30 or STAGES=3, NOW=1
+	@$(CLI) repartition
 
 stop: $(RUN_STAMP) ## ends the running mesh
 	@$(CLI) stop

@@ -1,4 +1,4 @@
-"""`penstock update`: other weights for one stage of the running mesh."""
+"""`penstock update` and `repartition`: other weights, and other cuts, for the running mesh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from core.errors import NotFound
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.local.fetch import resolve_model
-from services.local.run_folder import RunFolder, default_folder
+from services.local.repartition import Repartition, choose_split
+from services.local.repartition import repartition as move_layers
+from services.local.run_folder import MeshRecord, RunFolder, default_folder
 from services.local.update import Update, update_stage
 
 
@@ -29,10 +31,7 @@ def update(
     ],
 ) -> None:
     """Gives a stage other weights while the mesh serves; the other stages stay as they are."""
-    run_folder = RunFolder(default_folder())
-    record = run_folder.running()
-    if record is None:
-        raise NotFound("no mesh is running: start one with `make mesh`")
+    run_folder, record = _running()
     with fetch_display() as report:
         path = resolve_model(model, report)
     change = Update(stage_index=stage, model_path=path)
@@ -41,3 +40,46 @@ def update(
         update_stage(change, record=record, socket_path=run_folder.socket_path, say=console.say)
     )
     console.say(f"stage {stage} is updated")
+
+
+def repartition(
+    *,
+    split: Annotated[
+        str | None,
+        typer.Option(envvar="PENSTOCK_SPLIT", help="Layers of each stage, such as 0:14,14:30."),
+    ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(envvar="PENSTOCK_STAGES", min=1, help="Instead: so many stages, balanced."),
+    ] = None,
+    now: Annotated[
+        bool,
+        typer.Option(
+            "--now",
+            envvar="PENSTOCK_NOW",
+            help="Running sequences move at once, with a pause, instead of ending where they are.",
+        ),
+    ] = False,
+) -> None:
+    """Moves layers between stages while the mesh serves; stages of both cuts are not touched."""
+    run_folder, record = _running()
+    chosen = choose_split(record, split=split, num_stages=stages)
+    console.say(f"{record.model} is cut into {chosen}")
+    asyncio.run(
+        move_layers(
+            Repartition(split=chosen, moves=now),
+            record=record,
+            socket_path=run_folder.socket_path,
+            say=console.say,
+        )
+    )
+    console.say("all layers are in their places")
+
+
+def _running() -> tuple[RunFolder, MeshRecord]:
+    """Raises NotFound where no mesh runs."""
+    run_folder = RunFolder(default_folder())
+    record = run_folder.running()
+    if record is None:
+        raise NotFound("no mesh is running: start one with `make mesh`")
+    return run_folder, record

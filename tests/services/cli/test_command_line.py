@@ -35,6 +35,7 @@ OPTIONS = {
     "stop": [],
     "status": [],
     "update": ["--stage", "--model"],
+    "repartition": ["--split", "--stages", "--now"],
     "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
     "tokenize": ["--model", "--address"],
     "models": [],
