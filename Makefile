@@ -9,16 +9,17 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
 OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
+	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS MINUTES NOW
+	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update repartition stop plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak clean
+.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -28,25 +29,28 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 GRPC_PORT=8001 METRICS_PORT=8002 DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
 	@$(CLI) mesh
 
-generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1
+generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1 ADDRESS=host:port CA=path KEY=
 	@$(CLI) generate $(if $(value STOP),--stop "$$PENSTOCK_STOP") -- "$$PENSTOCK_PROMPT"
 
 status: $(RUN_STAMP) ## shows the running mesh: stages and their replicas, layers, health, memory, load
 	@$(CLI) status
 
-update: $(RUN_STAMP) ## gives a stage of the running mesh other weights: STAGE=1 MODEL=
+update: $(RUN_STAMP) ## gives a stage of the running mesh other weights: STAGE=1 MODEL= KEY=
 	@$(CLI) update
 
-repartition: $(RUN_STAMP) ## moves layers between stages of the running mesh: SPLIT=0:12,12:30 or STAGES=3, NOW=1
+repartition: $(RUN_STAMP) ## moves layers between stages of the running mesh: SPLIT=0:12,12:30 or STAGES=3, NOW=1 KEY=
 	@$(CLI) repartition
 
 stop: $(RUN_STAMP) ## ends the running mesh
 	@$(CLI) stop
 
-plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT=
+certs: $(RUN_STAMP) ## makes certificates for the parts of a mesh: CERTS=certs STAGES=2 HOST="names and addresses"
+	@$(CLI) certs init
+
+plan: $(RUN_STAMP) ## shows how a model would be cut, starts nothing: MODEL= STAGES= MEMORY=8GiB,8GiB SPLIT= SEAL_KEYS=
 	@$(CLI) plan
 
 models: $(RUN_STAMP) ## lists the models of the catalogue
@@ -73,7 +77,7 @@ format: $(DEV_STAMP) ## puts the code into its standard form
 protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto files
 	$(PYTHON) protos/generate.py
 
-bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= PREFIX_CACHE=1
+bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
 	@$(PYTHON) -m tests.benchmarks
 
 bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
@@ -88,12 +92,15 @@ quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 i
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
 	@$(PYTHON) -m tests.benchmarks.simulated
 
-chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32
+chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32 REPLICAS= SPARES= COORDINATORS= MODEL= DTYPE=
 	@$(PYTHON) -m tests.chaos
 	@$(PYTHON) -m tests.chaos.overload
 
 soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MINUTES=30 SEED=1
 	@$(PYTHON) -m tests.chaos.soak
+
+security: $(DEV_STAMP) ## tries for long to break what SECURITY.md promises: EXECUTIONS=20000 SEED=1 JSON=path
+	@$(PYTHON) -m tests.security
 
 clean: ## removes the virtual environment and the tools' caches; models stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -261,6 +261,20 @@ STAGE_WEIGHTS = Metric(
     description="Bytes of weights that a stage holds in memory",
     labels=(MODEL, STAGE),
 )
+WEIGHTS_CHECKED = Metric(
+    name="penstock.stage.weights.checked",
+    kind=Kind.COUNTER,
+    unit="By",
+    description="Bytes of weights in memory that were hashed again",
+    labels=(MODEL, STAGE),
+)
+WEIGHTS_DAMAGED = Metric(
+    name="penstock.stage.weights.damaged",
+    kind=Kind.GAUGE,
+    unit="{stage}",
+    description="1 once weights in memory have been found changed, and the stage serves no more",
+    labels=(MODEL, STAGE),
+)
 MICRO_BATCH_ROWS = Metric(
     name="penstock.micro_batch.rows",
     kind=Kind.HISTOGRAM,

@@ -5,6 +5,7 @@ Letters: T rows, H hidden size, S rows whose token or logits are wanted, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +42,10 @@ class StageOutputs(Protocol):
         """The likeliest token of each of `greedy_rows`; may be longer."""
 
     @property
+    def is_finite_S(self) -> npt.NDArray[np.bool_]:
+        """Whether the result of each of `greedy_rows`, and then of `logits_rows`, is numbers."""
+
+    @property
     def logits_SV(self) -> Any:
         """Float32 logits of each of `logits_rows`, as the backend's own sampler takes them."""
 
@@ -51,6 +56,10 @@ class Backend(Protocol):
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory."""
+
+    @property
+    def weight_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Those in the host's memory, by names for people; nobody writes to them."""
 
     @property
     def fingerprint(self) -> str:

@@ -38,6 +38,7 @@ class CpuOutputs(NamedTuple):
 
     greedy_tokens_S: npt.NDArray[np.int32]
     logits_SV: npt.NDArray[np.float32]
+    is_finite_S: npt.NDArray[np.bool_]
 
 
 class CpuBackend:
@@ -81,7 +82,12 @@ class CpuBackend:
 
     @property
     def weights_bytes(self) -> int:
-        return sum(part.nbytes for part in self._weights if isinstance(part, np.ndarray))
+        return sum(part.nbytes for part in self.weight_arrays.values())
+
+    @property
+    def weight_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        parts = self._weights._asdict()
+        return {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
 
     @property
     def fingerprint(self) -> str:
@@ -121,7 +127,14 @@ class CpuBackend:
             self._outputs,
         )
         logits_SV = self._outputs.logits_SV[: len(rows.logits_rows), : self._config.vocab_size]
-        return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV)
+        return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV, self._are_finite(rows))
+
+    def _are_finite(self, rows: StageRows) -> npt.NDArray[np.bool_]:
+        """By what enters the final norm: one NaN or infinity makes all logits of its row NaN, and
+        integers of NaN may be anything."""
+        sampled = np.concatenate([rows.greedy_rows, rows.logits_rows])
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.isfinite(self._work.hidden_TG[sampled].sum(axis=1))
 
     def host_logits(self, outputs: Any, num_rows: int) -> npt.NDArray[np.float32]:
         return np.ascontiguousarray(outputs.logits_SV[:num_rows])

@@ -29,7 +29,7 @@ from core.kernels.attention.cuda import num_splits
 from core.kernels.cuda_device import CudaDevice, Device
 from core.kernels.fingerprint import cuda_kernel_key
 from core.kernels.packing.cuda import scatter_rows
-from core.kernels.sampling.cuda import token_ids_of
+from core.kernels.sampling.cuda import CODE_OF_MINUS_INFINITY, ID_BITS, token_ids_of
 from core.models.llama.config import LlamaConfig
 from core.models.llama.cuda_model import CudaStage, StageCapacity
 from core.models.llama.cuda_weights import load_cuda_weights
@@ -40,6 +40,7 @@ from core.weights.checkpoint import Checkpoint
 # Powers of two, and from here on also what lies half-way between them.
 FIRST_HALFWAY = 32
 SPLITS_STEP = 4
+_CODE_OF_INFINITY = 0xFF800000  # as a rank has it; NaN's is 0
 
 
 class CudaOutputs(NamedTuple):
@@ -47,6 +48,7 @@ class CudaOutputs(NamedTuple):
 
     greedy_tokens_S: npt.NDArray[np.int32]
     logits_SV: DeviceLogits
+    is_finite_S: npt.NDArray[np.bool_]
 
 
 class CudaBackend:
@@ -88,6 +90,10 @@ class CudaBackend:
     @property
     def weights_bytes(self) -> int:
         return self._weights.num_bytes
+
+    @property
+    def weight_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {}  # a device's memory corrects its own errors, or has none to tell
 
     @property
     def fingerprint(self) -> str:
@@ -242,12 +248,16 @@ class CudaBackend:
     def _outputs(self, num_greedy: int, num_logits: int) -> CudaOutputs:
         """Waits, but on stages whose activations are asked for next: `give` waits then."""
         if not self._stage_slice.is_last:
-            return CudaOutputs(np.zeros(0, np.int32), DeviceLogits.none())
+            nothing = np.zeros(0, np.int32)
+            return CudaOutputs(nothing, DeviceLogits.none(), nothing.astype(np.bool_))
         self._device.synchronize()
-        tokens_S = token_ids_of(self._pinned_ranks_S.numpy()[:num_greedy]).astype(np.int32)
+        ranks_S = self._pinned_ranks_S.numpy()[: num_greedy + num_logits]
+        tokens_S = token_ids_of(ranks_S[:num_greedy]).astype(np.int32)
         rows = slice(num_greedy, num_greedy + num_logits)
         logits = DeviceLogits(self._stage.logits_SV[rows], self._stage.ranks_S[rows])
-        return CudaOutputs(tokens_S, logits)
+        codes_S = ranks_S >> ID_BITS
+        is_finite_S = (codes_S > CODE_OF_MINUS_INFINITY) & (codes_S < _CODE_OF_INFINITY)
+        return CudaOutputs(tokens_S, logits, is_finite_S)
 
 
 def row_sizes(max_rows: int) -> list[int]:

@@ -5,6 +5,7 @@ Letters: T rows, H hidden size, R runs, S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,13 @@ from core.engine.settings import EngineSettings
 from core.engine.stage_memory import kv_bytes_per_block
 from core.errors import InvalidInput, ProtocolViolation
 from core.models.llama.config import LlamaConfig
-from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, SequenceUpdates
+from core.pipeline.batch import (
+    NO_TOKEN,
+    MicroBatch,
+    PositionLogprobs,
+    SampledTokens,
+    SequenceUpdates,
+)
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
 
@@ -83,6 +90,11 @@ class Engine:
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory."""
         return self._backend.weights_bytes
+
+    @property
+    def weight_arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The weights in the host's memory, by names for people; nobody writes to them."""
+        return self._backend.weight_arrays
 
     @property
     def kv_block_bytes(self) -> int:
@@ -266,6 +278,8 @@ class Engine:
             has_logprobs = bool(logprobs)
             for at, entry in zip(drawn, logprobs, strict=False):
                 logprobs_S[at] = entry
+        order_S = np.concatenate([np.flatnonzero(is_greedy_S), drawn])
+        tokens_S[order_S[~outputs.is_finite_S]] = NO_TOKEN
         return SampledTokens(
             micro_batch_id=micro_batch_id,
             token_ids=tuple(tokens_S.tolist()),

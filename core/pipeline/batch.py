@@ -16,6 +16,8 @@ import numpy.typing as npt
 from core.sampling.logprobs import PositionLogprobs as PositionLogprobs
 from core.sampling.parameters import SamplingParameters
 
+NO_TOKEN = (1 << 32) - 1  # the greatest that the message can carry; no vocabulary is so big
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceStart:
@@ -75,7 +77,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTokens:
-    """Tokens of a micro-batch: one per sampled row, in order."""
+    """Tokens of a micro-batch: one per sampled row, in order; NO_TOKEN where a row's result was NaN
+    or infinite."""
 
     micro_batch_id: int
     token_ids: tuple[int, ...]

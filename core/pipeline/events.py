@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.pipeline.batch import PositionLogprobs
+from core.pipeline.batch import NO_TOKEN, PositionLogprobs
 from core.pipeline.cut import Cut, Part
 from core.sampling.parameters import SamplingParameters
 
@@ -19,6 +19,7 @@ class PipelineFacts:
     context_length: int  # most positions of a sequence
     kv_block_size: int = 16  # positions in a KV block
     eos_token_ids: tuple[int, ...] = ()
+    vocab_size: int = NO_TOKEN  # token ids are below this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from core.errors import ProtocolViolation
 from core.pipeline import restore
 from core.pipeline.actions import Action, RunMicroBatch
-from core.pipeline.batch import PositionLogprobs
+from core.pipeline.batch import NO_TOKEN, PositionLogprobs
 from core.pipeline.cut import Cut
 from core.pipeline.decode import Decodes
 from core.pipeline.events import PipelineFacts, TokensSampled
@@ -163,14 +163,11 @@ class Path:
     def land(self, flight: Flight, event: TokensSampled, now_s: float) -> list[Landed]:
         """Takes a micro-batch back; returns what it brings to whom, in order.
 
-        Raises ProtocolViolation when it is out of order or its tokens are too few or many.
+        Raises ProtocolViolation when it is out of order or its tokens are too few, too many or not
+        of the vocabulary.
         """
         num_samples = sum(sampler.num_samples for sampler in flight.samplers)
-        if len(event.token_ids) != num_samples:
-            raise ProtocolViolation(
-                f"micro-batch {event.micro_batch_id} returned {len(event.token_ids)} tokens "
-                f"for {num_samples} rows"
-            )
+        _check_tokens(event, num_samples, vocab_size=self.shared.facts.vocab_size)
         if not flight.restored and self._flights[0] is not flight:
             raise ProtocolViolation(
                 f"micro-batch {event.micro_batch_id} returned before "
@@ -310,3 +307,21 @@ def _add_chunk(action: RunMicroBatch, sequence: Sequence, rows: int) -> None:
     action.num_rows_R.append(rows)
     action.num_samples_R.append(int(sequence.num_unscheduled == 0))
     action.token_ids_T += sequence.token_ids[first : first + rows]
+
+
+def _check_tokens(event: TokensSampled, num_samples: int, *, vocab_size: int) -> None:
+    """What a stage returns is from outside."""
+    num_tokens, num_logprobs = len(event.token_ids), len(event.logprobs)
+    if num_tokens != num_samples or num_logprobs not in (0, num_samples):
+        raise ProtocolViolation(
+            f"micro-batch {event.micro_batch_id} returned {num_tokens} tokens and {num_logprobs} "
+            f"log probabilities for {num_samples} rows"
+        )
+    if max(event.token_ids, default=0) < vocab_size:
+        return
+    beyond = [id for id in event.token_ids if id >= vocab_size and id != NO_TOKEN]
+    if beyond:
+        raise ProtocolViolation(
+            f"micro-batch {event.micro_batch_id} returned the token {beyond[0]} of a vocabulary of "
+            f"{vocab_size}"
+        )

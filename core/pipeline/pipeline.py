@@ -20,6 +20,7 @@ from core.pipeline.events import (
 from core.pipeline.failover import Failover
 from core.pipeline.flights import Traffic
 from core.pipeline.mirror import Mirror
+from core.pipeline.outliers import Outliers
 from core.pipeline.path import Landed, Path, Shared
 from core.pipeline.policy import PolicySettings
 from core.pipeline.progress import Stall, begin_anew, find_stall
@@ -67,6 +68,7 @@ class Pipeline:
         )
         self.topology = Topology(facts.num_layers)
         self.failover = Failover(self.topology, shared)
+        self._outliers = Outliers(self.topology)
         self.was_ready = False  # ever
         self.num_kv_blocks = 0  # that a sequence could have on the roomiest lane seen last
         self._policy = policy
@@ -95,7 +97,7 @@ class Pipeline:
         match event:
             case StageReported():
                 if (replica := replicas.get(event.replica_id)) is not None:
-                    replica.observe(event)
+                    self._outliers.judge(replica, replica.observe(event))
                 return []
             case ReplicaReady():
                 self._add(event)
@@ -105,7 +107,7 @@ class Pipeline:
             case ReplicaDraining():
                 if (replica := replicas.get(event.replica_id)) is not None:
                     replica.is_draining = True
-                    replica.is_left = replica.is_left or event.moves
+                    replica.is_evacuated = replica.is_evacuated or event.moves
             case LinkReady():
                 self.topology.link(event.upstream_id, event.downstream_id)
             case LinkLost():
@@ -164,6 +166,8 @@ class Pipeline:
     def schedule(self, now_s: float) -> list[Action]:
         """Gives sequences paths, launches micro-batches, tells idle replicas their updates."""
         actions: list[Action] = []
+        if self._outliers.review(now_s):
+            self.failover.is_due = True
         self.settle(now_s)
         if self.failover.has_closing:
             self.failover.evacuate(now_s)

@@ -6,11 +6,13 @@ A replica performs its orders first in, first out, whichever path they are of.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
+
 from core.cache.blocks import BlockAllocator
 from core.pipeline.batch import SequenceStart, SequenceUpdates
 from core.pipeline.cut import Part
 from core.pipeline.events import ReplicaFacts, StageReported
-from core.pipeline.flights import Flight, FlightHistory
+from core.pipeline.flights import Flight, FlightHistory, Observations
 from core.pipeline.sequences import Seat, Sequence
 from core.pipeline.stage_times import StageTimes
 
@@ -39,7 +41,10 @@ class Replica:
         self.performed_id = 0  # it is known to have performed, or abandoned, all up to this one
         self.is_lost = False
         self.is_draining = False
-        self.is_left = False  # draining, and those who are on it shall leave now
+        self.is_evacuated = False  # draining, and those who are on it shall leave now
+        self.slow_share = 0.0  # of its latest micro-batches, those that were far too slow
+        self.is_resting = False  # it was far too slow
+        self.rest_s = self.rests_until_s = 0.0  # how long the latest rest is, and its end
         self.is_told = True  # there are no updates
         self._forget()
 
@@ -48,8 +53,13 @@ class Replica:
         """What it holds."""
         return self.facts.part
 
-    def observe(self, event: StageReported) -> None:
-        """Learns from a report."""
+    @property
+    def is_left(self) -> bool:
+        """Whether those who are on it shall leave now."""
+        return self.is_evacuated or self.is_resting
+
+    def observe(self, event: StageReported) -> List[Observations]:
+        """Learns from a report; returns what it says of micro-batches."""
         self.performed_id = max(self.performed_id, event.performed_id)
         observations = self.history.match(
             event.batch_rows, event.batch_seconds, performed_id=event.performed_id
@@ -59,6 +69,7 @@ class Replica:
                 self.times.observe(
                     overlapped=overlapped, rows=seen.rows, pairs=seen.pairs, seconds=seen.seconds
                 )
+        return observations
 
     def cycle_s(self, num_sequences: int, *, mean_context: float = 64.0) -> float:
         """Seconds that it takes for a row of each of `num_sequences`."""

@@ -15,26 +15,19 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass, field
 
 from core.errors import (
     DeadlineExceeded,
     Exhausted,
-    InvalidInput,
+    NotFinite,
     PenstockError,
     ProtocolViolation,
     Unavailable,
 )
-from core.pipeline.actions import (
-    Action,
-    DropReplica,
-    EmitTokens,
-    FinishReason,
-    Refuse,
-)
+from core.pipeline.actions import Action, DropReplica, EmitTokens, FinishReason, Refuse
 from core.pipeline.arrival import Pace, misfit, new_sequence
+from core.pipeline.batch import NO_TOKEN
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -48,42 +41,15 @@ from core.pipeline.events import (
 )
 from core.pipeline.path import Landed
 from core.pipeline.pipeline import Pipeline, ReplicaEvent
-from core.pipeline.policy import PolicySettings
 from core.pipeline.replica import Replica
 from core.pipeline.sequences import Sequence, State
-from core.pipeline.speculation import Speculation, SpeculationSettings
+from core.pipeline.settings import SchedulerSettings
+from core.pipeline.speculation import Speculation
 from core.sampling.stops import finish_reason
 
 # Ticks come several times a second while something is in flight. After a longer pause this process
 # was held up itself, and what has come meanwhile is still to be read.
 _AWAY_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerSettings:
-    """Bounds of one pipeline's scheduler."""
-
-    max_waiting: int = 1024  # requests in the queue; one more is refused
-    # A path on which nothing returns for so long has hung; from measured times it is known sooner.
-    micro_batch_timeout_s: float = 10.0
-    lost_retry_s: float = 2.0  # retry delay of those refused because the pipeline is down
-    lost_limit_s: float = 30.0  # how long requests wait for a path when there is none
-    shares_prefixes: bool = True  # requests that begin alike share what was computed for it
-    # Shares of tenants in what is admitted; 1 for those that are not named.
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    policy: PolicySettings = field(default_factory=PolicySettings)
-    speculation: SpeculationSettings = field(default_factory=SpeculationSettings)
-
-    def __post_init__(self) -> None:
-        if self.max_waiting < 1:
-            raise InvalidInput("max_waiting", self.max_waiting, "at least 1")
-        if not self.micro_batch_timeout_s > 0:
-            raise InvalidInput("micro_batch_timeout_s", self.micro_batch_timeout_s, "above 0")
-        if not self.lost_limit_s >= 0:
-            raise InvalidInput("lost_limit_s", self.lost_limit_s, "0 or more")
-        for tenant, weight in self.tenant_weights.items():
-            if not 0 < weight < float("inf"):
-                raise InvalidInput(f"tenant_weights[{tenant!r}]", weight, "a number above 0")
 
 
 class Scheduler:
@@ -101,6 +67,7 @@ class Scheduler:
         self._pace = Pace()
         self._now_s = 0.0
         self._was_away = False
+        self._may_admit = True  # something may have changed since the queue was last looked at
         self._actions: list[Action] = []
         self.num_tokens = 0  # generated
         self.num_prompt_tokens = 0  # of requests that got their first token
@@ -170,6 +137,7 @@ class Scheduler:
         """Takes in what happened since the last call, then schedules once."""
         self._was_away = now_s - self._now_s > _AWAY_S
         self._now_s = now_s
+        self._may_admit = True
         self._actions = []
         for event in events:
             self._take_in(event)
@@ -250,7 +218,7 @@ class Scheduler:
     # --- arrival
 
     def _on_arrival(self, event: RequestArrived) -> None:
-        error = self._objection(event)
+        error = self._objection(event) or self._find_place(event)
         if error is not None:
             self._actions.append(Refuse(request_id=event.request_id, error=error))
             return
@@ -262,6 +230,7 @@ class Scheduler:
             self._pipeline.failover.is_due = True  # for paths of this cut
         self._sequences[event.request_id] = sequence
         self._pipeline.admission.queue.add(sequence)
+        self._may_admit = True
         if event.deadline_s is not None:
             heapq.heappush(self._deadlines, (event.deadline_s, sequence.order, sequence))
         if event.num_output_tokens:
@@ -291,12 +260,27 @@ class Scheduler:
             return self._unavailable()
         if event.probed is not None and not pipeline.topology.has_all(event.probed):
             return Unavailable("a replica to be probed is gone")
-        objection = misfit(event, pipeline.facts, num_kv_blocks=pipeline.num_kv_blocks)
-        num_waiting = len(pipeline.admission.queue)
-        if objection is None and num_waiting >= settings.max_waiting:
-            retry_after_s = self._pace.expected_wait_s(num_waiting)
-            return Exhausted(f"{num_waiting} requests are waiting", retry_after_s=retry_after_s)
-        return objection
+        return misfit(event, pipeline.facts, num_kv_blocks=pipeline.num_kv_blocks)
+
+    def _find_place(self, event: RequestArrived) -> PenstockError | None:
+        """Makes a place in the queue, if there must be: first who can run does, then who has more
+        than its share gives way. Returns why there is none."""
+        assert self._pipeline is not None
+        queue, most = self._pipeline.admission.queue, self._settings.max_waiting
+        if len(queue) >= most and self._may_admit:
+            self._may_admit = False
+            self._actions += self._pipeline.schedule(self._now_s)
+        if len(queue) < most:
+            return None
+        error = Exhausted(
+            f"{len(queue)} requests are waiting",
+            retry_after_s=self._pace.expected_wait_s(len(queue)),
+        )
+        last = queue.who_gives_way(event.tenant)
+        if last is None:
+            return error
+        self._refuse(last, error)
+        return None
 
     # --- departure
 
@@ -355,6 +339,9 @@ class Scheduler:
     def _accept(self, pipeline: Pipeline, landed: Landed) -> None:
         """Gives a sequence its tokens, up to the one that ends it."""
         sequence = landed.sequence
+        if NO_TOKEN in landed.token_ids:
+            self._refuse(sequence, NotFinite("the model's result is NaN or infinite"))
+            return
         count, reason = self._append(sequence, landed.token_ids, pipeline.facts.eos_token_ids)
         self.num_tokens += count
         sequence.last_token_s = self._now_s

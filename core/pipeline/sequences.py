@@ -105,6 +105,11 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has been computed for it, here or by another coordinator."""
+        return self.scheduled_s is not None or self.num_generated > 0
+
     def usage(self, now_s: float) -> Usage:
         """What it has cost until now."""
         scheduled_s = now_s if self.scheduled_s is None else self.scheduled_s

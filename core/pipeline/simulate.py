@@ -39,7 +39,8 @@ from core.pipeline.events import (
     StageReported,
     TokensSampled,
 )
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.sampling.parameters import SamplingParameters
 
 _REPORT_S = 0.1
@@ -199,13 +200,11 @@ class _Simulation:
     def _open(self, time_s: float, stage_index: int, times: Coefficients) -> int:
         return self._open_part(time_s, self._parts_S[stage_index], times, stage_index=stage_index)
 
-    def _open_part(
-        self, time_s: float, part: Part, times: Coefficients, *, stage_index: int
-    ) -> int:
+    def _open_part(self, at_s: float, part: Part, times: Coefficients, *, stage_index: int) -> int:
         """Plans that a replica is ready, linked with all that are there by then; its id."""
         replica_id = next(self._replica_ids)
         replica = _Replica(id=replica_id, stage_index=stage_index, part=part, times=times)
-        self._push(time_s, replica)
+        self._push(at_s, replica)
         return replica_id
 
     def _plan_recut(self, recut: SimulatedRecut) -> None:

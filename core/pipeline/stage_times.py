@@ -34,6 +34,10 @@ class StageTimes:
         times._num_own = 0
         return times
 
+    def become_like(self, sibling: StageTimes) -> None:
+        """Forgets what was measured, and begins with a sibling's knowledge."""
+        vars(self).update(vars(sibling.for_sibling()))
+
     @property
     def num_alone(self) -> int:
         """Observations without others."""

@@ -111,11 +111,13 @@ class Topology:
                 yield replica, cost
 
     def _usable(self, part: Part, *, even_draining: bool) -> list[Replica]:
-        """In order of id; spare ones only where there are no others, draining ones likewise."""
+        """In order of id; spare ones only where there are no others, then those that rest, then
+        draining ones."""
         all_of = [replica for replica in self.replicas.values() if replica.part == part]
         staying = [replica for replica in all_of if not replica.is_draining]
-        first = [replica for replica in staying if not replica.facts.is_spare]
-        return first or staying or (all_of if even_draining else [])
+        brisk = [replica for replica in staying if not replica.is_resting]
+        first = [replica for replica in brisk if not replica.facts.is_spare]
+        return first or brisk or staying or (all_of if even_draining else [])
 
     def _stands(self, way: Way) -> bool:
         return all(

@@ -70,7 +70,9 @@ def compile_template(template: str, named_tokens: dict[str, str]) -> Callable[..
             if size > max_chars:
                 raise OverflowError(f"its output is longer than {max_chars} characters")
             pieces.append(piece)
-        return "".join(pieces)
+        text = "".join(pieces)
+        text.encode()  # raises where a literal was half of a surrogate pair
+        return text
 
     return render
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, processors
+import numpy as np
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from core.errors import CorruptWeights
 from core.tokens.pre_tokenizers import pre_tokenization
 from core.tokens.sentence_piece import sentence_piece_backend
-from core.tokens.vocabulary import Vocabulary
+from core.tokens.vocabulary import Vocabulary, put_before_texts
 
 # Values of `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -29,7 +30,7 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     that is not supported.
     """
     tokens = _tokens(metadata)
-    kinds = [int(kind) for kind in metadata.get(_KEY + "token_type", [_NORMAL] * len(tokens))]
+    kinds = [int(kind) for kind in _numbers(metadata, "token_type", "iu", [_NORMAL] * len(tokens))]
     if len(kinds) != len(tokens):
         raise CorruptWeights(f"the vocabulary has {len(tokens)} tokens and {len(kinds)} types")
     model = metadata.get(_KEY + "model")
@@ -43,12 +44,12 @@ def read_gguf_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     backend.add_special_tokens(_added(tokens, kinds, _CONTROL, special=True))
     backend.add_special_tokens(_added(tokens, kinds, _UNKNOWN, special=True))
     bos = _named_token_id(metadata, "bos", tokens)
-    if bos is not None and metadata.get(_KEY + "add_bos_token", adds_bos):
-        _put_before_texts(backend, tokens[bos], bos)
+    if bos is not None and _flag(metadata, "add_bos_token", adds_bos):
+        put_before_texts(backend, tokens[bos], bos)
     return Vocabulary(
         backend=backend,
         eos_token_ids=_end_token_ids(metadata, tokens),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(metadata),
         named_tokens=_named_tokens(metadata, tokens),
     )
 
@@ -60,10 +61,39 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     return tokens
 
 
+def _numbers(
+    metadata: Mapping[str, Any], name: str, dtype_kinds: str, default: list[int] | None = None
+) -> Any:
+    """An array of numbers whose dtype is of these kinds."""
+    numbers = metadata.get(_KEY + name)
+    if numbers is None:
+        return default
+    if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in dtype_kinds:
+        raise CorruptWeights(f"the vocabulary's {name} is no array of such numbers")
+    return numbers
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    flag = metadata.get(_KEY + name, default)
+    if not isinstance(flag, bool):
+        raise CorruptWeights(f"the vocabulary's {name} is neither true nor false")
+    return flag
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise CorruptWeights("the file's chat template is no text")
+    return template
+
+
 def _byte_pair_backend(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Backend, bool]:
-    steps = pre_tokenization(metadata.get(_KEY + "pre", "default"))
+    kind, lines = metadata.get(_KEY + "pre", "default"), metadata.get(_KEY + "merges", [])
+    if not isinstance(kind, str) or not isinstance(lines, list):
+        raise CorruptWeights("the vocabulary's pre-tokenizer or its merges are no text")
+    steps = pre_tokenization(kind)
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [_merge(line) for line in metadata.get(_KEY + "merges", ())]
+    merges = [_merge(line) for line in lines]
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=steps.ignores_merges)
     except Exception as error:  # the library raises nothing narrower
@@ -87,7 +117,7 @@ def _merge(line: str) -> tuple[str, str]:
 def _sentence_piece_backend(
     metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]
 ) -> Backend:
-    scores = metadata.get(_KEY + "scores")
+    scores = _numbers(metadata, "scores", "fiu")
     if scores is None or len(scores) != len(tokens):
         raise CorruptWeights("the SentencePiece vocabulary has no score for each token")
     unknown = _named_token_id(metadata, "unknown", tokens)
@@ -96,7 +126,7 @@ def _sentence_piece_backend(
         [float(score) for score in scores],
         mergeable=[kind in (_NORMAL, _USER_DEFINED) for kind in kinds],
         unknown_token=None if unknown is None else tokens[unknown],
-        adds_space=bool(metadata.get(_KEY + "add_space_prefix", True)),
+        adds_space=_flag(metadata, "add_space_prefix", True),
     )
 
 
@@ -105,20 +135,13 @@ def _added(tokens: list[str], kinds: list[int], kind: int, *, special: bool) -> 
     return [AddedToken(token, normalized=False, special=special) for token in chosen]
 
 
-def _put_before_texts(backend: Backend, token: str, token_id: int) -> None:
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A" if " " not in token else [token, "$A"],
-        special_tokens=[(token, token_id)],
-    )
-
-
 def _named_token_id(metadata: Mapping[str, Any], name: str, tokens: list[str]) -> int | None:
     token_id = metadata.get(f"{_KEY}{name}_token_id")
     if token_id is None:
         return None
-    if not 0 <= token_id < len(tokens):
-        raise CorruptWeights(f"the {name} token {token_id} is not among {len(tokens)} tokens")
-    return int(token_id)
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise CorruptWeights(f"the {name} token {token_id!r} is not among {len(tokens)} tokens")
+    return token_id
 
 
 def _named_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 
 from core.errors import CorruptWeights, NotFound
-from core.tokens.vocabulary import Vocabulary
+from core.tokens.vocabulary import MAX_CHAT_TEMPLATE_CHARS, Vocabulary, put_before_texts
+from core.weights.safetensors import read_json
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -40,15 +39,7 @@ def read_hugging_face_vocabulary(folder: Path) -> Vocabulary:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """An absent file is an empty object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptWeights(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CorruptWeights(f"{path} is not a JSON object")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
@@ -58,8 +49,17 @@ def _named_tokens(settings: dict[str, Any]) -> dict[str, str]:
         token = settings.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
-            named[name] = text
+            named[name] = _require_text(text, name)
     return named
+
+
+def _require_text(text: str, name: str) -> str:
+    """JSON can write half of a surrogate pair, which no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CorruptWeights(f"the tokenizer's {name} is {text!r}, which is no text") from None
+    return text
 
 
 def _add_bos(backend: Backend, settings: dict[str, Any], named: dict[str, str]) -> None:
@@ -71,9 +71,7 @@ def _add_bos(backend: Backend, settings: dict[str, Any], named: dict[str, str]) 
         and token_id is not None
         and not backend.encode("").ids
     ):
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, token_id)]
-        )
+        put_before_texts(backend, bos, token_id)
 
 
 def _end_token_ids(folder: Path, backend: Backend, named: dict[str, str]) -> tuple[int, ...]:
@@ -92,9 +90,20 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the settings' template (of a list, the one named "default")."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_template(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
-        templates = {entry.get("name"): entry.get("template") for entry in template}
-        template = templates.get("default")
+        named = (entry for entry in template if isinstance(entry, dict))
+        found = (entry.get("template") for entry in named if entry.get("name") == "default")
+        template = next(found, None)
     return template if isinstance(template, str) else None
+
+
+def _read_template(path: Path) -> str:
+    # Of a character's four bytes; one that is longer is refused by its length.
+    with path.open("rb") as file:
+        content = file.read(4 * MAX_CHAT_TEMPLATE_CHARS + 4)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise CorruptWeights(f"{path} is not UTF-8") from None

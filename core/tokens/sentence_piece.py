@@ -15,6 +15,9 @@ from tokenizers import decoders, models, normalizers
 from core.errors import CorruptWeights
 from core.tokens.vocabulary import SPACE_MARK
 
+# Every way to cut a token in two is tried: time and memory grow with the square of its length.
+_MAX_TOKEN_CHARS = 1024
+
 
 def sentence_piece_backend(
     tokens: Sequence[str],
@@ -29,6 +32,11 @@ def sentence_piece_backend(
     `mergeable[id]`: the token can be made by merging (control and byte tokens cannot).
     `adds_space`: a space is put before every text. Raises CorruptWeights.
     """
+    longest = max(map(len, tokens), default=0)
+    if longest > _MAX_TOKEN_CHARS:
+        raise CorruptWeights(
+            f"the vocabulary has a token of {longest} characters; allowed: {_MAX_TOKEN_CHARS}"
+        )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     try:
         model = models.BPE(

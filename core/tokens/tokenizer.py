@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from core.errors import InvalidInput
+from core.errors import CorruptWeights, InvalidInput
 from core.tokens.chat_template import ROLES, ChatMessage, ChatTemplate, ChatTemplateLimits
 from core.tokens.detokenizer import Detokenizer
 from core.tokens.gguf_vocabulary import read_gguf_vocabulary
@@ -19,6 +19,8 @@ from core.tokens.hugging_face_vocabulary import read_hugging_face_vocabulary
 from core.tokens.llama2c_vocabulary import read_llama2c_vocabulary
 from core.tokens.vocabulary import Vocabulary, special_token_ids, token_bytes
 from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import SealKeys
+from core.weights.sealed.opening import is_sealed
 
 # A noncharacter (Unicode 15, section 23.7), so in no real text.
 _BREAK = "\ufdd0"
@@ -51,9 +53,10 @@ class Tokenizer:
         """Tokenises a text as it is.
 
         The text of a special token becomes that token: whoever writes a raw prompt
-        speaks for every role. `add_bos`: with what the model wants before a text.
+        speaks for every role. `add_bos`: with what the model wants before a text. Raises
+        CorruptWeights where the tokenizer's own parts do not fit, which may show only here.
         """
-        return self._backend.encode(text, add_special_tokens=add_bos).ids
+        return _encode(self._backend, text, add_bos=add_bos)
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, now: datetime = _EPOCH) -> list[int]:
         """Puts messages through the chat template and tokenises the result.
@@ -68,13 +71,13 @@ class Tokenizer:
         pattern = self._special_pattern
         if not any(pattern.search(message.content) for message in messages):
             text = self._template.render(messages, now=now)
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return _encode(self._backend, text, add_bos=False)
         broken = [
             ChatMessage(message.role, pattern.sub(rf"\g<0>{_BREAK}", message.content))
             for message in messages
         ]
         text = self._template.render(broken, now=now)
-        return self._break_removing_backend.encode(text, add_special_tokens=False).ids
+        return _encode(self._break_removing_backend, text, add_bos=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. Ids out of range add nothing."""
@@ -126,6 +129,13 @@ class Tokenizer:
         return Backend.from_str(json.dumps(content))
 
 
+def _encode(backend: Backend, text: str, *, add_bos: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=add_bos).ids
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptWeights(f"the model's tokenizer fails: {error}") from None
+
+
 def _check_messages(messages: Sequence[ChatMessage]) -> None:
     if not messages:
         raise InvalidInput("messages", [], "at least one message")
@@ -136,16 +146,17 @@ def _check_messages(messages: Sequence[ChatMessage]) -> None:
             )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Loads the tokenizer that belongs to a model: a GGUF file, a Hugging Face folder, or a
-    llama2.c .bin with its tokenizer.bin beside it. Raises NotFound or CorruptWeights.
+def load_tokenizer(path: Path, *, keys: SealKeys | None = None) -> Tokenizer:
+    """Loads the tokenizer that belongs to a model: a GGUF file, a Hugging Face folder, a llama2.c
+    .bin with its tokenizer.bin beside it, or with `keys` a sealed one. Raises NotFound,
+    CorruptWeights or InvalidInput, as `open_checkpoint` does.
     """
-    if (path / "tokenizer.json").is_file():
+    if keys is None and (path / "tokenizer.json").is_file() and not is_sealed(path):
         return Tokenizer(read_hugging_face_vocabulary(path))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, keys=keys)
     try:
         if checkpoint.format == "llama2c":
-            return Tokenizer(read_llama2c_vocabulary(path.with_name("tokenizer.bin")))
+            return Tokenizer(read_llama2c_vocabulary(checkpoint.path.with_name("tokenizer.bin")))
         if checkpoint.format == "safetensors":
             return Tokenizer(read_hugging_face_vocabulary(path))
         return Tokenizer(read_gguf_vocabulary(checkpoint.metadata))

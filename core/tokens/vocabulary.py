@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from core.errors import CorruptWeights
 
 MAX_CHAT_TEMPLATE_CHARS = 256 * 1024
+# Of ids below the greatest. Tables are as long as the greatest, which a file can choose freely.
+_MOST_UNUSED_IDS = 1 << 16
 SPACE_MARK = "▁"  # what SentencePiece writes for a space
 
 
@@ -60,7 +63,10 @@ def token_bytes(backend: Backend) -> TokenBytes:
     else:
         raise CorruptWeights(f"the tokenizer's decoder {sorted(kinds)} is not supported")
     tokens = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(tokens.values(), default=-1) + 1)
+    size = max(tokens.values(), default=-1) + 1
+    if size > len(tokens) + _MOST_UNUSED_IDS:
+        raise CorruptWeights(f"the vocabulary has {len(tokens)} tokens, and one with id {size - 1}")
+    table = [b""] * size
     for token, token_id in tokens.items():
         table[token_id] = to_bytes(token)
     special = special_token_ids(backend).values()
@@ -69,6 +75,15 @@ def token_bytes(backend: Backend) -> TokenBytes:
         all_bytes=tuple(table),
         text_bytes=tuple(b"" if i in hidden else data for i, data in enumerate(table)),
         strips_leading_space=strips,
+    )
+
+
+def put_before_texts(backend: Backend, token: str, token_id: int) -> None:
+    """Has the backend begin every text with a token."""
+    # A name of ours in the template: of a token's own text "$" and ":" would be taken as syntax.
+    begin = {"id": "begin", "ids": [token_id], "tokens": [token]}
+    backend.post_processor = processors.TemplateProcessing(
+        single="begin $A", special_tokens=[begin]
     )
 
 

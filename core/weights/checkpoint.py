@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor lie."""
+
+    path: Path
+    offset: int
+    size_bytes: int
 
 
 class Checkpoint(Protocol):
@@ -51,6 +59,10 @@ class Checkpoint(Protocol):
 
     def size_bytes(self, name: str) -> int:
         """Bytes of the tensor in the file."""
+        ...
+
+    def place(self, name: str) -> Place:
+        """The file that has the tensor, and its bytes there."""
         ...
 
     def read(self, name: str) -> npt.NDArray[np.float32]:

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import CorruptWeights
+from core.weights.checkpoint import Place
 from core.weights.dequantise import dequantise
 from core.weights.finite import require_finite
 from core.weights.gguf_header import GgufMetadata, read_header
-from core.weights.mapped_file import MappedFile
+from core.weights.mapped_file import MappedFile, WeightFile
 from core.weights.nibbles import NIBBLE_TYPES, Nibbles, decode_nibbles
 from core.weights.readings import Readings
 
@@ -24,11 +25,11 @@ class GgufCheckpoint:
 
     format = "gguf"
 
-    def __init__(self, path: Path) -> None:
-        """Raises NotFound or CorruptWeights."""
+    def __init__(self, path: Path, *, file: WeightFile | None = None) -> None:
+        """`file` is the one at `path`, if it is open already. Raises NotFound or CorruptWeights."""
         self.path = path
         self._readings = Readings()
-        self._file = MappedFile(path)
+        self._file = file or MappedFile(path)
         try:
             self._header = read_header(self._file)
         except CorruptWeights:
@@ -55,6 +56,10 @@ class GgufCheckpoint:
 
     def size_bytes(self, name: str) -> int:
         return self._header.tensors[name].size_bytes
+
+    def place(self, name: str) -> Place:
+        tensor = self._header.tensors[name]
+        return Place(self.path, tensor.offset, tensor.size_bytes)
 
     def block_type(self, name: str) -> str:
         """Name of the tensor's number format in the file, "Q4_K" say."""

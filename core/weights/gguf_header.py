@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType
 
 from core.errors import CorruptWeights
 from core.weights.dequantise import block_layout
-from core.weights.mapped_file import MappedFile
+from core.weights.mapped_file import WeightFile
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -119,7 +119,7 @@ class GgufMetadata(Mapping[str, Any]):
 class _Cursor:
     """Reads forward through the header and refuses to read past the end of the file."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: WeightFile) -> None:
         self._file = file
         self._data = file.data
         self._end = file.size_bytes
@@ -216,7 +216,7 @@ class _Cursor:
             raise self.error(f"{what} is not UTF-8") from None
 
 
-def read_header(file: MappedFile) -> GgufHeader:
+def read_header(file: WeightFile) -> GgufHeader:
     """Parses and checks the header; raises CorruptWeights with the first thing that is wrong."""
     cursor = _Cursor(file)
     version = _read_version(cursor, file)
@@ -238,7 +238,7 @@ def read_header(file: MappedFile) -> GgufHeader:
     return GgufHeader(version, metadata, tensors, header_bytes)
 
 
-def _read_version(cursor: _Cursor, file: MappedFile) -> int:
+def _read_version(cursor: _Cursor, file: WeightFile) -> int:
     first = cursor.require(4, "the magic number")
     if file.data[first : first + 4] != MAGIC:
         raise cursor.error("it does not begin with 'GGUF'")

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import CorruptWeights
+from core.weights.checkpoint import Place
 from core.weights.finite import require_finite
-from core.weights.mapped_file import MappedFile
+from core.weights.mapped_file import MappedFile, WeightFile
 from core.weights.readings import Readings
 
 _HEADER = struct.Struct("<7i")
@@ -34,11 +35,11 @@ class Llama2cCheckpoint:
 
     format = "llama2c"
 
-    def __init__(self, path: Path) -> None:
-        """Raises NotFound or CorruptWeights."""
+    def __init__(self, path: Path, *, file: WeightFile | None = None) -> None:
+        """`file` is the one at `path`, if it is open already. Raises NotFound or CorruptWeights."""
         self.path = path
         self._readings = Readings()
-        self._file = MappedFile(path)
+        self._file = file or MappedFile(path)
         try:
             self.metadata: Mapping[str, int] = _read_header(self._file)
             self._tensors = _lay_out(self._file, self.metadata)
@@ -62,6 +63,9 @@ class Llama2cCheckpoint:
 
     def size_bytes(self, name: str) -> int:
         return 4 * prod(self.shape(name))
+
+    def place(self, name: str) -> Place:
+        return Place(self.path, self._tensors[name][0], self.size_bytes(name))
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         offset, shape = self._tensors[name]
@@ -89,7 +93,7 @@ class Llama2cCheckpoint:
         self._file.close()
 
 
-def _read_header(file: MappedFile) -> dict[str, int]:
+def _read_header(file: WeightFile) -> dict[str, int]:
     if file.size_bytes < _HEADER.size:
         raise CorruptWeights(f"{file.path} is too short for a llama2.c header")
     if file.data[:4] == _VERSIONED_MAGIC:
@@ -112,7 +116,7 @@ def _read_header(file: MappedFile) -> dict[str, int]:
     return header
 
 
-def _lay_out(file: MappedFile, header: Mapping[str, int]) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _lay_out(file: WeightFile, header: Mapping[str, int]) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Returns (offset, shape) of every tensor, in the order of the file."""
     width, hidden, layers = header["dim"], header["hidden_dim"], header["n_layers"]
     head_dim = width // header["n_heads"]

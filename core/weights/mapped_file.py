@@ -5,11 +5,40 @@ from __future__ import annotations
 import mmap
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import CorruptWeights, NotFound
+
+
+class WeightFile(Protocol):
+    """An open file with tensors, whatever stands between it and the disk."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def data(self) -> Any:
+        """A buffer that begins as the file does and has all before the first tensor."""
+        ...
+
+    def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Returns bytes [num_bytes] of one tensor; the array must be gone before `close`.
+
+        Raises CorruptWeights when the range is not inside the file.
+        """
+        ...
+
+    def release(self, offset: int, num_bytes: int) -> None:
+        """Says that a range which has been viewed will not be again."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class MappedFile:
@@ -32,14 +61,11 @@ class MappedFile:
 
     @property
     def data(self) -> mmap.mmap:
-        """The whole file as a buffer: for headers; `view` is for tensors."""
+        """The whole file."""
         return self._mmap
 
     def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Returns a view [num_bytes] of the map; it must be gone before `close`.
-
-        Raises CorruptWeights when the range is not inside the file.
-        """
+        """Returns a view of the map."""
         if offset < 0 or num_bytes < 0 or offset + num_bytes > self.size_bytes:
             raise CorruptWeights(
                 f"{self.path} has {self.size_bytes} bytes, too few for bytes "

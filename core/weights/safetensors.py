@@ -8,7 +8,7 @@ because a stage must touch only the bytes of its own layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -19,13 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import CorruptWeights, NotFound
+from core.weights.checkpoint import Place
 from core.weights.dequantise import bf16_to_f32
 from core.weights.finite import require_finite
-from core.weights.mapped_file import MappedFile
+from core.weights.mapped_file import MappedFile, WeightFile
 from core.weights.readings import Readings
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
-_MAX_JSON_BYTES = 100_000_000
+# Parsed, JSON takes up to thirty times its size. The biggest index and settings have a few MB.
+_MAX_JSON_BYTES = 1 << 24
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _MAX_DIMENSIONS = 8
@@ -82,7 +84,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    file: MappedFile
+    file: WeightFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -94,16 +96,20 @@ class SafetensorsCheckpoint:
 
     format = "safetensors"
 
-    def __init__(self, path: Path) -> None:
-        """Raises NotFound or CorruptWeights."""
+    def __init__(self, path: Path, *, files: Sequence[WeightFile] | None = None) -> None:
+        """`files` are those with tensors, if they are open already. Raises NotFound or
+        CorruptWeights."""
         self.path = path
         self._readings = Readings()
         self.metadata: Mapping[str, Any] = read_json(path / "config.json")
-        self._files: list[tuple[MappedFile, int]] = []
+        self._files: list[WeightFile] = list(files or ())
         self._tensors: dict[str, _Tensor] = {}
         try:
-            for file_path, wanted in _weight_files(path).items():
-                self._open(file_path, wanted)
+            for file in self._files:
+                self._add(file, wanted=frozenset())
+            for file_path, wanted in ({} if files else _weight_files(path)).items():
+                self._files.append(MappedFile(file_path))
+                self._add(self._files[-1], wanted=wanted or frozenset())
         except (CorruptWeights, NotFound):
             self.close()
             raise
@@ -124,6 +130,10 @@ class SafetensorsCheckpoint:
 
     def size_bytes(self, name: str) -> int:
         return self._tensors[name].size_bytes
+
+    def place(self, name: str) -> Place:
+        tensor = self._tensors[name]
+        return Place(tensor.file.path, tensor.offset, tensor.size_bytes)
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self._tensors[name]
@@ -148,21 +158,18 @@ class SafetensorsCheckpoint:
         return values
 
     def close(self) -> None:
-        for file, _ in self._files:
+        for file in self._files:
             file.close()
 
-    def _open(self, path: Path, wanted: frozenset[str] | None) -> None:
+    def _add(self, file: WeightFile, *, wanted: frozenset[str]) -> None:
         """Adds one shard; `wanted` are the tensors the index promises in it."""
-        file = MappedFile(path)
-        self._files.append((file, 0))
-        header_bytes, tensors = _read_header(file)
-        self._files[-1] = (file, header_bytes)
-        missing = sorted((wanted or frozenset()) - tensors.keys())
+        tensors = _read_header(file)
+        missing = sorted(wanted - tensors.keys())
         if missing:
-            raise CorruptWeights(f"{path} lacks {missing[0]!r}, which the index promises")
+            raise CorruptWeights(f"{file.path} lacks {missing[0]!r}, which the index promises")
         for name, tensor in tensors.items():
             if name in self._tensors:
-                raise CorruptWeights(f"{path} repeats {name!r} of another shard")
+                raise CorruptWeights(f"{file.path} repeats {name!r} of another shard")
             self._tensors[name] = tensor
 
 
@@ -195,14 +202,19 @@ def _indexed_files(folder: Path) -> dict[Path, frozenset[str] | None]:
         raise CorruptWeights(f"{index} has no weight_map")
     names: dict[Path, set[str]] = {}
     for tensor, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not _is_file_name(file_name):
             raise CorruptWeights(f"{index} names {file_name!r}, which is not a file of the folder")
         names.setdefault(folder / file_name, set()).add(tensor)
     return {path: frozenset(tensors) for path, tensors in sorted(names.items())}
 
 
-def _read_header(file: MappedFile) -> tuple[int, dict[str, _Tensor]]:
-    """Returns the bytes before the data, and where every tensor lies."""
+def _is_file_name(name: str) -> bool:
+    """Whether it stays in its folder, and a file can have it: without NUL and lone surrogates."""
+    return Path(name).name == name and name.isprintable()
+
+
+def _read_header(file: WeightFile) -> dict[str, _Tensor]:
+    """Returns where every tensor lies."""
     if file.size_bytes < 8:
         raise CorruptWeights(f"{file.path} is too short for a safetensors header")
     length = int.from_bytes(file.data[:8], "little")
@@ -217,10 +229,10 @@ def _read_header(file: MappedFile) -> tuple[int, dict[str, _Tensor]]:
     for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
         if before.offset + before.size_bytes > after.offset:
             raise CorruptWeights(f"{file.path} has overlapping tensors at byte {after.offset}")
-    return 8 + length, tensors
+    return tensors
 
 
-def _tensor(file: MappedFile, data_offset: int, name: str, entry: Any) -> _Tensor:
+def _tensor(file: WeightFile, data_offset: int, name: str, entry: Any) -> _Tensor:
     """Checks one entry of the header."""
     if not isinstance(entry, dict):
         raise CorruptWeights(f"{file.path}: the entry of {name!r} is not an object")

@@ -172,6 +172,9 @@ class FrameAssembler:
         row_bytes = self._hidden_size * self._codec.element_size_bytes
         if frame.num_rows == 0:
             raise MalformedMessage(f"frame {frame.sequence_number} has no rows")
+        # Credits count frames: what waits for its order is bounded only if each of them is.
+        if size_bytes > max(MAX_FRAME_BYTES, row_bytes):
+            raise MalformedMessage(f"frame {frame.sequence_number} has {size_bytes} bytes")
         checks = (
             ("codec", frame.codec, self._codec.number),
             ("hidden_size", frame.hidden_size, self._hidden_size),

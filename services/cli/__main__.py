@@ -8,7 +8,18 @@ import grpc
 import typer
 
 from core.errors import PenstockError
-from services.cli import asking, console, planning, serving, updating
+from services.cli import (
+    asking,
+    auditing,
+    certs,
+    console,
+    keys,
+    manifests,
+    planning,
+    sealing,
+    serving,
+    updating,
+)
 
 app = typer.Typer(
     name="penstock",
@@ -31,6 +42,11 @@ for command in (
     planning.warm,
 ):
     app.command()(command)
+app.add_typer(certs.app, name="certs")
+app.add_typer(keys.app, name="keys")
+app.add_typer(auditing.app, name="audit")
+app.add_typer(manifests.app, name="manifest")
+app.add_typer(sealing.app, name="seal")
 
 
 def main() -> None:

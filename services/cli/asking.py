@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import grpc
@@ -15,7 +16,10 @@ from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 from core.errors import InvalidInput, Unavailable
 from services.cli import console
 from services.cli.generate import CONNECT_TIMEOUT_S, describe_usage, make_request, stream_answer
-from services.common.channels import open_channel
+from services.cli.options import Key
+from services.common.channels import open_public_channel
+from services.common.keys import as_metadata
+from services.local.identities import authority_of
 from services.local.run_folder import RunFolder, default_folder
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
@@ -29,6 +33,13 @@ Address = Annotated[
     typer.Option(
         envvar="PENSTOCK_ADDRESS",
         help=f"host:port of a mesh. Default: the local one, else {DEFAULT_ADDRESS}.",
+    ),
+]
+Authorities = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="PENSTOCK_CA",
+        help="PEM file of authorities, for a mesh with TLS. Default: that of the local mesh.",
     ),
 ]
 ModelName = Annotated[
@@ -107,6 +118,8 @@ def generate(
     ] = None,
     model: ModelName = "",
     address: Address = None,
+    ca: Authorities = None,
+    key: Key = None,
     usage: Annotated[
         bool,
         typer.Option(
@@ -134,25 +147,36 @@ def generate(
 
     async def ask(channel: grpc.aio.Channel) -> pb.GenerateResponse:
         request = await make_request(
-            channel, prompt, model=model, system=system, raw=raw, sampling=sampling
+            channel, prompt, model=model, system=system, raw=raw, sampling=sampling, key=key or None
         )
-        return await stream_answer(channel, request, write=write_answer, timeout_s=timeout)
+        return await stream_answer(
+            channel, request, write=write_answer, key=key or None, timeout_s=timeout
+        )
 
-    last = with_channel(address, ask)
+    last = with_channel(address, ask, ca=ca)
     console.say()
     if usage:
         console.say(describe_usage(last), to=console.err)
 
 
-def tokenize(text: Prompt, *, model: ModelName = "", address: Address = None) -> None:
+def tokenize(
+    text: Prompt,
+    *,
+    model: ModelName = "",
+    address: Address = None,
+    ca: Authorities = None,
+    key: Key = None,
+) -> None:
     """Prints the token ids of a text, as the mesh sees them."""
 
     async def ask(channel: grpc.aio.Channel) -> pb.TokenizeResponse:
         request = pb.TokenizeRequest(model=model, prompt=text)
         stub = GenerationServiceStub(channel)
-        return await stub.Tokenize(request, timeout=CONNECT_TIMEOUT_S)
+        return await stub.Tokenize(
+            request, timeout=CONNECT_TIMEOUT_S, metadata=as_metadata(key or None)
+        )
 
-    console.say(" ".join(map(str, with_channel(address, ask).token_ids)))
+    console.say(" ".join(map(str, with_channel(address, ask, ca=ca).token_ids)))
 
 
 def write_answer(text: str) -> None:
@@ -162,16 +186,22 @@ def write_answer(text: str) -> None:
 
 
 def with_channel(
-    address: str | None, ask: Callable[[grpc.aio.Channel], Awaitable[Result]]
+    address: str | None,
+    ask: Callable[[grpc.aio.Channel], Awaitable[Result]],
+    *,
+    ca: Path | None = None,
 ) -> Result:
     """Runs `ask` with a channel to the mesh; Ctrl-C cancels what it waits for.
 
     Raises Unavailable where no address was given and this machine has no mesh.
     """
-    found = address or local_address()
+    record = RunFolder(default_folder()).running()
+    found = address or (record.gateway if record is not None else None)
+    if ca is None and record is not None and found == record.gateway:
+        ca = authority_of(record.certs)
 
     async def run() -> Result:
-        channel = open_channel(found or DEFAULT_ADDRESS)
+        channel = open_public_channel(found or DEFAULT_ADDRESS, ca=ca)
         try:
             return await ask(channel)
         except grpc.aio.AioRpcError as error:
@@ -185,9 +215,3 @@ def with_channel(
             await channel.close()
 
     return asyncio.run(run())
-
-
-def local_address() -> str | None:
-    """Where the mesh of this machine answers; None when there is none."""
-    record = RunFolder(default_folder()).running()
-    return None if record is None else record.gateway

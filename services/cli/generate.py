@@ -9,13 +9,17 @@ import grpc.aio
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
+from services.common.keys import as_metadata
+
 CONNECT_TIMEOUT_S = 10.0
 
 
-async def choose_model(channel: grpc.aio.Channel, name: str) -> pb.Model | None:
+async def choose_model(channel: grpc.aio.Channel, name: str, *, key: str | None) -> pb.Model | None:
     """The model that requests with this name reach; None where the mesh has no such model."""
     stub = GenerationServiceStub(channel)
-    listed = await stub.ListModels(pb.ListModelsRequest(), timeout=CONNECT_TIMEOUT_S)
+    listed = await stub.ListModels(
+        pb.ListModelsRequest(), timeout=CONNECT_TIMEOUT_S, metadata=as_metadata(key)
+    )
     if not name and len(listed.models) == 1:
         return listed.models[0]
     return next((model for model in listed.models if model.name == name), None)
@@ -29,10 +33,11 @@ async def make_request(
     system: str | None,
     raw: bool,
     sampling: pb.SamplingParameters,
+    key: str | None,
 ) -> pb.GenerateRequest:
     """A conversation where the model has a chat template and `raw` is not asked for."""
     request = pb.GenerateRequest(model=model, sampling=sampling)
-    found = None if raw else await choose_model(channel, model)
+    found = None if raw else await choose_model(channel, model, key=key)
     if found is None or not found.has_chat_template:
         request.prompt = prompt
         return request
@@ -47,6 +52,7 @@ async def stream_answer(
     request: pb.GenerateRequest,
     *,
     write: Callable[[str], None],
+    key: str | None,
     timeout_s: float | None = None,
 ) -> pb.GenerateResponse:
     """Calls `write` with every piece of text; returns the last message, which has the usage.
@@ -55,7 +61,7 @@ async def stream_answer(
     """
     stub = GenerationServiceStub(channel)
     response = pb.GenerateResponse()
-    async for response in stub.Generate(request, timeout=timeout_s):
+    async for response in stub.Generate(request, timeout=timeout_s, metadata=as_metadata(key)):
         if response.text:
             write(response.text)
     return response

@@ -11,13 +11,14 @@ from core.errors import InvalidInput
 from core.pipeline.plan import PipelinePlan
 from services.cli import console
 from services.cli.fetching import fetch_display
-from services.cli.options import NumberFormat
+from services.cli.options import NumberFormat, SealKeysFolder
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL
 from services.local.fetch import fetch, fetched_path, resolve_model
 from services.local.number_format import automatic_formats
 from services.local.partition import plan_stages
 from services.local.prepare import read_model
-from services.local.settings import MeshSettings, parse_bytes
+from services.local.seal_keys import follow_seal, seal_keys
+from services.local.settings import MeshSettings, default_keys_folder, parse_bytes
 from services.local.warm import warm_kernels
 
 
@@ -69,6 +70,7 @@ def plan(
         str | None,
         typer.Option(envvar="PENSTOCK_SPLIT", help="Layers of each stage, such as 0:14,14:30."),
     ] = None,
+    keys: SealKeysFolder = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -78,15 +80,23 @@ def plan(
     ] = None,
 ) -> None:
     """Shows how a model would be cut, and starts nothing."""
-    settings = MeshSettings(model=model, stages=stages, dtype=dtype, split=split)
+    settings = follow_seal(
+        MeshSettings(
+            model=model,
+            stages=stages,
+            dtype=dtype,
+            split=split,
+            keys=keys or default_keys_folder(),
+        )
+    )
     with fetch_display() as report:
         path = resolve_model(model, report)
-    facts = read_model(path, dtype=dtype)
+    facts = read_model(path, dtype=dtype, keys=seal_keys(path, settings.keys))
     planned = plan_stages(
         facts.config,
         number_format=facts.number_format,
         num_stages=settings.num_stages,
-        split=split,
+        split=settings.split,
         memory_bytes=_memory_of_nodes(memory, num_stages=settings.num_stages),
     )
     console.say(f"{model} in {facts.number_format}:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -16,18 +17,26 @@ from core.errors import NotFound
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.generate import make_request, stream_answer
-from services.cli.how_to_call import QUESTION, how_to_call
-from services.cli.options import NumberFormat
+from services.cli.how_to_call import HOW_TO_GET_A_KEY, QUESTION, how_to_call
+from services.cli.options import Key, NumberFormat, SealKeysFolder
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
-from services.common.channels import open_channel
+from services.common.channels import open_channel, open_public_channel
+from services.common.identity import COORDINATOR, OPERATOR
 from services.local.background import start_in_background
 from services.local.background import stop as stop_mesh
 from services.local.catalogue import DEFAULT_MODEL
+from services.local.identities import authority_of, credentials_for
 from services.local.layout import MeshLayout
 from services.local.prepare import prepare
-from services.local.run_folder import RunFolder, default_folder
-from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
+from services.local.run_folder import MeshRecord, RunFolder, default_folder
+from services.local.settings import (
+    MeshSettings,
+    default_keys_folder,
+    parse_bytes,
+    parse_counts,
+    parse_factors,
+)
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
@@ -41,7 +50,7 @@ def mesh(
         typer.Option(
             envvar="PENSTOCK_MODEL",
             help="A name that `penstock models` shows, a .gguf or .bin file, a Hugging Face "
-            "folder, or a hub id.",
+            "folder, a sealed folder, or a hub id.",
         ),
     ] = DEFAULT_MODEL,
     stages: Annotated[
@@ -83,6 +92,23 @@ def mesh(
             help="Layers of each stage, such as 0:14,14:30, instead of a balanced plan.",
         ),
     ] = None,
+    keys: SealKeysFolder = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PENSTOCK_MANIFEST",
+            help="A file of `penstock manifest make`: stages load no other bytes. Models of the "
+            "catalogue have one.",
+        ),
+    ] = None,
+    rehash_minutes: Annotated[
+        float,
+        typer.Option(
+            envvar="PENSTOCK_REHASH_MINUTES",
+            help="How often stages hash their weights in memory again, and stop serving where a "
+            "bit has changed; 0: never.",
+        ),
+    ] = 10.0,
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +132,14 @@ def mesh(
             "pipeline has time for it; 0: none.",
         ),
     ] = 16,
+    require_keys: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_KEYS",
+            help="Answers only requests with an API key, such as `penstock keys create` makes.",
+        ),
+    ] = False,
+    key: Key = None,
     grpc_port: Annotated[
         int,
         typer.Option(envvar="PENSTOCK_GRPC_PORT", help="Port of the public API; 0: any free one."),
@@ -117,6 +151,22 @@ def mesh(
             help="Port of the gateway's metrics; those of the other processes follow. 0: any.",
         ),
     ] = 8002,
+    shortcuts: Annotated[
+        bool,
+        typer.Option(
+            envvar="PENSTOCK_SHORTCUTS",
+            help="Lets the parts talk over sockets beside gRPC, since they are on one machine; "
+            "without, all goes as it would between machines.",
+        ),
+    ] = True,
+    certs: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PENSTOCK_CERTS",
+            help="Has the processes prove who they are and encrypt what they say (mTLS): the "
+            "folder of `penstock certs init`, or auto, which makes one for this mesh.",
+        ),
+    ] = None,
     detach: Annotated[
         bool,
         typer.Option(
@@ -127,6 +177,7 @@ def mesh(
     ] = False,
 ) -> None:
     """Starts a mesh on this machine, shows a first answer, and serves until Ctrl-C."""
+    run_folder = RunFolder(default_folder())
     settings = MeshSettings(
         model=model,
         stages=stages,
@@ -136,17 +187,23 @@ def mesh(
         dtype=dtype,
         device=device,
         split=split,
+        keys=keys or default_keys_folder(),
+        manifest=manifest,
+        rehash_minutes=rehash_minutes,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),
         prefix_cache=prefix_cache,
         speculation=speculation,
+        require_keys=require_keys,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        shortcuts=shortcuts,
+        certs=run_folder.path / "certs" if certs == "auto" else Path(certs) if certs else None,
+        makes_certs=certs == "auto",
     )
-    run_folder = RunFolder(default_folder())
     run_folder.refuse_if_claimed()
     with fetch_display() as report:
         layout = prepare(settings, report=report)
-    asyncio.run(_start(layout, run_folder=run_folder, detach=detach))
+    asyncio.run(_start(layout, run_folder=run_folder, key=key or None, detach=detach))
 
 
 def stop() -> None:
@@ -163,20 +220,25 @@ def status() -> None:
     record = RunFolder(default_folder()).running()
     if record is None:
         raise NotFound("no mesh is running: start one with `make mesh`")
-    mesh = asyncio.run(_ask_mesh(record.coordinator))
+    mesh = asyncio.run(_ask_mesh(record))
     console.say(headline(record, mesh))
     console.out.print(status_table(record, mesh))
 
 
-async def _start(layout: MeshLayout, *, run_folder: RunFolder, detach: bool) -> None:
-    address = layout.gateway_address
+async def _start(
+    layout: MeshLayout, *, run_folder: RunFolder, key: str | None, detach: bool
+) -> None:
+    address, ca = layout.gateway_address, authority_of(layout.certs)
     with StartDisplay(layout) as display:
 
         async def ready() -> None:
             display.__exit__()
             console.say(f"{layout.model_name} is ready after {display.seconds:.1f} s\n")
-            await _show_first_answer(address)
-            console.say(how_to_call(address))
+            if layout.require_keys and key is None:
+                console.say(HOW_TO_GET_A_KEY)
+            else:
+                await _show_first_answer(address, ca=ca, key=key)
+            console.say(how_to_call(address, ca=ca))
             ending = "`make stop` ends it" if detach else "Ctrl-C ends it"
             console.say(f"Serving at {address}; logs in {run_folder.path}; {ending}")
 
@@ -191,16 +253,16 @@ def _say(line: str) -> None:
     console.say(line, to=console.err)
 
 
-async def _show_first_answer(address: str) -> None:
+async def _show_first_answer(address: str, *, ca: Path | None, key: str | None) -> None:
     """Asks a first question through the public API; a failure is shown and ends nothing."""
-    channel = open_channel(address)
+    channel = open_public_channel(address, ca=ca)
     sampling = SamplingParameters(max_tokens=FIRST_ANSWER_TOKENS, temperature=0)
     console.say(f"> {QUESTION}", style="bold")
     try:
         request = await make_request(
-            channel, QUESTION, model="", system=None, raw=False, sampling=sampling
+            channel, QUESTION, model="", system=None, raw=False, sampling=sampling, key=key
         )
-        await stream_answer(channel, request, write=_write)
+        await stream_answer(channel, request, write=_write, key=key)
         console.say("\n")
     except grpc.RpcError as error:
         console.show_error(console.describe_rpc_error(error))
@@ -213,11 +275,11 @@ def _write(text: str) -> None:
     console.out.file.flush()
 
 
-async def _ask_mesh(coordinator: str) -> pb.GetMeshResponse:
-    channel = open_channel(coordinator)
-    try:
+async def _ask_mesh(record: MeshRecord) -> pb.GetMeshResponse:
+    credentials = credentials_for(record.certs, OPERATOR)
+    async with open_channel(
+        record.coordinator, credentials=credentials, role=COORDINATOR
+    ) as channel:
         return await CoordinatorServiceStub(channel).GetMesh(
             pb.GetMeshRequest(), timeout=STATUS_TIMEOUT_S
         )
-    finally:
-        await channel.close()

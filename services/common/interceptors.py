@@ -3,7 +3,8 @@
 It stands around every handler. A request that is no valid protobuf (invalid UTF-8
 in a string, say) becomes INVALID_ARGUMENT with details instead of gRPC's bare
 INTERNAL. Errors of ours become the statuses of `statuses.py`. Any other exception
-becomes INTERNAL with an id; the log has the id and the traceback. RPCs with a single
+becomes INTERNAL with an id; the log has the id and the traceback. Who may call what is
+checked here too (`identity.py`), before a handler sees anything. RPCs with a single
 request get a server span; a stream of requests gets none (it lives for hours: its
 servicer makes one span per request).
 """
@@ -23,7 +24,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind
 
 from core import telemetry as names
-from core.errors import InvalidInput, PenstockError, ProtocolViolation
+from core.errors import InvalidInput, PenstockError, PermissionDenied, ProtocolViolation
+from services.common.identity import Access
 from services.common.logs import current_trace_id
 from services.common.statuses import Status, internal_status, status_from_error
 from services.common.telemetry import Telemetry, context_from
@@ -40,10 +42,14 @@ class Undecodable(NamedTuple):
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """Turns errors into statuses, and measures and traces every RPC."""
+    """Turns errors into statuses, and measures and traces every RPC.
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    With `access`, calls of those that may not make them end here.
+    """
+
+    def __init__(self, telemetry: Telemetry, *, access: Access | None = None) -> None:
         self._telemetry = telemetry
+        self._access = access
         self._duration = telemetry.histogram(names.RPC_DURATION)
 
     async def intercept_service(
@@ -92,6 +98,7 @@ class _Call:
         try:
             with self._span() as span:
                 try:
+                    self._check_access()
                     response = await run(behaviour, request, self._context)
                     code = _code_of(self._context)
                     return response
@@ -110,10 +117,15 @@ class _Call:
         finally:
             self._record(time.perf_counter() - started, code)
 
+    def _check_access(self) -> None:
+        if self._interceptor._access is not None:
+            self._interceptor._access.check(self._method, self._context.auth_context())
+
     def _status_of(self, error: Exception) -> Status:
         if isinstance(error, PenstockError):
             status = status_from_error(error)
-            level = logging.WARNING if isinstance(error, ProtocolViolation) else logging.INFO
+            is_suspect = isinstance(error, ProtocolViolation | PermissionDenied)
+            level = logging.WARNING if is_suspect else logging.INFO
             facts = {"method": self._method, "code": status.code.name, "why": str(error)}
             facts |= {"peer": self._context.peer(), **self._callers_trace()}
             _LOG.log(level, "rpc refused", extra=facts)

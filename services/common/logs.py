@@ -59,7 +59,8 @@ class JsonFormatter(logging.Formatter):
         line.update(_facts(record))
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        # In ASCII: what clients call things must neither end a line nor steer a terminal.
+        return json.dumps(line, default=str)
 
 
 class PeopleFormatter(logging.Formatter):
@@ -72,7 +73,8 @@ class PeopleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         facts = "".join(f" {name}={value}" for name, value in _facts(record).items())
-        line = f"{time} {record.levelname} {self._service}: {record.getMessage()}{facts}"
+        said = _printable(f"{record.getMessage()}{facts}")
+        line = f"{time} {record.levelname} {self._service}: {said}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -87,3 +89,8 @@ def current_trace_id(context: Context | None = None) -> str:
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+
+
+def _printable(text: str) -> str:
+    """With escapes for what would end a line or steer a terminal: clients name things."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 import grpc
 
 from core.errors import InvalidInput, PenstockError
+from services.common.addresses import is_loopback
 from services.common.channels import MAX_MESSAGE_BYTES, PING_INTERVAL_MS
+from services.common.credentials import Credentials
+from services.common.identity import Access
 from services.common.interceptors import ServerInterceptor
 from services.common.telemetry import Telemetry
 
@@ -21,23 +24,38 @@ _LOG = logging.getLogger(__name__)
 # Of servers, whose clients may be anywhere: silent ones are noticed after both.
 _PING_INTERVAL_MS = 10_000
 _PING_TIMEOUT_MS = 5_000
+# Of one connection; more wait at the client. Enough for what a queue holds and what runs.
+MAX_STREAMS = 2048
+# Of all connections; more are refused with RESOURCE_EXHAUSTED. Each costs some 50 KB.
+MAX_RPCS = 8192
+# For a connection that says nothing, or only the beginning of what HTTP/2 begins with.
+HANDSHAKE_TIMEOUT_MS = 10_000
 
 
 def create_server(
     telemetry: Telemetry,
     *,
+    credentials: Credentials | None = None,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     max_send_bytes: int = MAX_MESSAGE_BYTES,
+    max_streams: int = MAX_STREAMS,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """Creates a server whose handlers may raise errors of ours; see `interceptors.py`.
 
-    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself.
+    With `credentials` of this process, others of its mesh may call only what `identity.py` allows
+    them; `bind` then must have them too, so that callers show who they are.
+    Handlers of `interceptors` may, too: they stand within the one that turns errors into statuses.
+    Messages above `max_receive_bytes` get RESOURCE_EXHAUSTED from gRPC itself. Of what one
+    connection asks for at a time beyond `max_streams`, the rest waits at the client.
     """
     options = [
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_send_message_length", max_send_bytes),
         # Two servers on one port would share its connections between them, silently.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", _PING_INTERVAL_MS),
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -45,22 +63,58 @@ def create_server(
         # Clients that ping as often as our channels do are welcome.
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
-    return grpc.aio.server(interceptors=[ServerInterceptor(telemetry)], options=options)
+    access = Access(credentials.identity) if credentials is not None else None
+    outermost = ServerInterceptor(telemetry, access=access)
+    return grpc.aio.server(
+        interceptors=[outermost, *interceptors],
+        options=options,
+        maximum_concurrent_rpcs=MAX_RPCS,
+    )
 
 
-def bind(server: grpc.aio.Server, address: str) -> int:
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    credentials: Credentials | None = None,
+    is_public: bool = False,
+    insecure: bool = False,
+) -> int:
     """Takes `host:port` for the server and returns the port (port 0: a free one).
 
-    Raises InvalidInput when the address is malformed or the port is taken.
+    With `credentials` all is encrypted, and clients must have a certificate of the same authority,
+    unless the port `is_public`. Without them only loopback addresses are taken, unless it shall be
+    `insecure`. Raises InvalidInput when that forbids the address, it is malformed or the port is
+    taken.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidInput("listen", address, "host:port")
+    if credentials is None and not insecure and not is_loopback(address):
+        raise InvalidInput(
+            "listen",
+            address,
+            "a loopback address such as 127.0.0.1:PORT; anything else with --certs FOLDER, which "
+            "`penstock certs init` makes, or with --insecure, unencrypted and open to everyone",
+        )
     try:
-        return server.add_insecure_port(address)
+        return add_port(server, address, credentials=credentials, is_public=is_public)
     except RuntimeError as error:
         allowed = "an address of this machine with a free port"
         raise InvalidInput("listen", address, allowed) from error
+
+
+def add_port(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    credentials: Credentials | None,
+    is_public: bool = False,
+) -> int:
+    """Takes any address of gRPC's, Unix-domain sockets too; raises RuntimeError."""
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials.of_server(asks_clients=not is_public))
 
 
 async def run_until_stopped(

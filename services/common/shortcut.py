@@ -6,6 +6,11 @@ it opens and ends the conversation, tells errors, and finds peers that have gone
 the stream offers a door in a folder that only its own user can enter; the peer tries it, and
 where it finds nothing (another host, another system) all goes over the stream.
 
+The socket has no certificates, and needs none: it never leaves the kernel of one host, each end
+makes sure that the other is a process of its own user, and whoever enters must first say a random
+token that only the stream has carried. So it is the peer that the stream's certificate (where there
+are such) has shown who is let in, and no other process of the user, another stage of the mesh say.
+
 Each message stands behind its length, four bytes, little endian.
 """
 
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import socket
 import struct
@@ -20,6 +26,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
+from hmac import compare_digest
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +41,9 @@ _READ_BYTES = 256 * 1024
 # What may wait for a peer that does not read: far more than frames in credit, or schedules ahead.
 MAX_UNSENT_BYTES = 256 * 1024 * 1024
 PATIENCE_S = 1.0
+_TOKEN_BYTES = 32
+# Strangers that stand at a door and say nothing.
+_MAX_AT_DOOR = 4
 Parsed = TypeVar("Parsed", bound=Message)
 
 
@@ -160,14 +170,17 @@ class Shortcut:
 
 
 class Door:
-    """Where one peer on this host may enter. Belongs to the event loop's thread.
+    """Where one peer on this host may enter, who knows `token`. Belongs to the event loop's thread.
 
     `address` is empty where there can be none: the system has no such sockets, or temporary files
-    have no room or too long a path. The door is gone once somebody has come in.
+    have no room or too long a path. The door is gone once the peer has come in, and stays as long
+    as only strangers come.
     """
 
     def __init__(self, on_entered: Callable[[socket.socket], None]) -> None:
         self.address = ""
+        self.token = b""
+        self._at_door: dict[socket.socket, bytearray] = {}  # and what they have said
         self._on_entered = on_entered
         self._socket: socket.socket | None = None
         self._folder: Path | None = None
@@ -180,9 +193,10 @@ class Door:
         except OSError:
             self.close()
             return
-        self._socket.listen(1)
+        self._socket.listen(_MAX_AT_DOOR)
         self._socket.setblocking(False)
         self.address = str(self._folder / "door")
+        self.token = secrets.token_bytes(_TOKEN_BYTES)
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
 
     def close(self) -> None:
@@ -191,6 +205,8 @@ class Door:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
+        for connection in list(self._at_door):
+            self._turn_away(connection)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -201,8 +217,34 @@ class Door:
             connection, _ = self._socket.accept()
         except OSError:  # it has left again
             return
-        self.close()
-        self._on_entered(connection)
+        if len(self._at_door) == _MAX_AT_DOOR or not _is_own_users(connection):
+            connection.close()
+            return
+        connection.setblocking(False)
+        self._at_door[connection] = bytearray()
+        asyncio.get_running_loop().add_reader(connection, self._listen_to, connection)
+
+    def _listen_to(self, connection: socket.socket) -> None:
+        said = self._at_door[connection]
+        try:
+            data = connection.recv(_TOKEN_BYTES - len(said))
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        said += data
+        if not data or (len(said) == _TOKEN_BYTES and not compare_digest(said, self.token)):
+            self._turn_away(connection)
+        elif len(said) == _TOKEN_BYTES:
+            asyncio.get_running_loop().remove_reader(connection)
+            del self._at_door[connection]
+            self.close()
+            self._on_entered(connection)
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(connection)
+        del self._at_door[connection]
+        connection.close()
 
 
 def parse(kind: type[Parsed], message: bytes) -> Parsed:
@@ -213,23 +255,26 @@ def parse(kind: type[Parsed], message: bytes) -> Parsed:
         raise MalformedMessage(f"{len(message)} bytes are no {kind.__name__}") from error
 
 
-def enter(address: str) -> socket.socket | None:
+def enter(address: str, token: bytes) -> socket.socket | None:
     """Enters a peer's door; None where there is none on this host, or it is another user's."""
     if not address or not _is_possible():
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)  # where many stand at the door already, there is none for us
     try:
         connection.connect(address)
-        credentials = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-        )
+        if _is_own_users(connection):
+            connection.sendall(token)
+            return connection
     except OSError:
-        connection.close()
-        return None
-    if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
-        connection.close()
-        return None
-    return connection
+        pass
+    connection.close()
+    return None
+
+
+def _is_own_users(connection: socket.socket) -> bool:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(credentials)[1] == os.getuid())
 
 
 def _is_possible() -> bool:

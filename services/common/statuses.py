@@ -2,12 +2,21 @@
 
     InvalidInput       INVALID_ARGUMENT     BadRequest: the field, its value, what is allowed
     NotFound           NOT_FOUND            BadRequest: the field, where a request named it
-    Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help
+    Unauthenticated    UNAUTHENTICATED
+    PermissionDenied   PERMISSION_DENIED
+    Exhausted          RESOURCE_EXHAUSTED   RetryInfo, where trying again can help; QuotaFailure,
+                                            where the quota is somebody's own
     Unavailable        UNAVAILABLE          RetryInfo
+    Superseded         ABORTED
     DeadlineExceeded   DEADLINE_EXCEEDED
-    CorruptWeights     FAILED_PRECONDITION
-    PlanImpossible     FAILED_PRECONDITION
+    KeyRefused         PERMISSION_DENIED
     ChecksumMismatch   DATA_LOSS
+    ManifestMismatch   DATA_LOSS
+    SealBroken         DATA_LOSS
+    CorruptWeights     FAILED_PRECONDITION
+    CorruptLog         DATA_LOSS
+    PlanImpossible     FAILED_PRECONDITION
+    NotFinite          DATA_LOSS
     MalformedMessage   INVALID_ARGUMENT
     ProtocolViolation  FAILED_PRECONDITION
     anything else      INTERNAL             an opaque id that the log has beside the traceback
@@ -42,12 +51,20 @@ class _Row(NamedTuple):
 _TABLE = (
     _Row(errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
     _Row(errors.NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    _Row(errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    _Row(errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     _Row(errors.Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     _Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    _Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     _Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
-    _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
-    _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
+    _Row(errors.KeyRefused, grpc.StatusCode.PERMISSION_DENIED, "KEY_REFUSED"),
     _Row(errors.ChecksumMismatch, grpc.StatusCode.DATA_LOSS, "CHECKSUM_MISMATCH"),
+    _Row(errors.ManifestMismatch, grpc.StatusCode.DATA_LOSS, "MANIFEST_MISMATCH"),
+    _Row(errors.SealBroken, grpc.StatusCode.DATA_LOSS, "SEAL_BROKEN"),
+    _Row(errors.CorruptWeights, grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_WEIGHTS"),
+    _Row(errors.CorruptLog, grpc.StatusCode.DATA_LOSS, "CORRUPT_LOG"),
+    _Row(errors.PlanImpossible, grpc.StatusCode.FAILED_PRECONDITION, "PLAN_IMPOSSIBLE"),
+    _Row(errors.NotFinite, grpc.StatusCode.DATA_LOSS, "NOT_FINITE"),
     _Row(errors.MalformedMessage, grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     _Row(errors.ProtocolViolation, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VIOLATION"),
     _Row(errors.PenstockError, grpc.StatusCode.UNKNOWN, "PENSTOCK_ERROR"),
@@ -93,7 +110,9 @@ def error_from_rpc(error: grpc.RpcError) -> errors.PenstockError:
     if kind is errors.InvalidInput:
         return _invalid_input(message, details)
     if kind is errors.Exhausted:
-        return errors.Exhausted(message, retry_after_s=details.retry_after_s)
+        return errors.Exhausted(
+            message, retry_after_s=details.retry_after_s, subject=details.subject
+        )
     if kind is errors.Unavailable:
         return errors.Unavailable(message, retry_after_s=details.retry_after_s)
     if kind is errors.NotFound:
@@ -105,6 +124,7 @@ class _Details(NamedTuple):
     reason: str = ""
     metadata: dict[str, str] | None = None
     retry_after_s: float | None = None
+    subject: str = ""
 
 
 def _status(code: grpc.StatusCode, message: str, details: Iterable[Any]) -> Status:
@@ -133,6 +153,8 @@ def _details(error: errors.PenstockError) -> Iterable[Any]:
         yield _bad_request(error.field, str(error), reason="NOT_FOUND")
     if isinstance(error, errors.Exhausted | errors.Unavailable) and error.retry_after_s is not None:
         yield error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s))
+    if isinstance(error, errors.Exhausted) and error.subject:
+        yield _quota_failure(error)
 
 
 def _bad_request(field: str, description: str, *, reason: str) -> Any:
@@ -142,14 +164,24 @@ def _bad_request(field: str, description: str, *, reason: str) -> Any:
     return error_details_pb2.BadRequest(field_violations=[violation])
 
 
+def _quota_failure(error: errors.Exhausted) -> Any:
+    violation = error_details_pb2.QuotaFailure.Violation(
+        subject=error.subject, description=str(error)
+    )
+    return error_details_pb2.QuotaFailure(violations=[violation])
+
+
 def _unpack(status: Any) -> _Details:
     details = _Details()
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    quota = error_details_pb2.QuotaFailure()
     for packed in status.details:
         if packed.Unpack(info) and info.domain == DOMAIN:
             details = details._replace(reason=info.reason, metadata=dict(info.metadata))
         elif packed.Unpack(retry):
             details = details._replace(retry_after_s=seconds(retry.retry_delay))
+        elif packed.Unpack(quota) and quota.violations:
+            details = details._replace(subject=quota.violations[0].subject)
     return details
 
 

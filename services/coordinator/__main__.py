@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from core.errors import InvalidInput
+from services.common.credentials import load_credentials
 from services.common.health import HealthService, add_reflection
+from services.common.identity import COORDINATOR
 from services.common.logs import configure_logging
 from services.common.servers import bind, create_server, exit_with, run_process, run_until_stopped
 from services.common.telemetry import start_telemetry
@@ -20,19 +23,20 @@ from services.coordinator.settings import CoordinatorSettings, parse_stages, par
 
 async def serve(settings: CoordinatorSettings) -> None:
     """Runs a coordinator until it is told to stop."""
+    credentials = load_credentials(settings.certs, kind=COORDINATOR)
     telemetry = start_telemetry("penstock-coordinator", metrics_port=settings.metrics_port)
     try:
         health = HealthService()
-        conductor = Conductor(settings, telemetry, health)
+        conductor = Conductor(settings, telemetry, health, credentials=credentials)
         register_metrics(telemetry, conductor)
-        server = create_server(telemetry)
+        server = create_server(telemetry, credentials=credentials)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
             CoordinatorServicer(conductor), server
         )
         await health.add_to(server)
         service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
         add_reflection(server, services=[service])
-        bind(server, settings.listen)
+        bind(server, settings.listen, credentials=credentials, insecure=settings.insecure)
         await server.start()
         await run_until_stopped(
             server,
@@ -40,6 +44,7 @@ async def serve(settings: CoordinatorSettings) -> None:
             drain=conductor.stop,
             exit_with_parent=settings.exit_with_parent,
         )
+        conductor.trail.close()
     finally:
         telemetry.shutdown()
 
@@ -76,6 +81,13 @@ def main(
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
+    certs: Annotated[
+        Path | None, typer.Option(help="folder of its identity, which `penstock certs` makes")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
+    ] = False,
+    audit: Annotated[Path | None, typer.Option(help="file of the audit log")] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="stop when standard input ends")
@@ -98,8 +110,11 @@ def main(
             prefix_cache=prefix_cache,
             tenant_weights=parse_tenant_weights(tenant_weights),
             open_timeout_s=open_timeout_s,
+            audit=audit,
             log_level=log_level,
             exit_with_parent=exit_with_parent,
+            certs=certs,
+            insecure=insecure,
         )
     except InvalidInput as error:
         exit_with(error)

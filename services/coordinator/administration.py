@@ -23,28 +23,37 @@ class Administration:
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
         self._replicas = conductor.replicas
+        self._trail = conductor.trail
 
-    def add(self, request: coordinator_pb2.AddReplicaRequest) -> None:
-        """Takes a replica in; raises InvalidInput, Unavailable."""
-        self._replicas.add(
-            request.stage_index, request.address, is_spare=request.spare, split=request.split
-        )
+    def add(self, request: coordinator_pb2.AddReplicaRequest, *, actor: str) -> None:
+        """Takes a replica in; raises InvalidInput, Exhausted, Unavailable."""
+        stage, address, split = request.stage_index, request.address, request.split
+        self._replicas.add(stage, address, is_spare=request.spare, split=split)
+        self._trail.record("replica added", actor, stage=stage, address=address)
 
-    def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest) -> None:
+    def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest, *, actor: str) -> None:
         """Has new sequences take other weights of a stage; raises NotFound, Unavailable."""
-        part = self._replicas.part_with(request.stage_index, request.weights_digest)
+        stage, digest = request.stage_index, request.weights_digest
+        part = self._replicas.part_with(stage, digest)
         self._replicas.choose(_with_part(self._replicas.known_cut(), part))
+        self._trail.record("weights chosen", actor, stage=stage, weights_digest=digest)
 
-    def choose_cut(self, request: coordinator_pb2.ChooseCutRequest) -> None:
+    def choose_cut(self, request: coordinator_pb2.ChooseCutRequest, *, actor: str) -> None:
         """Has new sequences take the same weights in other parts; raises InvalidInput, NotFound,
         Unavailable."""
-        self._replicas.choose(self._replicas.known_cut().at(request.split))
+        cut = self._replicas.known_cut().at(request.split)
+        self._replicas.choose(cut)
+        self._trail.record("cut chosen", actor, split=cut.split)
 
-    async def drain(self, request: coordinator_pb2.DrainReplicaRequest) -> AsyncIterator[int]:
+    async def drain(
+        self, request: coordinator_pb2.DrainReplicaRequest, *, actor: str
+    ) -> AsyncIterator[int]:
         """How many sequences a replica still holds, whenever that changes, until it has left;
         raises NotFound."""
         link = self._replicas.by_address(request.address)
         self._replicas.drain(link, moves=request.moves)
+        stage, address = link.place.stage_index, request.address
+        self._trail.record("replica drained", actor, stage=stage, address=address)
         told = -1
         while link in self._replicas.links:
             held = self._conductor.num_sequences(link)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from penstock.v1 import coordinator_pb2, stage_pb2
 
 from core import telemetry as names
+from core.errors import Superseded
 from core.pipeline.actions import (
     AbandonMicroBatches,
     Action,
@@ -24,8 +25,11 @@ from core.pipeline.actions import (
     RunMicroBatch,
 )
 from core.pipeline.events import Event, Tick
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
+from services.common.audit_trail import AuditTrail
+from services.common.credentials import Credentials
 from services.common.durations import duration
 from services.common.health import HealthService
 from services.common.telemetry import Telemetry
@@ -51,6 +55,7 @@ class Conductor:
         telemetry: Telemetry,
         health: HealthService,
         *,
+        credentials: Credentials | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._health = health
@@ -66,7 +71,8 @@ class Conductor:
                 speculation=SpeculationSettings(max_draft_tokens=settings.speculation),
             )
         )
-        self.replicas = Replicas(settings, self)
+        self.trail = AuditTrail(settings.audit)
+        self.replicas = Replicas(settings, self, credentials=credentials)
         self.requests = Requests(telemetry, post=self.post, clock=clock)
         self.mesh = MeshView(self.replicas, clock())
         self._events: list[Event] = []
@@ -76,17 +82,39 @@ class Conductor:
         self._tokens_counted = 0
         self._health_changed = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked = asyncio.Event()
 
     # --- tasks of the process
 
     async def run(self) -> None:
-        """Keeps the replicas open and time passing; ends by raising only."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.replicas.run())
-            group.create_task(self._tick())
-            group.create_task(self._beat())
-            group.create_task(self._keep_health())
-            group.create_task(self._watch())
+        """Keeps the replicas open and time passing; ends by raising only.
+
+        Superseded: the gateways have been let go, and the process is of no more use. The one that
+        is started in its place waits.
+        """
+        superseded: list[BaseException] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._open_when_asked())
+                group.create_task(self._tick())
+                group.create_task(self._beat())
+                group.create_task(self._keep_health())
+                group.create_task(self._watch())
+        except* Superseded as errors:
+            superseded += errors.exceptions
+        await self.stop()
+        raise superseded[0]
+
+    def take_over(self) -> None:
+        """Opens the stages, whoever has them, unless it has them already."""
+        if not self._asked.is_set():
+            self._asked.set()
+            self.mesh.is_waiting = False
+            self.on_mesh_changed()
+
+    async def _open_when_asked(self) -> None:
+        await self._asked.wait()
+        await self.replicas.run()
 
     async def _tick(self) -> None:
         while True:
@@ -112,7 +140,8 @@ class Conductor:
                 self.replicas.remove(link)
 
     async def _watch(self) -> None:
-        """A failed turn is our own bug: it ends the process rather than leaving it dumb."""
+        """A failed turn is our own bug: it ends the process rather than leaving it dumb. So does
+        another coordinator that has taken over."""
         await self._failed
 
     async def _keep_health(self) -> None:
@@ -153,6 +182,9 @@ class Conductor:
         self._has_mesh_changed = True
         self._be_due()
 
+    def on_superseded(self, error: Superseded) -> None:
+        self._fail(error)
+
     def _tell_mesh(self) -> None:
         self._has_mesh_changed = False
         self.mesh.is_ready = self.scheduler.is_ready
@@ -179,8 +211,11 @@ class Conductor:
         try:
             self._turn()
         except Exception as error:
-            if not self._failed.done():
-                self._failed.set_exception(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
 
     def _turn(self) -> None:
         self._is_turn_due = False
@@ -209,7 +244,10 @@ class Conductor:
             case AbandonMicroBatches():
                 self.replicas.send(action.replica_id, messages.abandon_request(action))
             case DropReplica():
-                self.replicas.drop(action.replica_id, action.reason)
+                replica_id, reason = action.replica_id, action.reason
+                self.replicas.drop(replica_id, reason)
+                event, actor = "replica dropped", "coordinator"
+                self.trail.record(event, actor, replica_id=replica_id, reason=reason)
 
     def _tell_news(self, actions: Sequence[Action]) -> None:
         for action in actions:

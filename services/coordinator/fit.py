@@ -71,6 +71,7 @@ def pipeline_facts(ready: stage_pb2.StageReady, *, num_slots: int) -> PipelineFa
         context_length=ready.context_length,
         kv_block_size=ready.kv_block_size,
         eos_token_ids=tuple(ready.eos_token_ids),
+        vocab_size=ready.vocab_size,
     )
 
 

@@ -72,6 +72,7 @@ class MeshView:
 
     def __init__(self, replicas: Replicas, now_s: float) -> None:
         self.replicas = replicas
+        self.is_waiting = True  # until a gateway has it take the stages over
         self.is_ready = False  # whether a request would be served now
         self.started_s = now_s
         self.return_wire_s = 0.0  # of sampled tokens, since the coordinator started
@@ -128,6 +129,7 @@ class MeshView:
             model=self.model(),
             stages_ready=self.stages_ready(),
             eos_token_ids=manifest.eos_token_ids if manifest is not None else (),
+            waiting=self.is_waiting,
         )
 
     def replica_state(self, link: ReplicaLink, now_s: float) -> coordinator_pb2.StageState:

@@ -13,10 +13,8 @@ from typing import Protocol
 
 from penstock.v1 import stage_pb2
 
+from services.coordinator.backoff import Backoff
 from services.coordinator.replica_link import Incarnation
-
-_FIRST_BACKOFF_S = 0.05
-_MOST_BACKOFF_S = 2.0
 
 
 class LinkListener(Protocol):
@@ -81,7 +79,7 @@ class NeighbourLinks:
         link.dial()
 
     def _on_stands(self, link: _Link) -> None:
-        link.backoff_s = _FIRST_BACKOFF_S
+        link.backoff.reset()
         self._standing_ids[link.key] = link.link_id
         self._listener.on_link_ready(link.upstream, link.downstream)
 
@@ -98,7 +96,7 @@ class _Link:
         self.upstream = upstream
         self.downstream = downstream
         self.link_id = 0  # of the latest attempt
-        self.backoff_s = _FIRST_BACKOFF_S
+        self.backoff = Backoff()
         self._ids = ids
         self._timer: asyncio.TimerHandle | None = None
 
@@ -118,8 +116,7 @@ class _Link:
     def dial_again(self) -> None:
         """After a pause that grows with each attempt that fails."""
         self.link_id = 0  # nothing more is to be heard of this one
-        self._timer = asyncio.get_running_loop().call_later(self.backoff_s, self.dial)
-        self.backoff_s = min(2 * self.backoff_s, _MOST_BACKOFF_S)
+        self._timer = asyncio.get_running_loop().call_later(self.backoff.take_s(), self.dial)
 
     def cancel(self) -> None:
         if self._timer is not None:

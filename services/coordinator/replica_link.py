@@ -9,22 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
 from penstock.v1 import stage_pb2
 
-from core.errors import PenstockError, Unavailable
+from core.errors import PenstockError, Superseded, Unavailable
 from services.common.cancellation import in_own_task
-from services.common.channels import open_channel
+from services.common.channels import open_channel, why_unreachable
+from services.common.credentials import Credentials
+from services.common.identity import stage_role
+from services.coordinator.backoff import Backoff
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
 _LOG = logging.getLogger(__name__)
-_FIRST_BACKOFF_S = 0.05
-_MOST_BACKOFF_S = 2.0
+# A process that starts listens by then; later, whoever looks shall see why nobody answers.
+_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,9 @@ class ReplicaListener(Protocol):
     def on_lost(self, link: ReplicaLink, incarnation: Incarnation | None) -> None:
         """The incarnation is over, or did not come about, for `link.problem`."""
 
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the replica over; it is not opened again."""
+
 
 class ReplicaLink:
     """Dials, opens and watches one replica; see `run`."""
@@ -95,7 +100,7 @@ class ReplicaLink:
         *,
         settings: CoordinatorSettings,
         listener: ReplicaListener,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
+        credentials: Credentials | None = None,
     ) -> None:
         self.place = place
         self.incarnation: Incarnation | None = None
@@ -104,8 +109,8 @@ class ReplicaLink:
         self.is_draining = False
         self._settings = settings
         self._listener = listener
-        self._dial = dial
-        self._epoch = 0
+        self._credentials = credentials
+        self._epoch = self._term = 0
         self._dropped: asyncio.Future[str] | None = None
 
     def drop(self, reason: str) -> None:
@@ -113,28 +118,34 @@ class ReplicaLink:
         if self._dropped is not None and not self._dropped.done():
             self._dropped.set_result(f"{self.place.name}: {reason}")
 
-    async def run(self) -> None:
-        """Opens the replica again and again until cancelled."""
-        backoff_s = _FIRST_BACKOFF_S
+    async def run(self, *, term: int) -> None:
+        """Opens the replica again and again until it is superseded. `term`: the coordinator's."""
+        self._term = term
+        backoff = Backoff()
         while True:
-            reason = await in_own_task(self._run_once())
+            error = await in_own_task(self._run_once())
+            if isinstance(error, Superseded):
+                self._listener.on_superseded(error)
+                return
             incarnation, self.incarnation = self.incarnation, None
             if incarnation is not None:
-                backoff_s = _FIRST_BACKOFF_S
-            self.problem = reason
+                backoff.reset()
+            self.problem = reason = str(error)
             _LOG.warning("replica lost", extra={"epoch": self._epoch, "reason": reason})
             self._listener.on_lost(self, incarnation)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MOST_BACKOFF_S)
+            await asyncio.sleep(backoff.take_s())
 
-    async def _run_once(self) -> str:
+    async def _run_once(self) -> PenstockError:
         """One incarnation; returns why it ended, or did not come about."""
         # A restarted coordinator must exceed the epochs of the one before it.
         self._epoch = max(self._epoch + 1, time.time_ns() // 1_000_000)
         self._dropped = asyncio.get_running_loop().create_future()
-        reason = ""
+        error: PenstockError | None = None
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
-        async with self._dial(self.place.address) as channel:
+        role = stage_role(self.place.stage_index)
+        async with open_channel(
+            self.place.address, credentials=self._credentials, role=role
+        ) as channel:
             stream = StageStream(
                 channel,
                 name=self.place.name,
@@ -145,11 +156,12 @@ class ReplicaLink:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(stream.run(self._order()))
                     group.create_task(self._watch(self._dropped))
+                    group.create_task(self._explain(channel))
                     await self._open(stream)
             except* PenstockError as errors:
-                reason = str(errors.exceptions[0])
-        assert reason, "streams end by raising"
-        return reason
+                error = _leaf(errors)
+        assert error is not None, "streams end by raising"
+        return error
 
     def _order(self) -> stage_pb2.OpenPipeline:
         return stage_pb2.OpenPipeline(
@@ -157,6 +169,7 @@ class ReplicaLink:
             stage_index=self.place.stage_index,
             num_stages=self.place.num_stages,
             num_slots=self._settings.max_sequences,
+            term=self._term,
         )
 
     async def _open(self, stream: StageStream) -> None:
@@ -178,9 +191,28 @@ class ReplicaLink:
         _LOG.info("replica open", extra={"epoch": self._epoch, "replica": incarnation.replica_id})
         self._listener.on_open(incarnation)
 
+    async def _explain(self, channel: grpc.aio.Channel) -> None:
+        """Says why a replica cannot be reached, which its stream waits for in silence."""
+        while True:
+            await asyncio.sleep(_SILENCE_S)
+            if self.incarnation is not None:
+                return
+            reason = await why_unreachable(channel)
+            if reason and self.incarnation is None and reason != self.problem:
+                self.problem = reason
+                facts = {"replica": self.place.name, "reason": reason}
+                _LOG.warning("replica cannot be reached", extra=facts)
+
     async def _watch(self, dropped: asyncio.Future[str]) -> None:
         raise Unavailable(await dropped)
 
     def _on_message(self, message: stage_pb2.ControlResponse) -> None:
         if self.incarnation is not None:
             self._listener.on_message(self.incarnation, message)
+
+
+def _leaf(errors: BaseExceptionGroup[PenstockError]) -> PenstockError:
+    """The first of them."""
+    error = errors.exceptions[0]
+    assert isinstance(error, PenstockError), "tasks of one group, none of which has groups"
+    return error

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from typing import Protocol
 
-import grpc
 from penstock.v1 import stage_pb2
 
-from core.errors import InvalidInput, NotFound, ProtocolViolation, Unavailable
+from core.errors import (
+    Exhausted,
+    InvalidInput,
+    NotFound,
+    ProtocolViolation,
+    Superseded,
+    Unavailable,
+    shown,
+)
 from core.pipeline.cut import Cut, Part, find_cut
 from core.pipeline.events import (
     CutChosen,
@@ -28,11 +35,15 @@ from core.pipeline.events import (
     ReplicaLost,
     ReplicaReady,
 )
-from services.common.channels import open_channel
+from services.common.credentials import Credentials
 from services.coordinator.fit import Manifest, check_fit, part_of, pipeline_facts, replica_facts
 from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
 from services.coordinator.settings import CoordinatorSettings
+
+# Of one stage. Each is dialled again and again while nobody answers.
+MOST_REPLICAS = 64
+_LONGEST_ADDRESS = 256
 
 
 class MeshListener(Protocol):
@@ -50,6 +61,9 @@ class MeshListener(Protocol):
     def on_mesh_changed(self) -> None:
         """What people and gateways are told of replicas has changed."""
 
+    def on_superseded(self, error: Superseded) -> None:
+        """Another coordinator has taken the stages over."""
+
 
 class Replicas:
     """Opens them all and keeps them open; see `run`."""
@@ -59,17 +73,18 @@ class Replicas:
         settings: CoordinatorSettings,
         listener: MeshListener,
         *,
-        dial: Callable[[str], grpc.aio.Channel] = open_channel,
+        credentials: Credentials | None = None,
     ) -> None:
         self.links: list[ReplicaLink] = []  # by stage, then by number
         self.neighbours = NeighbourLinks(self)
         self.cut: Cut | None = None  # what new sequences take, once the scheduler knows the model
         self._settings = settings
         self._listener = listener
-        self._dial = dial
+        self._credentials = credentials
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
+        self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         for stage_index, addresses in enumerate(settings.stages):
@@ -85,7 +100,9 @@ class Replicas:
                 )
 
     async def run(self) -> None:
-        """Keeps all replicas open, those that are added later too, until cancelled."""
+        """Takes the stages over, and keeps all replicas open, those that are added later too, until
+        cancelled."""
+        self._term = time.time_ns() // 1_000_000
         async with asyncio.TaskGroup() as self._group:
             for link in self.links:
                 self._start(link)
@@ -148,7 +165,9 @@ class Replicas:
             if link.place.address == address:
                 return link
         known = ", ".join(link.place.address for link in self.links)
-        raise NotFound(f"no replica listens at {address!r}; there are {known}", field="address")
+        raise NotFound(
+            f"no replica listens at {shown(address)}; there are {known}", field="address"
+        )
 
     # --- administration
 
@@ -158,14 +177,17 @@ class Replicas:
         """Takes a replica into the mesh, as one of another cut where there is a `split`.
 
         Raises InvalidInput for a stage that does not exist, no cut of the model, or an address that
-        is taken; Unavailable for another cut before the model is known.
+        is none or taken; Exhausted; Unavailable for another cut before the model is known.
         """
         cut = self.known_cut().at(split) if split else self.cut
         num_stages = self.num_stages if cut is None else len(cut.parts)
         if stage_index >= num_stages:
             raise InvalidInput("stage_index", stage_index, f"below {num_stages}")
-        if not address or any(link.place.address == address for link in self.links):
+        _check_address(address)
+        if any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
+        if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
+            raise Exhausted(f"stage {stage_index} has {MOST_REPLICAS} replicas already")
         place = Place(
             stage_index=stage_index,
             num_stages=num_stages,
@@ -175,7 +197,8 @@ class Replicas:
             layers=None if cut is None else cut.parts[stage_index].layers,
         )
         link = self._insert(place)
-        self._start(link)
+        if self._group is not None:
+            self._start(link)
         self._listener.on_mesh_changed()
         return link
 
@@ -192,7 +215,8 @@ class Replicas:
         if link not in self.links:
             return
         self.links.remove(link)
-        self._tasks.pop(link).cancel()
+        if link in self._tasks:
+            self._tasks.pop(link).cancel()
         if link.incarnation is not None:
             self._forget(link.incarnation, reason="it has been drained")
             link.incarnation = None
@@ -214,7 +238,7 @@ class Replicas:
         }
         if weights_digest not in parts:
             raise NotFound(
-                f"no open replica of stage {stage_index} has weights {weights_digest!r}; "
+                f"no open replica of stage {stage_index} has weights {shown(weights_digest)}; "
                 f"there are {', '.join(sorted(parts)) or 'none'}",
                 field="weights_digest",
             )
@@ -285,6 +309,9 @@ class Replicas:
             self.remove(link)  # there is nothing left to wait for
         self._listener.on_mesh_changed()
 
+    def on_superseded(self, error: Superseded) -> None:
+        self._listener.on_superseded(error)
+
     # --- links between them (LinkListener)
 
     def on_link_ready(self, upstream: Incarnation, downstream: Incarnation) -> None:
@@ -332,7 +359,9 @@ class Replicas:
             self._listener.post(ReplicaLost(replica_id=replica_id, reason=reason))
 
     def _insert(self, place: Place) -> ReplicaLink:
-        link = ReplicaLink(place, settings=self._settings, listener=self, dial=self._dial)
+        link = ReplicaLink(
+            place, settings=self._settings, listener=self, credentials=self._credentials
+        )
         self.links.append(link)
         self._sort()
         return link
@@ -345,9 +374,17 @@ class Replicas:
         self.links.sort(key=lambda link: (link.place.stage_index, link.place.number))
 
     def _start(self, link: ReplicaLink) -> None:
-        assert self._group is not None, "replicas are added while they are kept open"
-        self._tasks[link] = self._group.create_task(link.run())
+        assert self._group is not None, "replicas are opened while they are kept open"
+        self._tasks[link] = self._group.create_task(link.run(term=self._term))
 
 
 def _manifest(replica: Incarnation) -> Manifest:
     return Manifest(replica.place, replica.ready)
+
+
+def _check_address(address: str) -> None:
+    """Raises InvalidInput for what gRPC would take for something else than host:port."""
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
+    if not (is_port and host and host.isprintable() and len(address) <= _LONGEST_ADDRESS):
+        raise InvalidInput("address", address, "host:port")

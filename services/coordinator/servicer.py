@@ -41,6 +41,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         """Ends the stream when the gateway ends its side, or sends what cannot be read."""
         try:
             async for request in requests:
+                if request.take_over:
+                    self._conductor.take_over()
                 self._requests.receive(gateway, request)
         finally:
             gateway.close()
@@ -53,7 +55,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def AddReplica(
         self, request: coordinator_pb2.AddReplicaRequest, context: Any
     ) -> coordinator_pb2.AddReplicaResponse:
-        self._administration.add(request)
+        self._administration.add(request, actor=context.peer())
         return coordinator_pb2.AddReplicaResponse()
 
     async def ProbeReplica(
@@ -64,17 +66,17 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def ChooseWeights(
         self, request: coordinator_pb2.ChooseWeightsRequest, context: Any
     ) -> coordinator_pb2.ChooseWeightsResponse:
-        self._administration.choose_weights(request)
+        self._administration.choose_weights(request, actor=context.peer())
         return coordinator_pb2.ChooseWeightsResponse()
 
     async def ChooseCut(
         self, request: coordinator_pb2.ChooseCutRequest, context: Any
     ) -> coordinator_pb2.ChooseCutResponse:
-        self._administration.choose_cut(request)
+        self._administration.choose_cut(request, actor=context.peer())
         return coordinator_pb2.ChooseCutResponse()
 
     async def DrainReplica(
         self, request: coordinator_pb2.DrainReplicaRequest, context: Any
     ) -> AsyncIterator[coordinator_pb2.DrainReplicaResponse]:
-        async for held in self._administration.drain(request):
+        async for held in self._administration.drain(request, actor=context.peer()):
             yield coordinator_pb2.DrainReplicaResponse(sequences=held)

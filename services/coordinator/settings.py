@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 
@@ -27,7 +28,10 @@ class CoordinatorSettings:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
+    audit: Path | None = None  # file of the audit log; None: none
     exit_with_parent: bool = False  # stop when standard input ends
+    certs: Path | None = None  # folder of its identity; None: everything in the clear
+    insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
         self._check_addresses()

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
-from core.errors import PenstockError, ProtocolViolation, Unavailable
+from core.errors import PenstockError, ProtocolViolation, Superseded, Unavailable
 from services.common.shortcut import Shortcut, enter, parse
 from services.common.statuses import error_from_rpc
 
@@ -64,7 +64,8 @@ class StageStream:
     async def run(self, order: stage_pb2.OpenPipeline) -> None:
         """Opens the stage and carries messages both ways until the stream breaks.
 
-        Never returns: raises what the stage answered, or Unavailable when it is gone.
+        Never returns: raises Superseded when another coordinator has the stage, else Unavailable
+        with what it answered.
         """
         call = self._stub.Control(wait_for_ready=True)
         try:
@@ -101,7 +102,10 @@ class StageStream:
                 else:
                     self._on_message(response)
         except grpc.RpcError as error:
-            raise self._lost(str(error_from_rpc(error))) from error
+            reason = error_from_rpc(error)
+            if isinstance(reason, Superseded):
+                raise Superseded(f"{self._name}: {reason}") from error
+            raise self._lost(str(reason)) from error
         raise self._lost("it ended its stream")
 
     async def _feel_pulse(self) -> None:
@@ -119,7 +123,7 @@ class StageStream:
     def _on_ready(self, message: stage_pb2.StageReady) -> None:
         if self.ready.done():
             raise ProtocolViolation(f"{self._name} became ready twice")
-        connection = enter(message.shortcut)
+        connection = enter(message.shortcut, message.shortcut_token)
         if connection is not None:
             self._shortcut = Shortcut(
                 connection, on_message=self._take, on_end=self._shortcut_ended.set_exception

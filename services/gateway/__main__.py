@@ -9,6 +9,10 @@ import typer
 
 from core.errors import PenstockError
 from core.tokens.tokenizer import load_tokenizer
+from core.weights.sealed.identity import read_seal_keys
+from services.common.credentials import load_credentials
+from services.common.data_folder import default_data_folder
+from services.common.identity import GATEWAY
 from services.common.logs import configure_logging
 from services.common.servers import exit_with, run_process
 from services.common.telemetry import start_telemetry
@@ -18,9 +22,12 @@ from services.gateway.settings import GatewaySettings
 
 async def serve(settings: GatewaySettings) -> None:
     """Runs a gateway until it is stopped; raises errors of ours when it cannot start."""
+    credentials = load_credentials(settings.certs, kind=GATEWAY)
     telemetry = start_telemetry("penstock-gateway", metrics_port=settings.metrics_port)
     try:
-        gateway = Gateway(settings, load_tokenizer(settings.model), telemetry)
+        keys = None if settings.sealer is None else read_seal_keys(settings.sealer)
+        tokenizer = load_tokenizer(settings.model, keys=keys)
+        gateway = Gateway(settings, tokenizer, telemetry, credentials=credentials)
         await gateway.start()
         await gateway.run()
     finally:
@@ -30,12 +37,28 @@ async def serve(settings: GatewaySettings) -> None:
 def main(
     coordinator: Annotated[str, typer.Option(help="host:port, then of those that stand by")],
     model: Annotated[Path, typer.Option(help="weight file or folder with the tokenizer")],
+    sealer: Annotated[
+        Path | None, typer.Option(help="public key of who has sealed the model, where it is sealed")
+    ] = None,
     listen: Annotated[str, typer.Option(help="host:port to serve on")] = "127.0.0.1:8001",
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     drain_s: Annotated[float, typer.Option(help="seconds open requests have at the end")] = 10.0,
     resume_limit_s: Annotated[
         float, typer.Option(help="seconds requests wait for a coordinator when theirs was lost")
     ] = 30.0,
+    certs: Annotated[
+        Path | None, typer.Option(help="folder of its identity, which `penstock certs` makes")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
+    ] = False,
+    require_keys: Annotated[
+        bool | None,
+        typer.Option(help="ask for API keys; by default if anybody beyond this machine can call"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of API keys and audit log; default: the user's")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[
         bool, typer.Option(help="stop when standard input is closed")
@@ -47,10 +70,15 @@ def main(
         settings = GatewaySettings(
             coordinators=tuple(address.strip() for address in coordinator.split(",")),
             model=model,
+            sealer=sealer,
             listen=listen,
             metrics_port=metrics_port,
             drain_s=drain_s,
             resume_limit_s=resume_limit_s,
+            certs=certs,
+            insecure=insecure,
+            require_keys=require_keys,
+            data_folder=data or default_data_folder(),
             exit_with_parent=exit_with_parent,
         )
     except PenstockError as error:

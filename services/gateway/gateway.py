@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from oip import grpc_service_pb2 as oip
 from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.tokens.tokenizer import Tokenizer
+from services.common.audit_trail import AuditTrail
+from services.common.credentials import Credentials
+from services.common.data_folder import AUDIT_NAME, STORE_NAME
 from services.common.health import HealthService, add_reflection
 from services.common.servers import bind, create_server, run_until_stopped
 from services.common.telemetry import Telemetry
+from services.gateway.access import Access, KeyAccess, OpenAccess
+from services.gateway.access_interceptor import AccessInterceptor, Refusals
 from services.gateway.coordinator_link import CoordinatorLink
 from services.gateway.generation import TextGenerator
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.key_ring import KeyRing
 from services.gateway.mesh_view import MeshView
 from services.gateway.open_requests import OpenRequests
 from services.gateway.servicer import GenerationServicer
@@ -30,9 +37,15 @@ class Gateway:
     """Serves until stopped. To be made inside a running event loop."""
 
     def __init__(
-        self, settings: GatewaySettings, tokenizer: Tokenizer, telemetry: Telemetry
+        self,
+        settings: GatewaySettings,
+        tokenizer: Tokenizer,
+        telemetry: Telemetry,
+        *,
+        credentials: Credentials | None = None,
     ) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._tokenizer = tokenizer
         self.health = HealthService()
         mesh = MeshView(
@@ -41,9 +54,16 @@ class Gateway:
             has_chat_template=tokenizer.has_chat_template,
         )
         self.requests = OpenRequests(resume_limit_s=settings.resume_limit_s)
-        self.link = CoordinatorLink(settings.coordinators, self.requests, on_mesh=mesh.update)
+        self.link = CoordinatorLink(
+            settings.coordinators, self.requests, on_mesh=mesh.update, credentials=credentials
+        )
         self._generator = TextGenerator(tokenizer, mesh, self.requests, telemetry)
-        self._server = create_server(telemetry, max_receive_bytes=settings.max_message_bytes)
+        self._trail = _audit_trail(settings)
+        self._server = create_server(
+            telemetry,
+            max_receive_bytes=settings.max_message_bytes,
+            interceptors=[AccessInterceptor(_access(settings), Refusals(self._trail))],
+        )
 
     async def start(self) -> int:
         """Starts serving and returns the port; raises InvalidInput. `run` does the rest."""
@@ -60,9 +80,16 @@ class Gateway:
             oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
         )
         add_reflection(self._server, services=services)
-        port = bind(self._server, self._settings.listen)
+        port = bind(
+            self._server,
+            self._settings.listen,
+            credentials=self._credentials,
+            is_public=True,
+            insecure=self._settings.insecure,
+        )
         await self._server.start()
-        facts = {"port": port, "coordinators": self._settings.coordinators}
+        facts: dict[str, Any] = {"port": port, "coordinators": self._settings.coordinators}
+        facts["requires_keys"] = self._settings.requires_keys
         _LOG.info("gateway listens", extra=facts)
         return port
 
@@ -93,3 +120,19 @@ class Gateway:
         """Cuts off what is still open and lets go of everything."""
         await self._server.stop(_WRITE_GRACE_S)
         self._tokenizer.close()
+        self._trail.close()
+
+
+def _audit_trail(settings: GatewaySettings) -> AuditTrail:
+    return AuditTrail(settings.data_folder / AUDIT_NAME if settings.requires_keys else None)
+
+
+def _access(settings: GatewaySettings) -> Access:
+    """Whom the gateway lets in; raises Unavailable where the keys cannot be read."""
+    if not settings.requires_keys:
+        return OpenAccess()
+    # Here, since it takes time and memory that a gateway without keys need not have.
+    from services.common.store import Store
+
+    store = Store(settings.data_folder / STORE_NAME)
+    return KeyAccess(KeyRing(store), salt_secret=store.salt_secret())

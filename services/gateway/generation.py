@@ -16,6 +16,7 @@ from core.errors import (
     DeadlineExceeded,
     Exhausted,
     InvalidInput,
+    NotFinite,
     NotFound,
     PenstockError,
     Unavailable,
@@ -24,11 +25,11 @@ from core.tokens.tokenizer import Tokenizer
 from services.common.durations import positive_duration, seconds
 from services.common.statuses import status_from_error
 from services.common.telemetry import Telemetry, traceparent_of
+from services.gateway.caller import Caller
 from services.gateway.completion import Completion
 from services.gateway.mesh_view import MeshView
 from services.gateway.open_request import OpenRequest
 from services.gateway.open_requests import OpenRequests
-from services.gateway.share import Share
 from services.gateway.validation import PreparedRequest, prepare
 
 _LOG = logging.getLogger(__name__)
@@ -64,44 +65,61 @@ class TextGenerator:
         """From now on every new request gets Unavailable; open ones go on."""
         self._refuses = True
 
+    def models(self, caller: Caller) -> list[generation_pb2.Model]:
+        """The models known that a caller may use, ready or not."""
+        return [model for model in self.mesh.models if caller.allows_model(model.name)]
+
+    def model(self, name: str, caller: Caller) -> generation_pb2.Model:
+        """The model of that name; raises NotFound, Unavailable, and PermissionDenied."""
+        if name:  # who may not use a model need not learn which ones there are
+            caller.check_model(name)
+        model = self.mesh.model(name)
+        caller.check_model(model.name)
+        return model
+
     async def generate(
         self,
         request: generation_pb2.GenerateRequest,
         *,
         timeout_s: float | None,
-        share: Share,
+        caller: Caller,
         parent: Context | None = None,
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
         """Checks, submits and streams; the last response has `finish_reason` and `usage`.
 
         Ending the iteration early cancels the request at the coordinator. `parent` is the
         span's parent where that is not the current span. Raises errors of ours.
+        Counts against the caller's quota until the iteration ends.
         """
         record = _Record(self, parent)
         try:
             if self._refuses:
                 raise Unavailable("the gateway is shutting down")
-            model = self.mesh.model(request.model)
+            await caller.check_key()
+            model = self.model(request.model, caller)
             record.model = model.name
-            prepared = await prepare(request, model, self.tokenizer)
-            record.describe(prepared)
-            completion = Completion(prepared, self.tokenizer)
-            submission = _submission(prepared, timeout_s, share, record.span)
-            submitted = self._requests.submit(submission)
-            try:
-                response = await _next_response(submitted, completion, record)
-                while not response.finish_reason:
-                    if response.token_ids:
-                        yield response
+            with caller.quota.request() as taken:
+                prepared = await prepare(request, model, self.tokenizer, limits=caller.limits)
+                record.describe(prepared)
+                completion = Completion(prepared, self.tokenizer)
+                taken.reserve(len(prepared.token_ids), max_tokens=prepared.sampling.max_tokens)
+                submission = _submission(prepared, timeout_s, caller, record.span)
+                submitted = self._requests.submit(submission)
+                try:
                     response = await _next_response(submitted, completion, record)
-                if not submitted.ended:  # a stop string ended it here
-                    await self._cancel_and_await_usage(submitted, completion)
-                completion.finish(response)
-                record.outcome = _REASON_LABELS[response.finish_reason]
-                record.log(submitted.request_id)
-                yield response
-            finally:
-                submitted.cancel()
+                    while not response.finish_reason:
+                        if response.token_ids:
+                            yield response
+                        response = await _next_response(submitted, completion, record)
+                    if not submitted.ended:  # a stop string ended it here
+                        await self._cancel_and_await_usage(submitted, completion)
+                    completion.finish(response)
+                    record.outcome = _REASON_LABELS[response.finish_reason]
+                    record.log(submitted.request_id)
+                    yield response
+                finally:
+                    submitted.cancel()
+                    taken.num_output_tokens = completion.num_tokens
         except PenstockError as error:
             record.outcome = status_from_error(error).code.name.lower()
             raise
@@ -216,14 +234,15 @@ class _Record:
 
 
 def _submission(
-    prepared: PreparedRequest, timeout_s: float | None, share: Share, span: Span
+    prepared: PreparedRequest, timeout_s: float | None, caller: Caller, span: Span
 ) -> coordinator_pb2.Submission:
     submission = coordinator_pb2.Submission(
         token_ids=prepared.token_ids,
         sampling=prepared.sampling,
         traceparent=traceparent_of(span),
-        tenant=share.tenant,
-        priority=share.priority,
+        cache_salt=caller.cache_salt,
+        tenant=caller.share.tenant,
+        priority=caller.share.priority,
     )
     if timeout_s is not None:
         submission.timeout.CopyFrom(positive_duration(timeout_s))
@@ -247,4 +266,6 @@ def _raise_refusal(update: coordinator_pb2.RequestUpdate) -> None:
             raise Exhausted(refusal.message, retry_after_s=delay_s)
         case 14:
             raise Unavailable(refusal.message, retry_after_s=delay_s)
+        case 15:
+            raise NotFinite(refusal.message)
     raise PenstockError(refusal.message or "the mesh failed")

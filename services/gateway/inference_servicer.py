@@ -13,11 +13,11 @@ from oip import grpc_service_pb2 as oip
 from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2
 
-from core.errors import NotFound, PenstockError
+from core.errors import NotFound, PenstockError, shown
 from services.common.telemetry import context_from
 from services.gateway import inference_tensors as tensors
+from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
-from services.gateway.share import share_from
 
 # Requests of one stream that are worked on at a time; further ones wait in HTTP/2's window.
 MAX_REQUESTS_A_STREAM = 64
@@ -45,7 +45,9 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: oip.ModelReadyRequest, context: grpc.aio.ServicerContext
     ) -> oip.ModelReadyResponse:
-        known = any(model.name == request.name for model in self._generator.mesh.models)
+        caller = current_caller()
+        caller.check_model(request.name)
+        known = any(model.name == request.name for model in self._generator.models(caller))
         ready = known and request.version in ("", _VERSION) and self._generator.mesh.is_ready
         return oip.ModelReadyResponse(ready=ready)
 
@@ -71,9 +73,9 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         inference = self._read(request)
         texts = [] if inference.excludes_input else [inference.request.prompt]
         last = generation_pb2.GenerateResponse()
-        timeout_s = context.time_remaining()
-        share = share_from(context.invocation_metadata())
-        generated = self._generator.generate(inference.request, timeout_s=timeout_s, share=share)
+        generated = self._generator.generate(
+            inference.request, timeout_s=context.time_remaining(), caller=current_caller()
+        )
         async with aclosing(generated):
             async for last in generated:
                 texts.append(last.text)
@@ -109,7 +111,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             generated = self._generator.generate(
                 inference.request,
                 timeout_s=answering.context.time_remaining(),
-                share=answering.share,
+                caller=current_caller(),
                 parent=answering.parent,
             )
             async with aclosing(generated):
@@ -149,12 +151,12 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         return tensors.read_request(request)
 
     def _model(self, name: str, asked_version: str) -> generation_pb2.Model:
-        model = self._generator.mesh.model(name)
+        model = self._generator.model(name, current_caller())
         if not name:
             message = f"the request names no model; served: {model.name!r}"
             raise NotFound(message, field="model_name")
         if asked_version not in ("", _VERSION):
-            message = f"{name!r} has no version {asked_version!r}; served: {_VERSION!r}"
+            message = f"{name!r} has no version {shown(asked_version)}; served: {_VERSION!r}"
             raise NotFound(message, field="model_version")
         return model
 
@@ -186,7 +188,6 @@ class _StreamAnswering:
     def __init__(self, context: Any) -> None:
         self.context = context
         self.parent = context_from(_traceparent(context))
-        self.share = share_from(context.invocation_metadata())
         self.places = asyncio.Semaphore(MAX_REQUESTS_A_STREAM)
         self._writing = asyncio.Lock()
 

@@ -173,7 +173,9 @@ def _read_sampling(text: str, sampling: generation_pb2.SamplingParameters) -> No
     fields = generation_pb2.SamplingParameters.DESCRIPTOR.fields_by_name
     for name, value in content.items():
         if name not in fields:
-            raise InvalidInput(f"sampling_parameters.{name}", value, f"one of {', '.join(fields)}")
+            # JSON can write half of a surrogate pair, which no message can carry.
+            shown = ascii(name)[1:-1]
+            raise InvalidInput(f"sampling_parameters.{shown}", value, f"one of {', '.join(fields)}")
         _read_field(name, value, sampling)
 
 

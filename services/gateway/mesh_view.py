@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from penstock.v1 import coordinator_pb2, generation_pb2
 
-from core.errors import NotFound, Unavailable
+from core.errors import NotFound, Unavailable, shown
 from services.common.health import HealthService
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class MeshView:
         if self._model is None:
             raise Unavailable("the mesh is still starting", retry_after_s=_STARTING_RETRY_S)
         if name not in ("", self._model.name):
-            message = f"there is no model {name!r}; served: {self._model.name!r}"
+            message = f"there is no model {shown(name)}; served: {self._model.name!r}"
             raise NotFound(message, field="model")
         return self._model
 

@@ -8,8 +8,8 @@ import grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
 
 from core.errors import InvalidInput
+from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
-from services.gateway.share import share_from
 from services.gateway.validation import check_token_ids, set_fields, tokenise
 
 
@@ -22,18 +22,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
-        share = share_from(context.invocation_metadata())
-        return self._generator.generate(request, timeout_s=context.time_remaining(), share=share)
+        timeout_s = context.time_remaining()
+        return self._generator.generate(request, timeout_s=timeout_s, caller=current_caller())
 
     async def ListModels(
         self, request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.ListModelsResponse:
-        return generation_pb2.ListModelsResponse(models=self._generator.mesh.models)
+        models = self._generator.models(current_caller())
+        return generation_pb2.ListModelsResponse(models=models)
 
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.TokenizeResponse:
-        model = self._generator.mesh.model(request.model)
+        model = self._generator.model(request.model, current_caller())
         if bool(request.prompt) == bool(request.messages):
             given = [name for name in ("prompt", "messages") if getattr(request, name)]
             raise InvalidInput("prompt", set_fields(given), "exactly one of prompt and messages")
@@ -48,7 +49,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
-        model = self._generator.mesh.model(request.model)
+        model = self._generator.model(request.model, current_caller())
         token_ids = list(request.token_ids)
         check_token_ids(token_ids, vocab_size=model.vocab_size)
         text = self._generator.tokenizer.decode(

@@ -13,6 +13,7 @@ from penstock.v1 import generation_pb2
 from core.errors import InvalidInput
 from core.tokens.chat_template import ChatMessage
 from core.tokens.tokenizer import Tokenizer
+from services.common.keys import KeyLimits
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
@@ -59,27 +60,35 @@ class PreparedRequest:
 
 
 async def prepare(
-    request: generation_pb2.GenerateRequest, model: generation_pb2.Model, tokenizer: Tokenizer
+    request: generation_pb2.GenerateRequest,
+    model: generation_pb2.Model,
+    tokenizer: Tokenizer,
+    *,
+    limits: KeyLimits,
 ) -> PreparedRequest:
-    """Checks and tokenises a request for `model`; raises InvalidInput."""
+    """Checks and tokenises a request for `model`; raises InvalidInput.
+
+    Where a request asks for more than its key's `limits`, too; a default follows them.
+    """
     check_sampling(request.sampling, vocab_size=model.vocab_size)
     field = _only_input(request)
+    limit = model.context_length  # of the prompt and one token
+    if limits.max_prompt_tokens is not None:
+        limit = min(limit, limits.max_prompt_tokens + 1)
     if field == "token_ids":
         token_ids = list(request.token_ids)
         check_token_ids(token_ids, vocab_size=model.vocab_size)
     else:
-        limit = model.context_length
         token_ids = await tokenise(
             request.prompt, request.messages, tokenizer, context_length=limit
         )
+    if not 1 <= len(token_ids) < limit:
+        raise InvalidInput(field, f"{len(token_ids)} tokens", f"1 to {limit - 1} tokens")
     num_free = model.context_length - len(token_ids)
-    if not token_ids or num_free < 1:
-        allowed = f"1 to {model.context_length - 1} tokens"
-        raise InvalidInput(field, f"{len(token_ids)} tokens", allowed)
     return PreparedRequest(
         model=model,
         token_ids=token_ids,
-        sampling=_resolved(request.sampling, num_free=num_free),
+        sampling=_resolved(request.sampling, num_free=num_free, limits=limits),
         stops=tuple(request.sampling.stop),
         continues_text=field == "prompt",
     )
@@ -163,14 +172,20 @@ def _check_stops(sampling: generation_pb2.SamplingParameters, *, vocab_size: int
 
 
 def _resolved(
-    sampling: generation_pb2.SamplingParameters, *, num_free: int
+    sampling: generation_pb2.SamplingParameters, *, num_free: int, limits: KeyLimits
 ) -> generation_pb2.SamplingParameters:
+    most = num_free
+    if limits.max_output_tokens is not None:
+        most = min(most, limits.max_output_tokens)
+    if most < num_free and sampling.max_tokens > most:
+        allowed = f"1 to {most}, the most that this key allows"
+        raise InvalidInput("sampling.max_tokens", sampling.max_tokens, allowed)
     if sampling.max_tokens > num_free:
         allowed = f"1 to {num_free}, the room that the prompt leaves in the context"
         raise InvalidInput("sampling.max_tokens", sampling.max_tokens, allowed)
     resolved = generation_pb2.SamplingParameters()
     resolved.CopyFrom(_DEFAULTS)
-    resolved.max_tokens = min(DEFAULT_MAX_TOKENS, num_free)
+    resolved.max_tokens = min(DEFAULT_MAX_TOKENS, most)
     resolved.seed = secrets.randbits(64)
     resolved.MergeFrom(sampling)
     resolved.ClearField("stop")

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
+from core.weights.sealed.sealing import OWNER
+from services.common.data_folder import AUDIT_NAME
+from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.local.process import ProcessCommand
+from services.local.seal_keys import private_key, public_key, stage_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +59,20 @@ class MeshLayout:
     max_rows: int
     speculation: int
     drain_s: int
+    require_keys: bool
+    data_folder: str  # of API keys and audit log
     stages: tuple[StageLayout, ...]
     coordinator_address: str
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    shortcuts: bool = True
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
+    # Digests that stages hold the model to; "": none.
+    manifest: str = ""
+    rehash_minutes: float = 10.0
 
     def commands(self) -> tuple[ProcessCommand, ...]:
         """What to run: the stages, the coordinator, the gateway; ended the other way round."""
@@ -68,6 +82,10 @@ class MeshLayout:
             for one in stage.replicas
         )
         return (*stages, self.coordinator_command(), self.gateway_command())
+
+    @property
+    def audit_path(self) -> Path:
+        return Path(self.data_folder) / AUDIT_NAME
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -90,7 +108,7 @@ class MeshLayout:
             kept = tuple(one for one in stage.replicas if one.address != address)
             if len(kept) < len(stage.replicas):
                 return self._with_replicas(index, kept)
-        raise NotFound(f"no replica listens at {address!r}", field="address")
+        raise NotFound(f"no replica listens at {shown(address)}", field="address")
 
     def stage(self, stage_index: int) -> StageLayout:
         """Raises InvalidInput where there is none."""
@@ -116,6 +134,10 @@ class MeshLayout:
         stages[stage_index] = replace(stages[stage_index], replicas=replicas)
         return replace(self, stages=tuple(stages))
 
+    def _identity(self, role: str) -> dict[str, str]:
+        """The option for a process of this role."""
+        return {"--certs": str(Path(self.certs) / name_of(role))} if self.certs else {}
+
     def stage_command(self, index: int, one: ReplicaLayout) -> ProcessCommand:
         """Runs a replica."""
         return _command(
@@ -134,7 +156,13 @@ class MeshLayout:
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
-            },
+                "--rehash-minutes": str(self.rehash_minutes),
+                **self._opening(index),
+                # Others than the mesh's weights have another manifest.
+                **({"--manifest": self.manifest} if self.manifest and not one.model_path else {}),
+            }
+            | self._identity(stage_role(index)),
+            flags=() if self.shortcuts else ("--no-shortcuts",),
         )
 
     def coordinator_command(self) -> ProcessCommand:
@@ -152,7 +180,9 @@ class MeshLayout:
                 "--spares": ",".join(spares),
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
-            },
+                "--audit": str(self.audit_path),
+            }
+            | self._identity(COORDINATOR),
             flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
         )
 
@@ -168,8 +198,23 @@ class MeshLayout:
                 "--coordinator": self.coordinator_address,
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
-            },
+                "--data": self.data_folder,
+            }
+            | self._identity(GATEWAY)
+            | self._sealer(),
+            flags=("--require-keys" if self.require_keys else "--no-require-keys",),
         )
+
+    def _opening(self, stage_index: int) -> dict[str, str]:
+        """What a stage opens a sealed model with."""
+        if not self.keys:
+            return {}
+        identity = private_key(Path(self.keys), stage_name(stage_index))
+        return {"--identity-key": str(identity)} | self._sealer()
+
+    def _sealer(self) -> dict[str, str]:
+        """Whose sealed model is believed."""
+        return {"--sealer": str(public_key(Path(self.keys), OWNER))} if self.keys else {}
 
 
 def replica_name(stage_index: int, number: int) -> str:

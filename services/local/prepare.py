@@ -14,9 +14,13 @@ from core.models.registry import load_config
 from core.pipeline.costs import ModelCosts
 from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import SealKeys
+from services.common.data_folder import default_data_folder
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
+from services.local.identities import settle_identities
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
+from services.local.manifests import catalogue_manifest
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
     MemoryNeeds,
@@ -26,6 +30,7 @@ from services.local.memory import (
 from services.local.number_format import choose_number_format
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import HOST, free_ports, require_free
+from services.local.seal_keys import follow_seal, seal_keys
 from services.local.settings import MeshSettings
 
 # What is in flight when a mesh is told to stop has this long to end.
@@ -40,12 +45,15 @@ class _Ports(NamedTuple):
 def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayout:
     """Finds or fetches the model, cuts it, sizes the KV cache and chooses ports.
 
-    Raises NotFound (model), InvalidInput (an option, a port), PlanImpossible (the cut, the
-    memory), CorruptWeights, Unavailable or Exhausted (the fetch).
+    Raises NotFound (model, certificates), InvalidInput (an option, a port), PlanImpossible (the
+    cut, the memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
+    settings = follow_seal(settings)
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
-    model = read_model(path, dtype=_chosen_dtype(settings))
+    manifest = settings.manifest or catalogue_manifest(settings.model, path)
+    keys = seal_keys(path, settings.keys)
+    model = read_model(path, dtype=_chosen_dtype(settings), keys=keys)
     plan = plan_stages(
         model.config,
         number_format=model.number_format,
@@ -65,11 +73,18 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         max_rows=settings.max_rows,
         speculation=settings.speculation,
         drain_s=DRAIN_S,
+        require_keys=settings.require_keys,
+        data_folder=str(default_data_folder()),
         stages=_stages(settings, plan, ports),
         coordinator_address=f"{HOST}:{ports.listen[-2]}",
         coordinator_metrics_port=ports.metrics[-2],
         gateway_address=f"{HOST}:{ports.listen[-1]}",
         gateway_metrics_port=ports.metrics[-1],
+        shortcuts=settings.shortcuts,
+        certs=settle_identities(settings),
+        keys="" if keys is None else str(settings.keys.absolute()),
+        rehash_minutes=settings.rehash_minutes,
+        manifest="" if manifest is None else str(manifest.absolute()),
     )
 
 
@@ -108,9 +123,10 @@ class ModelFacts(NamedTuple):
     number_format: str
 
 
-def read_model(path: Path, *, dtype: str) -> ModelFacts:
-    """What the headers of a model's file say; raises CorruptWeights."""
-    checkpoint = open_checkpoint(path)
+def read_model(path: Path, *, dtype: str, keys: SealKeys | None = None) -> ModelFacts:
+    """What the headers of a model's file say; raises CorruptWeights. `keys` are those of a sealed
+    one."""
+    checkpoint = open_checkpoint(path, keys=keys)
     try:
         config = load_config(checkpoint)
         return ModelFacts(config, choose_number_format(dtype, checkpoint, config))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import grpc
@@ -14,6 +13,8 @@ from penstock.v1 import coordinator_pb2
 from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
 from services.common.channels import open_channel
+from services.common.credentials import Credentials
+from services.common.identity import COORDINATOR, GATEWAY
 from services.local.layout import replica_name
 
 POLL_INTERVAL_S = 0.1
@@ -43,6 +44,7 @@ async def wait_until_ready(
     gateway: str,
     coordinator: str,
     *,
+    credentials: Credentials | None,
     report: Callable[[list[StageProgress]], None],
     is_compiling: Callable[[str], bool],
 ) -> None:
@@ -53,7 +55,10 @@ async def wait_until_ready(
     `is_compiling` says whether a process that is not ready compiles its kernels.
     """
     seen: list[StageProgress] = []
-    async with _channel(coordinator) as inner, _channel(gateway) as outer:
+    async with (
+        open_channel(coordinator, credentials=credentials, role=COORDINATOR) as inner,
+        open_channel(gateway, credentials=credentials, role=GATEWAY) as outer,
+    ):
         while True:
             now = [
                 stage if stage.ready else replace(stage, compiling=is_compiling(stage.name))
@@ -65,15 +70,6 @@ async def wait_until_ready(
             if all(stage.ready for stage in now) and await _is_serving(outer):
                 return
             await asyncio.sleep(POLL_INTERVAL_S)
-
-
-@asynccontextmanager
-async def _channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    channel = open_channel(address)
-    try:
-        yield channel
-    finally:
-        await channel.close()
 
 
 async def _ask_stages(channel: grpc.aio.Channel) -> list[StageProgress]:

@@ -34,7 +34,7 @@ class Recut:
 
 def plan_recut(layout: MeshLayout, split: str, *, taken_names: Collection[str]) -> Recut:
     """A new stage has as many processes, and of these as many spares, as the old one that holds its
-    first layer.
+    first layer. Where certificates name the stages, one that would become another stage is new.
 
     Raises InvalidInput where `split` is no cut of the model, PlanImpossible where the layers of a
     stage come from several models.
@@ -46,6 +46,8 @@ def plan_recut(layout: MeshLayout, split: str, *, taken_names: Collection[str]) 
     new: list[NewReplica] = []
     for index, one in enumerate(slices):
         kept = of_layers.get(f"{one.first_layer}:{one.end_layer}")
+        if layout.certs and kept not in layout.stages[index : index + 1]:
+            kept = None
         stage = kept or _new_stage(layout, one, index, names)
         stages.append(stage)
         if kept is None:

@@ -31,6 +31,7 @@ from services.local.running_mesh import (
     running_mesh,
     watch_trial,
 )
+from services.local.seal_keys import seal_keys
 from services.local.waiting import first_of
 
 
@@ -49,7 +50,9 @@ def choose_split(record: MeshRecord, *, split: str | None, num_stages: int | Non
     PlanImpossible."""
     if (split is None) == (num_stages is None):
         raise InvalidInput("split", split, "layers of the stages, or else a number of stages")
-    model = read_model(Path(record.model_path), dtype=record.number_format)
+    path = Path(record.model_path)
+    keys = seal_keys(path, Path(record.keys))
+    model = read_model(path, dtype=record.number_format, keys=keys)
     plan = plan_stages(
         model.config,
         number_format=model.number_format,
@@ -60,16 +63,23 @@ def choose_split(record: MeshRecord, *, split: str | None, num_stages: int | Non
 
 
 async def repartition(
-    change: Repartition, *, record: MeshRecord, socket_path: Path, say: Callable[[str], None]
+    change: Repartition,
+    *,
+    record: MeshRecord,
+    socket_path: Path,
+    key: str | None,
+    say: Callable[[str], None],
 ) -> None:
     """Returns when the mesh has the new cut alone; `say` is told each step.
+
+    `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
 
     Raises InvalidInput (no other cut of the model), PlanImpossible (both cuts do not fit at once,
     or a stage would have weights of several models), Exhausted (another one is under way),
     Unavailable (a new process ended, did not fit or answered otherwise than the old ones; the mesh
     cannot be reached). Up to the line that new sequences take the new cut, all is then as it was.
     """
-    async with running_mesh(record, socket_path=socket_path, say=say) as mesh:
+    async with running_mesh(record, socket_path=socket_path, key=key, say=say) as mesh:
         await Mover(change, mesh).run()
 
 

@@ -13,12 +13,15 @@ from services.local.layout import MeshLayout
 from services.local.memory import FurtherNeeds, check_further, packing_bytes
 from services.local.partition import model_costs, stage_block_bytes
 from services.local.prepare import read_model
+from services.local.seal_keys import seal_keys
 
 
 def check_room(slices: Sequence[StageSlice], layout: MeshLayout) -> None:
     """Raises PlanImpossible, with the numbers, unless a process for each slice of the mesh's model
     fits into the memory that is free now."""
-    config, number_format = read_model(Path(layout.model_path), dtype=layout.number_format)
+    path = Path(layout.model_path)
+    keys = seal_keys(path, Path(layout.keys))
+    config, number_format = read_model(path, dtype=layout.number_format, keys=keys)
     costs = model_costs(config, number_format=number_format)
     check_further(
         FurtherNeeds(

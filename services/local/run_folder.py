@@ -43,7 +43,10 @@ class MeshRecord:
     number_format: str
     gateway: str
     coordinator: str
+    certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
+    # Folder with the keys of a sealed model; "": it is not sealed.
+    keys: str = ""
 
     @property
     def supervisor(self) -> ProcessRecord:

@@ -18,7 +18,10 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from core.errors import Unavailable
 from services.common.channels import open_channel
+from services.common.identity import COORDINATOR, GATEWAY, OPERATOR, SUPERVISOR
+from services.common.keys import as_metadata
 from services.common.statuses import error_from_rpc
+from services.local.identities import credentials_for
 from services.local.run_folder import MeshRecord
 
 CALL_TIMEOUT_S = 10.0
@@ -39,13 +42,20 @@ class RunningMesh:
     """The services of a mesh. Calls raise what gRPC raises, unless they say otherwise."""
 
     def __init__(
-        self, *, coordinator: Any, supervisor: Any, gateway: Any, say: Callable[[str], None]
+        self,
+        *,
+        coordinator: Any,
+        supervisor: Any,
+        gateway: Any,
+        key: str | None,
+        say: Callable[[str], None],
     ) -> None:
-        """The services are stubs; `say` is told each step."""
+        """The services are stubs; `key` is for the gateway; `say` is told each step."""
         self.coordinator = coordinator
         self.supervisor = supervisor
         self.say = say
         self._gateway = gateway
+        self._metadata = as_metadata(key)
 
     async def describe(self) -> pb.GetMeshResponse:
         """The mesh as it is now."""
@@ -56,7 +66,9 @@ class RunningMesh:
 
     async def probe_prompt(self) -> Sequence[int]:
         request = generation_pb2.TokenizeRequest(prompt=PROBE_PROMPT)
-        answer = await self._gateway.Tokenize(request, timeout=CALL_TIMEOUT_S)
+        answer = await self._gateway.Tokenize(
+            request, timeout=CALL_TIMEOUT_S, metadata=self._metadata
+        )
         return list(answer.token_ids)
 
     async def until_ready(self, addresses: Collection[str]) -> list[State]:
@@ -125,18 +137,24 @@ class RunningMesh:
 
 @asynccontextmanager
 async def running_mesh(
-    record: MeshRecord, *, socket_path: Path, say: Callable[[str], None]
+    record: MeshRecord, *, socket_path: Path, key: str | None, say: Callable[[str], None]
 ) -> AsyncIterator[RunningMesh]:
-    """Connects with a mesh; what gRPC raises within becomes an error of ours."""
+    """Connects with a mesh; what gRPC raises within becomes an error of ours.
+
+    `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
+    """
+    credentials = credentials_for(record.certs, OPERATOR)
     async with AsyncExitStack() as stack:
 
-        async def channel(address: str) -> grpc.aio.Channel:
-            return await stack.enter_async_context(open_channel(address))
+        async def channel(address: str, role: str) -> grpc.aio.Channel:
+            opened = open_channel(address, credentials=credentials, role=role)
+            return await stack.enter_async_context(opened)
 
         mesh = RunningMesh(
-            coordinator=CoordinatorServiceStub(await channel(record.coordinator)),
-            supervisor=SupervisorServiceStub(await channel(f"unix:{socket_path}")),
-            gateway=GenerationServiceStub(await channel(record.gateway)),
+            coordinator=CoordinatorServiceStub(await channel(record.coordinator, COORDINATOR)),
+            supervisor=SupervisorServiceStub(await channel(f"unix:{socket_path}", SUPERVISOR)),
+            gateway=GenerationServiceStub(await channel(record.gateway, GATEWAY)),
+            key=key,
             say=say,
         )
         try:

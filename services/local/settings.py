@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from core.errors import InvalidInput
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.number_format import NUMBER_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def default_keys_folder() -> Path:
+    """$XDG_CONFIG_HOME/penstock/seal-keys, or ~/.config/penstock/seal-keys."""
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(config).expanduser() / "penstock" / "seal-keys"
+
 
 _UNITS = {"": 1}
 _UNITS |= {letter: 1000**power for power, letter in enumerate("kmgt", start=1)}
@@ -37,10 +46,18 @@ class MeshSettings:
     device: str = "cpu"
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
+    # Folder with the keys of sealed models.
+    keys: Path = field(default_factory=default_keys_folder)
+    # Digests of the model's bytes, for stages to check; None: those of the catalogue, if any.
+    manifest: Path | None = None
+    # How often stages hash their weights in memory again; 0: never.
+    rehash_minutes: float = 10.0
     # KV cache of all stages together; None: a share of the memory that is free.
     kv_memory_bytes: int | None = None
     # Whether prompts that begin alike are computed once, as far as they do.
     prefix_cache: bool = True
+    # Whether requests need an API key.
+    require_keys: bool = False
     # Where the gateway listens; 0: any free port.
     grpc_port: int = 8001
     # Of the gateway's metrics, the coordinator's and the stages' follow; 0: any free ports.
@@ -51,6 +68,12 @@ class MeshSettings:
     speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
+    # Whether what stages on this machine say to each other may go beside gRPC.
+    shortcuts: bool = True
+    # Folder of the identities with which the processes know each other; None: all in the clear.
+    certs: Path | None = None
+    # Whether they are made there first, in place of those there may be.
+    makes_certs: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):
@@ -59,6 +82,8 @@ class MeshSettings:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if self.speculation < 0:
             raise InvalidInput("speculation", self.speculation, "0 or more")
+        if not 0 <= self.rehash_minutes < math.inf:
+            raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
         for stage_index, factor in self.slow_down.items():

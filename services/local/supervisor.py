@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from core.errors import Exhausted, NotFound
+from core.errors import Exhausted, InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
+from services.common.audit import AuditLog, Detail, this_user
+from services.common.identity import SUPERVISOR
+from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
@@ -20,6 +24,7 @@ from services.local.run_folder import MeshRecord, RunFolder, record_process
 from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
 
+_LONGEST_PATH_BYTES = 4096
 CheckRoom = Callable[[Sequence[StageSlice], MeshLayout], None]
 
 
@@ -48,13 +53,15 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     """
     with run_folder.claim():
         stop = stop_on_signals()
+        credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
-        async with mesh.running():
+        async with _audited(layout), mesh.running():
             supervisor.write_record()
             starting = wait_until_ready(
                 layout.gateway_address,
                 layout.coordinator_address,
+                credentials=credentials,
                 report=listener.progress,
                 is_compiling=mesh.is_compiling,
             )
@@ -62,10 +69,28 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
             if not stop.is_set():
                 await first_of(
                     mesh.keep_alive(restarted=supervisor.write_record),
-                    serve_supervisor(supervisor, run_folder.socket_path, say=listener.say),
+                    serve_supervisor(
+                        supervisor,
+                        run_folder.socket_path,
+                        credentials=credentials,
+                        say=listener.say,
+                    ),
                     _serve(listener),
                     _wait(stop),
                 )
+
+
+@asynccontextmanager
+async def _audited(layout: MeshLayout) -> AsyncIterator[None]:
+    """Records the beginning and the end of a mesh."""
+    log, actor = AuditLog(layout.audit_path), this_user()
+    facts: dict[str, Detail] = {"model": layout.model_name, "gateway": layout.gateway_address}
+    settings: dict[str, Detail] = {"stages": len(layout.stages), "keys": layout.require_keys}
+    await asyncio.to_thread(log.record, "mesh started", actor, **facts, **settings)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(log.record, "mesh stopped", actor, **facts)
 
 
 class Supervisor:
@@ -91,8 +116,11 @@ class Supervisor:
     async def try_replica(
         self, stage_index: int, *, model_path: str, is_spare: bool
     ) -> MeshProcess:
-        """Starts one more replica; raises InvalidInput where there is no such stage, PlanImpossible
-        where there is no room for it."""
+        """Starts one more replica; raises InvalidInput where there is no such stage, or where the
+        path could be no argument of a process, PlanImpossible where there is no room for it."""
+        if "\0" in model_path or len(model_path.encode()) > _LONGEST_PATH_BYTES:
+            allowed = f"a path of at most {_LONGEST_PATH_BYTES} bytes"
+            raise InvalidInput("model_path", model_path, allowed)
         stage = self._layout.stage(stage_index)
         self._check_room([self._layout.slice_of(stage)], self._layout)
         listen, metrics = free_ports(2)
@@ -113,7 +141,7 @@ class Supervisor:
     def keep_replica(self, address: str) -> None:
         """Makes a replica on trial a part of the mesh; raises NotFound where none listens there."""
         if address not in self._on_trial:
-            raise NotFound(f"no replica on trial listens at {address!r}", field="address")
+            raise NotFound(f"no replica on trial listens at {shown(address)}", field="address")
         stage_index, replica, process = self._on_trial.pop(address)
         self._layout = self._layout.with_replica(stage_index, replica)
         self.mesh.change(self._layout.coordinator_command())
@@ -196,6 +224,8 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                certs=layout.certs,
+                keys=layout.keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from penstock.v1 import local_pb2, local_pb2_grpc
 
 from core.errors import Unavailable
-from services.common.servers import create_server
+from services.common.credentials import Credentials
+from services.common.servers import add_port, create_server
 from services.common.telemetry import start_telemetry
 from services.local.process import MeshProcess
 
@@ -19,15 +20,19 @@ if TYPE_CHECKING:
 
 
 async def serve_supervisor(
-    supervisor: Supervisor, path: Path, *, say: Callable[[str], None]
+    supervisor: Supervisor,
+    path: Path,
+    *,
+    credentials: Credentials | None = None,
+    say: Callable[[str], None],
 ) -> None:
     """Serves at `path` until cancelled. Where the path is too long for a socket it says so: then
     the mesh serves, and cannot be changed."""
     telemetry = start_telemetry("penstock-supervisor", metrics_port=None)
-    server = create_server(telemetry)
+    server = create_server(telemetry, credentials=credentials)
     local_pb2_grpc.add_SupervisorServiceServicer_to_server(SupervisorServicer(supervisor), server)
     try:
-        server.add_insecure_port(f"unix:{path}")
+        add_port(server, f"unix:{path}", credentials=credentials)
         await server.start()
     except RuntimeError as error:
         say(f"this mesh cannot be updated while it runs: {error}")

@@ -17,6 +17,7 @@ from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import local_pb2
 
 from core.errors import InvalidInput
+from core.weights.sealed.opening import is_sealed
 from services.common.statuses import error_from_rpc
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
@@ -27,6 +28,7 @@ from services.local.running_mesh import (
     running_mesh,
     watch_trial,
 )
+from services.local.seal_keys import seal_keys
 from services.local.waiting import first_of
 
 
@@ -39,23 +41,34 @@ class Update:
 
 
 async def update_stage(
-    update: Update, *, record: MeshRecord, socket_path: Path, say: Callable[[str], None]
+    update: Update,
+    *,
+    record: MeshRecord,
+    socket_path: Path,
+    key: str | None,
+    say: Callable[[str], None],
 ) -> None:
     """Returns when all replicas of the stage have the new weights; `say` is told each step.
+
+    `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
 
     Raises InvalidInput (another model's weights, no such stage), PlanImpossible (no room for a
     further process), Unavailable (a new process ended, did not fit or failed its probe; the mesh
     cannot be reached). Then the mesh is as it was, but for replicas that have changed already.
     """
     check_shapes(update.model_path, record)
-    async with running_mesh(record, socket_path=socket_path, say=say) as mesh:
+    async with running_mesh(record, socket_path=socket_path, key=key, say=say) as mesh:
         await Updater(update, mesh).run()
 
 
 def check_shapes(model_path: Path, record: MeshRecord) -> None:
-    """Raises InvalidInput unless both models have the same sizes."""
-    old = read_model(Path(record.model_path), dtype=record.number_format)
-    new = read_model(model_path, dtype=record.number_format)
+    """Raises InvalidInput unless both models have the same sizes, and are sealed or not."""
+    old, new = (
+        read_model(path, dtype=record.number_format, keys=seal_keys(path, Path(record.keys)))
+        for path in (Path(record.model_path), model_path)
+    )
+    if bool(record.keys) != is_sealed(model_path):
+        raise InvalidInput("model", str(model_path), "sealed if the mesh's model is, and only then")
     if new.config != old.config:
         allowed = f"weights of the same shapes as {record.model_path}"
         raise InvalidInput("model", str(model_path), allowed)

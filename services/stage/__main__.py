@@ -10,13 +10,14 @@ import typer
 from core.errors import PenstockError
 from services.common.logs import configure_logging
 from services.common.servers import exit_with, run_process
+from services.stage.dumps import forbid_dumps
 from services.stage.process import run_stage
 from services.stage.settings import StageSettings, parse_layers
 
 
 def stage(
     *,
-    model: Annotated[Path, typer.Option(help="GGUF file, Hugging Face folder or llama2.c file")],
+    model: Annotated[Path, typer.Option(help="Weight file, or folder, maybe sealed")],
     name: Annotated[str, typer.Option(help="The model's name in the mesh")],
     layers: Annotated[str, typer.Option(help="Layers to hold, FIRST:END, end not included")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one")],
@@ -36,8 +37,29 @@ def stage(
     slow_down: Annotated[
         float, typer.Option(help="Takes so many times as long to compute, to try out slow nodes")
     ] = 1.0,
+    sealer: Annotated[
+        Path | None, typer.Option(help="Public key of who has sealed the model; no other is opened")
+    ] = None,
+    identity_key: Annotated[
+        Path | None, typer.Option(help="Private key that opens this stage's sealed layers")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="The model's digests; other bytes are not loaded")
+    ] = None,
+    rehash_minutes: Annotated[
+        float, typer.Option(help="How often weights in memory are hashed again; 0: never")
+    ] = 10.0,
+    slow_down_file: Annotated[
+        Path | None, typer.Option(help="File that says so instead, while it is there; inf: hangs")
+    ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
+    ] = False,
+    certs: Annotated[
+        Path | None, typer.Option(help="Folder of its identity, which `penstock certs` makes")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without certificates")
     ] = False,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
 ) -> None:
@@ -60,11 +82,20 @@ def stage(
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,
             slow_down=slow_down,
+            sealer=sealer,
+            identity_key=identity_key,
+            manifest=manifest,
+            rehash_minutes=rehash_minutes,
+            slow_down_file=slow_down_file,
             exit_with_parent=exit_with_parent,
+            certs=certs,
+            insecure=insecure,
         )
     except PenstockError as error:
         exit_with(error)
     configure_logging(f"stage {layers}", level=log_level)
+    if settings.sealer is not None:
+        forbid_dumps()
     run_process(run_stage(settings))
 
 

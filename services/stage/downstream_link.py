@@ -22,7 +22,7 @@ import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
 from core.errors import ProtocolViolation, Unavailable
-from services.common.channels import open_channel
+from services.common.channels import Dial
 from services.common.shortcut import Shortcut, enter
 from services.common.statuses import error_from_rpc
 from services.stage.job import Outlet
@@ -65,7 +65,12 @@ class DownstreamLink:
     """
 
     def __init__(
-        self, listener: LinkListener, order: stage_pb2.OpenDownstream, *, max_unsent_frames: int
+        self,
+        listener: LinkListener,
+        order: stage_pb2.OpenDownstream,
+        *,
+        max_unsent_frames: int,
+        dial: Dial,
     ) -> None:
         self.link_id = order.link_id
         self.num_emitted = 0
@@ -73,6 +78,7 @@ class DownstreamLink:
         self.is_broken = False
         self._listener = listener
         self._order = order
+        self._dial = dial
         self._max_unsent_frames = max_unsent_frames
         self._waiting: deque[_Waiting] = deque()
         self._credits = 0
@@ -125,7 +131,7 @@ class DownstreamLink:
 
     async def _run(self) -> None:
         try:
-            async with open_channel(self._order.address) as channel:
+            async with self._dial(self._order.address) as channel:
                 await self._converse(channel)
         except grpc.aio.AioRpcError as error:
             reason = error_from_rpc(error)
@@ -158,7 +164,7 @@ class DownstreamLink:
                 f"{self._order.address} granted no credit in {STAND_TIMEOUT_S:g} s"
             ) from error
         if response is not grpc.aio.EOF:
-            self._take_shortcut(response.shortcut)
+            self._take_shortcut(response)
             self._listener.on_stands(self)
         while response is not grpc.aio.EOF:
             with self._lock:
@@ -193,8 +199,8 @@ class DownstreamLink:
                 self._shortcut.send(waiting.request.SerializeToString())
             return waiting
 
-    def _take_shortcut(self, address: str) -> None:
-        connection = enter(address)
+    def _take_shortcut(self, response: stage_pb2.ActivateResponse) -> None:
+        connection = enter(response.shortcut, response.shortcut_token)
         if connection is not None:
             self._shortcut = Shortcut(connection, on_message=_refuse, on_end=self._break)
 

@@ -14,6 +14,7 @@ from penstock.v1 import stage_pb2
 from core.errors import MalformedMessage, ProtocolViolation
 from core.pipeline.batch import MicroBatch
 from core.wire.frames import FrameAssembler
+from services.common.channels import Dial
 from services.stage.downstream_link import DownstreamLink, LinkListener
 from services.stage.job import Route
 from services.stage.upstream_link import UpstreamLink, UpstreamListener
@@ -37,12 +38,14 @@ class Links:
         codec: str,
         initial_credits: int,
         offers_shortcuts: bool,
+        dial: Dial,
     ) -> None:
         self._listener = listener
         self._hidden_size = hidden_size
         self._codec = codec
         self._initial_credits = initial_credits
         self._offers_shortcuts = offers_shortcuts
+        self._dial = dial
         self._upstream: dict[int, UpstreamLink | None] = {}
         self._downstream: dict[int, DownstreamLink | None] = {}
 
@@ -68,7 +71,7 @@ class Links:
         """Dials a replica; the listener hears how that went."""
         _require_new(order.link_id, self._downstream)
         self._downstream[order.link_id] = DownstreamLink(
-            self._listener, order, max_unsent_frames=self._initial_credits
+            self._listener, order, max_unsent_frames=self._initial_credits, dial=self._dial
         )
 
     def forget_downstream(self, link_id: int) -> None:

@@ -10,6 +10,7 @@ from core import telemetry as names
 from core.telemetry import Metric
 from services.common.telemetry import Labels, Telemetry
 from services.stage.timings import Totals
+from services.stage.weight_watch import WeightWatch
 
 
 def register_metrics(
@@ -17,6 +18,7 @@ def register_metrics(
     *,
     manifest: stage_pb2.StageReady,
     totals: Totals,
+    watch: WeightWatch,
     stage_index: Callable[[], int | None],
     kv_blocks_used: Callable[[], int],
 ) -> None:
@@ -29,6 +31,8 @@ def register_metrics(
         (names.STAGE_ROWS, lambda: totals.rows),
         (names.STAGE_MICRO_BATCHES, lambda: totals.micro_batches),
         (names.STAGE_WEIGHTS, lambda: manifest.weights_bytes),
+        (names.WEIGHTS_CHECKED, lambda: watch.num_bytes_checked),
+        (names.WEIGHTS_DAMAGED, lambda: int(bool(watch.damaged))),
         (names.KV_BLOCKS_USED, kv_blocks_used),
         (names.KV_BLOCKS_TOTAL, lambda: manifest.num_kv_blocks),
     ]

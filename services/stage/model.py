@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
 from penstock.v1 import stage_pb2
 
 from core.errors import InvalidInput
+from core.weights.checkpoint import Checkpoint
+from core.weights.manifest import open_checked, read_manifest
+from core.weights.open import open_checkpoint
+from core.weights.sealed.identity import read_seal_keys
 from core.wire.codecs import codec_named
 from services.common.logs import COMPILING
 from services.stage.job import StageEngine
 from services.stage.settings import StageSettings
 from services.stage.slowed_engine import slowed
+from services.stage.weight_watch import WeightWatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ class LoadedModel:
     engine: StageEngine
     manifest: stage_pb2.StageReady
     codec: str
+    watch: WeightWatch = field(default_factory=lambda: WeightWatch({}))
 
     @property
     def is_first(self) -> bool:
@@ -44,8 +50,8 @@ class LoadedModel:
 def load_model(settings: StageSettings) -> LoadedModel:
     """Reads the layers of this stage and prepares its kernels; takes seconds.
 
-    Raises CorruptWeights, NotFound, InvalidInput (layers that the model has not) or
-    Exhausted (too little memory).
+    Raises CorruptWeights, NotFound, InvalidInput (layers that the model has not), KeyRefused
+    (layers that this stage may not open) or Exhausted (too little memory).
     """
     started = time.perf_counter_ns()
     # Imported here, by the compute thread: compiled kernels load while the port is open
@@ -59,9 +65,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
     from core.models.llama.weight_names import layer_tensors
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
-    from core.weights.open import open_checkpoint
 
-    checkpoint = open_checkpoint(settings.model)
+    checkpoint = _open(settings)
     config = load_config(checkpoint)
     layers = f"{settings.first_layer}:{settings.end_layer}"
     if settings.end_layer > config.num_layers:
@@ -116,8 +121,20 @@ def load_model(settings: StageSettings) -> LoadedModel:
         layer_digests=digests,
     )
     return LoadedModel(
-        engine=slowed(engine, by=settings.slow_down), manifest=manifest, codec=engine.codec
+        engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),
+        manifest=manifest,
+        codec=engine.codec,
+        watch=WeightWatch(engine.weight_arrays, interval_s=60 * settings.rehash_minutes),
     )
+
+
+def _open(settings: StageSettings) -> Checkpoint:
+    if settings.manifest is not None:
+        return open_checked(settings.model, read_manifest(settings.manifest))
+    if settings.sealer is None:
+        return open_checkpoint(settings.model)
+    keys = read_seal_keys(settings.sealer, settings.identity_key)
+    return open_checkpoint(settings.model, keys=keys)
 
 
 def _digest(*facts: object) -> str:

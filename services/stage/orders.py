@@ -28,6 +28,7 @@ class OrderLimits:
 
     max_rows: int
     vocab_size: int
+    context_length: int
     is_first: bool
     is_last: bool
 
@@ -94,7 +95,11 @@ def encode_sampled(sampled: SampledTokens) -> stage_pb2.SampledTokens:
 
 def _decode_start(message: stage_pb2.SequenceStart, limits: OrderLimits) -> SequenceStart:
     known = tuple(message.known_token_ids)
-    if message.num_prompt_tokens > len(known) or any(id >= limits.vocab_size for id in known):
+    if (
+        len(known) > limits.context_length
+        or message.num_prompt_tokens > len(known)
+        or any(id >= limits.vocab_size for id in known)
+    ):
         raise MalformedMessage(f"slot {message.slot} starts with known tokens that cannot be")
     return SequenceStart(
         slot=message.slot,

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from penstock.v1 import stage_pb2, stage_pb2_grpc
 
+from services.common.channels import Dial, open_channel
+from services.common.credentials import Credentials, load_credentials
 from services.common.health import HealthService, add_reflection
+from services.common.identity import STAGE, stage_role
 from services.common.servers import bind, create_server, run_until_stopped
 from services.common.telemetry import start_telemetry
 from services.stage.model import LoadedModel, load_model
@@ -21,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 # A step in hand takes less; a hung one must not keep the process.
 STOP_TIMEOUT_S = 3.0
 Load = Callable[[StageSettings], LoadedModel]
+Result = TypeVar("Result")
 
 
 async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None:
@@ -29,6 +35,7 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     Raises whatever loading raises: a stage without a model is of no use.
     """
     layers = f"{settings.first_layer}:{settings.end_layer}"
+    credentials = load_credentials(settings.certs, kind=STAGE)
     telemetry = start_telemetry(
         "penstock-stage",
         metrics_port=settings.metrics_port,
@@ -38,26 +45,39 @@ async def run_stage(settings: StageSettings, *, load: Load = load_model) -> None
     worker: Worker[LoadedModel] = Worker(_post_to(loop))
     health = HealthService()
     stage = Stage(
-        worker, health=health, telemetry=telemetry, offers_shortcuts=settings.offers_shortcuts
+        worker,
+        health=health,
+        telemetry=telemetry,
+        offers_shortcuts=settings.offers_shortcuts,
+        dial=dialling_next(credentials),
     )
-    server = create_server(telemetry)
+    server = create_server(telemetry, credentials=credentials)
     stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(stage), server)
     await health.add_to(server)
     add_reflection(server, services=[stage_pb2.DESCRIPTOR.services_by_name["StageService"]])
     try:
-        port = bind(server, settings.listen)
+        port = bind(server, settings.listen, credentials=credentials, insecure=settings.insecure)
         await server.start()
         facts = {"port": port, "metrics_port": telemetry.metrics_port}
         _LOG.info("stage listens", extra={**facts, "layers": layers})
         await run_until_stopped(
             server,
-            tasks=[_load(settings, load=load, worker=worker, stage=stage)],
+            tasks=[_load(settings, load=load, worker=worker, stage=stage), stage.watch()],
             drain=stage.close,
             exit_with_parent=settings.exit_with_parent,
         )
     finally:
         worker.stop(timeout_s=STOP_TIMEOUT_S)
         telemetry.shutdown()
+
+
+def dialling_next(credentials: Credentials | None) -> Dial:
+    """How a stage dials the next one; with credentials, whoever answers must be that."""
+    if credentials is None:
+        return open_channel
+    index = credentials.identity.stage_index
+    assert index is not None, "no other identity is loaded"
+    return partial(open_channel, credentials=credentials, role=stage_role(index + 1))
 
 
 async def _load(
@@ -84,17 +104,29 @@ async def _load(
         "seconds": round(model.load_duration_s, 2),
     }
     _LOG.info("stage ready", extra=facts)
+    await _watch(model, stage)
+
+
+async def _watch(model: LoadedModel, stage: Stage) -> None:
+    """Waits until weights in memory are found changed, and takes the stage out of service."""
+    loop = asyncio.get_running_loop()
+    damaged: asyncio.Future[str] = loop.create_future()
+    model.watch.start(lambda array: _post_to(loop)(_settle, damaged, array, None))
+    try:
+        await stage.distrust(await damaged)
+    finally:
+        model.watch.stop()
 
 
 def _settle(
-    loaded: asyncio.Future[LoadedModel], model: LoadedModel | None, error: BaseException | None
+    future: asyncio.Future[Result], result: Result | None, error: BaseException | None
 ) -> None:
-    if loaded.done():  # cancelled: the process is stopping
+    if future.done():  # cancelled: the process is stopping
         return
-    if model is not None:
-        loaded.set_result(model)
+    if result is not None:
+        future.set_result(result)
     elif error is not None:
-        loaded.set_exception(error)
+        future.set_exception(error)
 
 
 def _post_to(loop: asyncio.AbstractEventLoop) -> Callable[..., None]:

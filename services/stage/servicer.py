@@ -62,8 +62,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
 async def _take_orders(
     requests: AsyncIterator[stage_pb2.ControlRequest], session: Session, stage: Stage
 ) -> None:
-    await session.open()
-    await stage.say_serving(session)
+    await stage.begin(session)
     async for request in requests:
         session.take_order(request)
 

@@ -18,6 +18,7 @@ from penstock.v1 import stage_pb2, tensor_pb2
 from core.errors import MalformedMessage, PenstockError, ProtocolViolation
 from core.pipeline.batch import MicroBatch, SampledTokens
 from core.wire.frames import MAX_FRAME_BYTES, CompleteActivations
+from services.common.channels import Dial, open_channel
 from services.common.shortcut import Door, Shortcut, parse
 from services.common.telemetry import Telemetry
 from services.stage.job import NO_ROUTE, Job, Order, Outlet, Performed, Route
@@ -57,6 +58,7 @@ class Session:
         telemetry: Telemetry,
         initial_credits: int | None = None,
         offers_shortcuts: bool = True,
+        dial: Dial = open_channel,
     ) -> None:
         """Raises ProtocolViolation when the order does not fit the model.
 
@@ -76,6 +78,7 @@ class Session:
             codec=model.codec,
             initial_credits=initial_credits or credits_for(manifest),
             offers_shortcuts=offers_shortcuts,
+            dial=dial,
         )
         self._offers_shortcuts = offers_shortcuts
         self._model = model
@@ -83,6 +86,7 @@ class Session:
         self._limits = OrderLimits(
             max_rows=manifest.max_rows,
             vocab_size=manifest.vocab_size,
+            context_length=manifest.context_length,
             is_first=model.is_first,
             is_last=model.is_last,
         )
@@ -111,6 +115,7 @@ class Session:
         if self._offers_shortcuts:
             self._door = Door(self._on_entered)
             ready.ready.shortcut = self._door.address
+            ready.ready.shortcut_token = self._door.token
         self.responses.put(ready)
 
     def close(self, error: Exception | None = None) -> None:

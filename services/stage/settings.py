@@ -15,7 +15,7 @@ DEVICES = ("auto", "cpu", "cuda")
 class StageSettings:
     """What one stage holds and where it listens."""
 
-    model: Path  # a GGUF file, a Hugging Face folder or a llama2.c file
+    model: Path  # a GGUF file, a Hugging Face folder, a llama2.c file or a sealed folder
     name: str  # the model's name in the mesh
     first_layer: int
     end_layer: int  # one past the last layer; checked against the model when it is read
@@ -30,13 +30,27 @@ class StageSettings:
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
+    # Of a sealed model: whose signature counts, and what opens this stage's layers.
+    sealer: Path | None = None
+    identity_key: Path | None = None
+    manifest: Path | None = None  # digests of the model; other bytes are not loaded
+    rehash_minutes: float = 10.0  # weights in memory are hashed again so often; 0: never
+    slow_down_file: Path | None = None  # while it is there, what it says instead; inf: it hangs
     exit_with_parent: bool = False  # stop when standard input ends
+    certs: Path | None = None  # folder of this stage's identity; None: everything in the clear
+    insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:
             raise InvalidInput("dtype", self.number_format, " or ".join(NUMBER_FORMATS))
         if self.device not in DEVICES:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
+        if (self.sealer is None) != (self.identity_key is None):
+            wanted = "given with --identity-key, or neither of them"
+            raise InvalidInput("sealer", str(self.sealer or ""), wanted)
+        if self.sealer is not None and self.manifest is not None:
+            wanted = "given for models that are not sealed: a seal covers every byte"
+            raise InvalidInput("manifest", str(self.manifest), wanted)
         if not self.name:
             raise InvalidInput("name", self.name, "a name that is not empty")
         if not 0 <= self.first_layer < self.end_layer:
@@ -44,6 +58,8 @@ class StageSettings:
             raise InvalidInput("layers", layers, "FIRST:END with 0 <= FIRST < END")
         if not 1.0 <= self.slow_down < float("inf"):
             raise InvalidInput("slow_down", self.slow_down, "at least 1")
+        if not 0 <= self.rehash_minutes < float("inf"):
+            raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
         for name in ("num_kv_blocks", "max_rows", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InvalidInput(name, getattr(self, name), "at least 1")

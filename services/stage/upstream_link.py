@@ -55,7 +55,7 @@ class UpstreamLink:
         self._ungranted = 0
         self._door = Door(self._on_entered) if offers_shortcut else None
         self._shortcut: Shortcut | None = None
-        self._grant(initial_credits, shortcut=self._door.address if self._door else "")
+        self._grant(initial_credits, door=self._door)
 
     def expect(self, micro_batch_id: int, num_rows: int) -> None:
         """Notes that a micro-batch is scheduled."""
@@ -112,6 +112,9 @@ class UpstreamLink:
             raise MalformedMessage("all messages of a shortcut carry one frame")
         self.take(request.frame)
 
-    def _grant(self, credits: int, *, shortcut: str = "") -> None:
+    def _grant(self, credits: int, *, door: Door | None = None) -> None:
         self._outstanding += credits
-        self.responses.put(stage_pb2.ActivateResponse(credits=credits, shortcut=shortcut))
+        response = stage_pb2.ActivateResponse(credits=credits)
+        if door is not None:
+            response.shortcut, response.shortcut_token = door.address, door.token
+        self.responses.put(response)

@@ -262,8 +262,9 @@ class _ComputeLoop:
             self._post(listener.on_performed, performed)
 
     def _update(self, updates: SequenceUpdates) -> Performed:
-        self._note_live(updates)
+        self._note_starts(updates)
         self._engine.apply(updates)
+        self._note_ends(updates)
         return Performed(order=updates, ended_ns=time.perf_counter_ns())
 
     def _pass_over(self, ordered: _Ordered, batch: MicroBatch) -> Performed:
@@ -281,11 +282,12 @@ class _ComputeLoop:
         ready_ns = ordered.arrival.at_ns
         if arrived is not None:
             ready_ns = max(ready_ns, arrived.arrival.at_ns)
-        self._note_live(batch.updates)
+        self._note_starts(batch.updates)
         starved, self._starved = self._starved, NOT_STARVED
         started_ns, started_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         job.began_ns = started_ns
         result = self._engine.step(batch, hidden_TH)
+        self._note_ends(batch.updates)
         ended_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns() - started_cpu_ns
         requests = self._encode(job, route.outlet, batch, result)
         sampled = _answer(batch, result) if route.answers else None
@@ -326,10 +328,14 @@ class _ComputeLoop:
             request.frame.sent_unix_ns = time.time_ns()
         return requests
 
-    def _note_live(self, updates: SequenceUpdates) -> None:
+    def _note_starts(self, updates: SequenceUpdates) -> None:
         """Remembers which sequences the engine may hold, so that all of them can be dropped."""
-        self._live.difference_update(updates.ended_slots)
         self._live.update(start.slot for start in updates.starts)
+
+    def _note_ends(self, updates: SequenceUpdates) -> None:
+        """Forgets those that have ended: not before they have, since an update may be refused."""
+        started = {start.slot for start in updates.starts}
+        self._live.difference_update(slot for slot in updates.ended_slots if slot not in started)
 
     def _begin(self, job: Job) -> None:
         self._forget()
@@ -346,7 +352,7 @@ class _ComputeLoop:
         for slot in self._live:
             try:
                 self._engine.apply(SequenceUpdates(ended_slots=(slot,)))
-            except ProtocolViolation:  # the update that would have started it was refused
+            except ProtocolViolation:  # what would have started it was refused, or what came after
                 continue
         self._live.clear()
 

@@ -53,6 +53,15 @@ def main(
     dtype: Annotated[str | None, typer.Option(envvar="PENSTOCK_DTYPE")] = None,
     split: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPLIT")] = None,
     speculation: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPECULATION")] = None,
+    certs: Annotated[
+        str | None, typer.Option(envvar="PENSTOCK_CERTS", help="Of `penstock mesh`: auto.")
+    ] = None,
+    shortcuts: Annotated[
+        bool, typer.Option(envvar="PENSTOCK_SHORTCUTS", help="Of `penstock mesh`.")
+    ] = True,
+    ca: Annotated[
+        Path | None, typer.Option(envvar="PENSTOCK_CA", help="Of the mesh at that address.")
+    ] = None,
     prefix_cache: Annotated[
         bool,
         typer.Option(
@@ -69,11 +78,14 @@ def main(
         open_loop_seconds=open_loop_seconds,
     )
     chosen = {"--model": model, "--stages": stages, "--dtype": dtype, "--split": split}
-    chosen |= {"--speculation": speculation}
+    chosen |= {"--speculation": speculation, "--certs": certs}
     options = [part for name, value in chosen.items() if value for part in (name, value)]
     options.append("--prefix-cache" if prefix_cache else "--no-prefix-cache")
+    options.append("--shortcuts" if shortcuts else "--no-shortcuts")
     running = (
-        nullcontext(System(name="penstock", address=address)) if address else started_mesh(options)
+        nullcontext(System(name="penstock", address=address, ca=ca))
+        if address
+        else started_mesh(options)
     )
     with running as system:
         if system.start_s is not None:

@@ -14,7 +14,7 @@ import grpc.aio
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
-from services.common.channels import open_channel
+from services.common.channels import open_public_channel
 from tests.benchmarks.load import (
     Answers,
     Encode,
@@ -173,7 +173,7 @@ def traced_requests(context_length: int) -> tuple[list[TracedRequest], float]:
 
 async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> Measured:
     """All measurements, one after another, over one channel."""
-    channel = open_channel(system.address)
+    channel = open_public_channel(system.address, ca=system.ca)
     try:
         bench = await mesh_bench(system, channel)
         say(f"number format: {bench.number_format}")

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from core.pipeline.batch_time import Coefficients
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.simulate import SimulatedRequest, SimulationSettings, simulate
 from services.cli.console import say
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.local.identities import authority_of
 from services.local.run_folder import ProcessRecord
 from tests.support.local_mesh import LocalMesh
 
@@ -20,6 +21,7 @@ class System:
     address: str
     start_s: float | None = None
     processes: Sequence[ProcessRecord] = ()
+    ca: Path | None = None  # of its authority, where it takes TLS alone
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def started_mesh(options: Sequence[str]) -> Iterator[System]:
                 address=record.gateway,
                 start_s=start_s,
                 processes=record.processes[1:],
+                ca=authority_of(record.certs),
             )
         finally:
             mesh.stop()

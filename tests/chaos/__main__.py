@@ -1,140 +1,59 @@
 """`python -m tests.chaos`: faults, one at a time, and a table of what became of every stream.
 
-For each model, number format and number of replicas a mesh of real processes runs the same streams
-again and again; each time one part of it is hit at a moment that the seed chooses. Every answer
-must be what it is without a fault, to the bit of each log probability.
+A mesh of real processes runs the same streams again and again; each time one part of it is hit at
+a moment that the seed chooses. Every answer must be what it is without a fault, to the bit of each
+log probability.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
+from core.models.registry import load_config
+from core.weights.open import open_checkpoint
 from services.cli.console import out as console
-from services.cli.console import say
-from services.local.catalogue import DEFAULT_MODEL
 from services.local.fetch import resolve_model
-from tests.chaos.faults import Fault, find_faults
-from tests.chaos.mesh import ChaosMesh, Shape
-from tests.chaos.rounds import Round, Rounds
-from tests.chaos.streams import make_streams
+from tests.chaos.campaigns import Campaign, choose_rounds, run_campaign, table
+from tests.chaos.faults import find_faults
+from tests.chaos.mesh import Shape
 from tests.support.models import TinyModel, write_servable
 
-
-@dataclass(frozen=True, kw_only=True)
-class Campaign:
-    """Rounds on meshes of one shape."""
-
-    title: str
-    shape: Shape
-    vocab_size: int
-    num_streams: int
-    # What befalls it, in order: a fault and the seed of the round.
-    rounds: tuple[tuple[Fault, int], ...]
+# Meshes when none is asked for: replicas, spares and coordinators.
+_MESHES = ((2, 0, 1), (1, 0, 1), (1, 1, 2))
 
 
-async def run_campaign(campaign: Campaign, *, folder: Path) -> list[Round]:
-    """Runs all rounds; a mesh that stays broken is replaced."""
-    done: list[Round] = []
-    seed, count = campaign.shape.seed, campaign.num_streams
-    streams = make_streams(seed, count=count, vocab_size=campaign.vocab_size)
-    left = list(campaign.rounds)
-    while left:
-        async with (
-            ChaosMesh(campaign.shape, folder=folder) as mesh,
-            Rounds(mesh, streams) as rounds,
-        ):
-            while left:
-                fault, round_seed = left.pop(0)
-                result = await rounds.run(fault, seed=round_seed)
-                done.append(result)
-                say_result(campaign, result)
-                if result.recovery_s is None:
-                    break
-    return done
+def find_models(name: str, folder: Path) -> tuple[Path, ...]:
+    """Those that updates take in turn: tiny ones of equal shapes unless one is named, for whose
+    shape there is no other."""
+    if name:
+        return (resolve_model(name),)
+    models = []
+    for seed in (0, 1):
+        (folder / str(seed)).mkdir()
+        models.append(write_servable(folder / str(seed), TinyModel(seed=seed)))
+    return tuple(models)
 
 
-def say_result(campaign: Campaign, result: Round) -> None:
-    """One line while it runs; the seed repeats it."""
-    longest_s = max(result.pauses_s, default=0.0)
-    recovery = "never" if result.recovery_s is None else f"{result.recovery_s:.2f} s"
-    say(
-        f"{campaign.title}: {result.fault} ({result.part}, seed {result.seed}): "
-        f"lost {len(result.lost)}, changed {len(result.changed)}, "
-        f"longest pause {longest_s:.2f} s, recovery {recovery}"
+def _vocab_size(model: Path) -> int:
+    checkpoint = open_checkpoint(model)
+    try:
+        return load_config(checkpoint).vocab_size
+    finally:
+        checkpoint.close()
+
+
+def _title(replicas: int, spares: int, coordinators: int) -> str:
+    parts = [(replicas, "replica"), (spares, "spare"), (coordinators, "coordinator")]
+    return ", ".join(
+        f"{count} {name}{'s' if count > 1 else ''}"
+        for count, name in parts
+        if count > (name == "coordinator")
     )
-
-
-def choose_rounds(faults: Sequence[Fault], *, count: int, seed: int) -> Iterator[tuple[Fault, int]]:
-    """Faults in turn, in an order that the seed chooses."""
-    rng = random.Random(seed)
-    for index in range(count):
-        if index % len(faults) == 0:
-            order = rng.sample(faults, len(faults))
-        yield order[index % len(faults)], seed * 100_000 + index
-
-
-def table(results: Sequence[Round]) -> Table:
-    """What goes into the README."""
-    made = Table("fault", "faults", "requests", "lost", "changed", "pause p50", "p99", "recovery")
-    for name in dict.fromkeys(result.fault for result in results):
-        rows = [result for result in results if result.fault == name]
-        pauses = sorted(pause for row in rows for pause in row.pauses_s)
-        recoveries = [row.recovery_s for row in rows if row.recovery_s is not None]
-        never = len(rows) - len(recoveries)
-        made.add_row(
-            name,
-            str(len(rows)),
-            str(sum(row.num_streams for row in rows)),
-            str(sum(len(row.lost) for row in rows)),
-            str(sum(len(row.changed) for row in rows)),
-            _seconds(pauses, 0.5),
-            _seconds(pauses, 0.99),
-            _seconds(sorted(recoveries), 0.5) + (f", {never} never" if never else ""),
-        )
-    return made
-
-
-def _seconds(ordered: Sequence[float], share: float) -> str:
-    if not ordered:
-        return "-"
-    return f"{ordered[min(int(share * len(ordered)), len(ordered) - 1)]:.2f} s"
-
-
-def make_campaigns(
-    *, faults: Sequence[Fault], count: int, seed: int, num_streams: int, folder: Path
-) -> list[Campaign]:
-    """Half of the rounds on a tiny model, half on the default one; with a replica to spare and
-    without, in bf16 and int8."""
-    tiny_model = TinyModel(family="llama", num_layers=4)
-    tiny = write_servable(folder, tiny_model)
-    shapes = [
-        ("tiny, 2 replicas", Shape(model=tiny, num_replicas=2, seed=seed), tiny_model.vocab_size),
-        ("tiny, 1 replica", Shape(model=tiny, seed=seed), tiny_model.vocab_size),
-    ]
-    real = resolve_model(DEFAULT_MODEL)
-    for number_format, num_replicas in (("int8", 2), ("bf16", 2)):
-        shape = Shape(model=real, number_format=number_format, num_replicas=num_replicas, seed=seed)
-        shapes.append((f"{DEFAULT_MODEL} {number_format}, {num_replicas} replicas", shape, 49_000))
-    chosen = list(choose_rounds(faults, count=count, seed=seed))
-    return [
-        Campaign(
-            title=title,
-            shape=shape,
-            vocab_size=vocab_size,
-            num_streams=num_streams,
-            rounds=tuple(chosen[index :: len(shapes)]),
-        )
-        for index, (title, shape, vocab_size) in enumerate(shapes)
-    ]
 
 
 def main(
@@ -146,22 +65,45 @@ def main(
     kinds: Annotated[
         str, typer.Option(envvar="PENSTOCK_KINDS", help="Parts of names of faults, with commas.")
     ] = "",
-    only: Annotated[str, typer.Option(help="Part of a campaign's title.")] = "",
+    model: Annotated[
+        str, typer.Option(envvar="PENSTOCK_MODEL", help="A name or a path; default: a tiny one.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(envvar="PENSTOCK_DTYPE")] = "bf16",
+    replicas: Annotated[
+        int, typer.Option(envvar="PENSTOCK_REPLICAS", help="Of each stage; default: three meshes.")
+    ] = 0,
+    spares: Annotated[
+        int, typer.Option(envvar="PENSTOCK_SPARES", help="Further ones that wait, of each stage.")
+    ] = 0,
+    coordinators: Annotated[int, typer.Option(envvar="PENSTOCK_COORDINATORS")] = 1,
 ) -> None:
-    """Runs all campaigns, and prints what became of every stream."""
+    """Runs a campaign on each mesh, the faults shared out among them, and prints the table."""
+    one_is_asked_for = replicas or spares or coordinators > 1
+    meshes = ((max(replicas, 1), spares, coordinators),) if one_is_asked_for else _MESHES
+    chosen = list(choose_rounds(find_faults(kinds), count=faults, seed=seed))
+    results = []
     with tempfile.TemporaryDirectory(prefix="penstock-chaos-") as name:
         folder = Path(name)
-        campaigns = make_campaigns(
-            faults=find_faults(kinds), count=faults, seed=seed, num_streams=streams, folder=folder
-        )
-        results = [
-            result
-            for campaign in campaigns
-            if only in campaign.title and campaign.rounds
-            for result in asyncio.run(run_campaign(campaign, folder=folder))
-        ]
+        models = find_models(model, folder)
+        for index, (num_replicas, num_spares, num_coordinators) in enumerate(meshes):
+            campaign = Campaign(
+                title=_title(num_replicas, num_spares, num_coordinators),
+                shape=Shape(
+                    models=models,
+                    number_format=dtype,
+                    num_replicas=num_replicas,
+                    num_spares=num_spares,
+                    num_coordinators=num_coordinators,
+                    seed=seed,
+                ),
+                vocab_size=_vocab_size(models[0]),
+                num_streams=streams,
+                rounds=tuple(chosen[index :: len(meshes)]),
+            )
+            done = asyncio.run(run_campaign(campaign, folder=folder))
+            results += [(campaign.title, result) for result in done]
     console.print(table(results))
-    if any(result.lost or result.changed or result.recovery_s is None for result in results):
+    if any(one.lost or one.changed or one.recovery_s is None for _, one in results):
         raise typer.Exit(code=1)
 
 

@@ -7,12 +7,14 @@ import random
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from math import inf
 
 from tests.chaos.mesh import ChaosMesh
+from tests.chaos.updates import update
 from tests.support.fault_proxy import Faults
 
 # How long a fault lasts that does not end by itself: longer than anyone waits for a pulse.
-HOLD_S = 4.0
+HOLD_S = 3.0
 ACTIVATE = b"/penstock.v1.StageService/Activate"
 
 # Does it to a part of the mesh; returns when it is over.
@@ -29,6 +31,9 @@ class Fault:
     ends_streams: bool = False
 
     def choose_part(self, mesh: ChaosMesh, rng: random.Random) -> str:
+        """Of several coordinators the one that serves."""
+        if self.room == "coordinator":
+            return mesh.serving
         return rng.choice([name for name in mesh.parts if name.startswith(self.room)])
 
 
@@ -47,6 +52,26 @@ async def freeze_and_kill(mesh: ChaosMesh, part: str) -> None:
     mesh.parts[part].signal(signal.SIGSTOP)
     await asyncio.sleep(HOLD_S)
     mesh.parts[part].signal(signal.SIGKILL)
+
+
+async def hang(mesh: ChaosMesh, part: str) -> None:
+    """Its compute thread never comes back from a step; all else goes on."""
+    await _compute_at(mesh, part, inf)
+
+
+async def slow(mesh: ChaosMesh, part: str) -> None:
+    await _compute_at(mesh, part, 10.0)
+
+
+async def _compute_at(mesh: ChaosMesh, part: str, factor: float) -> None:
+    file = mesh.pace_file(part)
+    file.write_text(str(factor))
+    await asyncio.sleep(HOLD_S)
+    file.unlink()
+
+
+async def give_other_weights(mesh: ChaosMesh, part: str) -> None:
+    await update(mesh, stage_index=int(part.split("-")[1]))
 
 
 async def cut(mesh: ChaosMesh, part: str) -> None:
@@ -73,6 +98,7 @@ def bad_wire(faults: Faults) -> Deed:
 
 
 STALL = bad_wire(Faults(stalls=True))
+STALL_BETWEEN_STAGES = bad_wire(Faults(stalls=True, stalls_calls=ACTIVATE))
 DELAY = bad_wire(Faults(delay_s=0.05))
 LOSS = bad_wire(Faults(loses_every_bytes=200_000, resend_s=0.2))
 CORRUPTION = bad_wire(Faults(corrupts_every_bytes=50_000, corrupts_calls=ACTIVATE))
@@ -81,8 +107,12 @@ FAULTS = (
     Fault(name="stage killed", room="stage", deed=kill),
     Fault(name="stage frozen", room="stage", deed=freeze),
     Fault(name="stage frozen, then killed", room="stage", deed=freeze_and_kill),
+    Fault(name="stage stops computing", room="stage", deed=hang),
+    Fault(name="stage 10 times slower", room="stage", deed=slow),
+    Fault(name="stage updated", room="stage", deed=give_other_weights),
     Fault(name="stage's links cut", room="stage", deed=cut),
     Fault(name="stage's links stall", room="stage", deed=STALL),
+    Fault(name="link between stages stalls", room="stage-1", deed=STALL_BETWEEN_STAGES),
     Fault(name="stage cut off", room="stage", deed=partition),
     Fault(name="stage's links lose packets", room="stage", deed=LOSS),
     Fault(name="stage 50 ms away", room="stage", deed=DELAY),

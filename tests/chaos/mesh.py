@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 from core.models.registry import load_config
@@ -25,12 +28,14 @@ MODEL_NAME = "chaos"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a mesh is made of."""
+    """What a mesh is made of. Updates give stages the weights of `models` in turn."""
 
-    model: Path
+    models: tuple[Path, ...]
     number_format: str = "bf16"
     num_stages: int = 2
     num_replicas: int = 1
+    num_spares: int = 0
+    num_coordinators: int = 1
     num_gateways: int = 1
     kv_blocks: int = 512
     max_sequences: int = 64
@@ -39,11 +44,22 @@ class Shape:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """A stage's process. `version`: the number of its model in `Shape.models`."""
+
+    name: str
+    address: str
+    stage_index: int
+    version: int
+    is_spare: bool
+
+
 class ChaosMesh:
     """Runs as long as its context. `parts` and `wires` are what faults can be done to.
 
-    Wires lead to a part, and are named for it: clients to a gateway, a gateway to the coordinator,
-    and the coordinator and the stage before to a stage.
+    Wires lead to a part, and are named for it: clients to a gateway, a gateway to a coordinator,
+    and the coordinators and the stage before to a stage.
     """
 
     def __init__(self, shape: Shape, *, folder: Path) -> None:
@@ -51,38 +67,45 @@ class ChaosMesh:
         self.parts: dict[str, Part] = {}
         self.wires: dict[str, FaultProxy] = {}
         self.metrics_ports: dict[str, int] = {}  # of gateways
+        self.replicas: list[Replica] = []
+        self.serving = ""  # the coordinator that served when it was last asked
+        self._coordinators: dict[str, Any] = {}  # stubs, by the part's name
+        self._num_replicas = [0] * shape.num_stages  # ever
+        self._layers = _split(shape.models[0], shape.num_stages)
         self._folder = folder
         self._stack = AsyncExitStack()
-
-    @property
-    def stage_names(self) -> list[str]:
-        return [name for name in self.parts if name.startswith("stage")]
 
     @property
     def gateway_names(self) -> list[str]:
         return [name for name in self.parts if name.startswith("gateway")]
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Whose weights each stage has; between updates all replicas of a stage have the same."""
+        version_of = {one.stage_index: one.version for one in self.replicas}
+        return tuple(version_of[index] for index in range(self.shape.num_stages))
+
     async def __aenter__(self) -> ChaosMesh:
+        shape = self.shape
         try:
-            stages = [await self._add_stage(index) for index in range(self.shape.num_stages)]
-            coordinator = await self._add(
-                "coordinator",
-                ("--stages", ",".join("|".join(replicas) for replicas in stages)),
-                ("--max-sequences", str(self.shape.max_sequences)),
-                ("--max-waiting", str(self.shape.max_waiting)),
-            )
-            for index in range(self.shape.num_gateways):
+            for index in range(shape.num_stages):
+                for number in range(shape.num_replicas + shape.num_spares):
+                    await self.add_replica(index, is_spare=number >= shape.num_replicas)
+            names = [f"coordinator-{index}" for index in range(shape.num_coordinators)]
+            coordinators = [await self._add(name, self._coordinator_options()) for name in names]
+            for index in range(shape.num_gateways):
                 self.metrics_ports[f"gateway-{index}"] = free_ports(1)[0]
-                await self._add(
-                    f"gateway-{index}",
-                    ("--metrics-port", str(self.metrics_ports[f"gateway-{index}"])),
-                    ("--coordinator", coordinator, "--model", str(self.shape.model)),
-                    ("--resume-limit-s", str(self.shape.resume_limit_s)),
+                options = (
+                    *("--metrics-port", str(self.metrics_ports[f"gateway-{index}"])),
+                    *("--coordinator", ",".join(coordinators), "--model", str(shape.models[0])),
+                    *("--resume-limit-s", str(shape.resume_limit_s)),
                 )
-            channel = open_channel(self.parts["coordinator"].command.address)
-            self._coordinator = coordinator_pb2_grpc.CoordinatorServiceStub(
-                await self._stack.enter_async_context(channel)
-            )
+                await self._add(f"gateway-{index}", options)
+            for name in names:
+                channel = await self._channel(self.parts[name].command.address)
+                self._coordinators[name] = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+            gateway = await self._channel(self.parts["gateway-0"].command.address)
+            self._health: Any = health_pb2_grpc.HealthStub(gateway)
             await self._wait_until_whole()
         except BaseException:
             await self._stack.aclose()
@@ -97,17 +120,55 @@ class ChaosMesh:
     ) -> None:
         await self._stack.aclose()
 
+    # --- what there is to see
+
+    @property
+    def coordinator(self) -> Any:
+        """A stub of the one that serves."""
+        return self._coordinators[self.serving]
+
     async def mesh(self) -> coordinator_pb2.GetMeshResponse | None:
-        """The state of the mesh; None while the coordinator cannot say."""
-        try:
-            return await self._coordinator.GetMesh(coordinator_pb2.GetMeshRequest(), timeout=1.0)
-        except grpc.aio.AioRpcError:
-            return None
+        """The state of the mesh, by the coordinator that serves; None while none does."""
+        request = coordinator_pb2.GetMeshRequest()
+        for name, stub in self._coordinators.items():
+            try:
+                mesh = await stub.GetMesh(request, timeout=1.0)
+            except grpc.aio.AioRpcError:
+                continue
+            if mesh.model.name:
+                self.serving = name
+                return mesh
+        return None
 
     async def is_whole(self) -> bool:
-        """Whether every replica of every stage is ready."""
+        """Whether every replica of every stage is ready, and clients are told so."""
         mesh = await self.mesh()
-        return mesh is not None and mesh.model.ready and all(one.ready for one in mesh.stages)
+        if mesh is None or not mesh.model.ready or not all(one.ready for one in mesh.stages):
+            return False
+        return await self._is_healthy("")
+
+    async def is_red(self, part: str) -> bool:
+        """Whether a fault of the part shows: in what clients are told of it, or where another
+        one takes its place, in the state of the mesh."""
+        if not part.startswith("stage"):
+            return not await self._is_healthy("")
+        replica = next((one for one in self.replicas if one.name == part), None)
+        if replica is None:
+            return False  # it has been replaced
+        if len([one for one in self.replicas if one.stage_index == replica.stage_index]) == 1:
+            return not await self._is_healthy(f"{MODEL_NAME}/stage/{replica.stage_index}")
+        mesh = await self.mesh()
+        return mesh is None or any(
+            one.address == replica.address and not one.ready for one in mesh.stages
+        )
+
+    async def _is_healthy(self, service: str) -> bool:
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            answer = await self._health.Check(request, timeout=1.0)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def _is_idle(self) -> bool:
         mesh = await self.mesh()
@@ -124,25 +185,74 @@ class ChaosMesh:
             while not await self._is_idle():  # noqa: ASYNC110 (likewise)
                 await asyncio.sleep(0.02)
 
-    async def _add_stage(self, index: int) -> list[str]:
-        num_layers = _num_layers(self.shape.model)
-        first, end = (num_layers * i // self.shape.num_stages for i in (index, index + 1))
-        return [
-            await self._add(
-                f"stage-{index}-{replica}",
-                ("--model", str(self.shape.model), "--name", MODEL_NAME, "--no-shortcuts"),
-                ("--layers", f"{first}:{end}", "--dtype", self.shape.number_format),
-                ("--kv-blocks", str(self.shape.kv_blocks)),
-                ("--max-sequences", str(self.shape.max_sequences)),
-            )
-            for replica in range(self.shape.num_replicas)
-        ]
+    # --- replicas come and go
 
-    async def _add(self, name: str, *options: tuple[str, ...]) -> str:
+    async def add_replica(
+        self, stage_index: int, *, is_spare: bool = False, version: int = 0
+    ) -> Replica:
+        """Starts one. Coordinators that start later know it; the one that serves must be told."""
+        name = f"stage-{stage_index}-{self._num_replicas[stage_index]}"
+        self._num_replicas[stage_index] += 1
+        options = (
+            *("--model", str(self.shape.models[version]), "--name", MODEL_NAME, "--no-shortcuts"),
+            *("--layers", self._layers[stage_index], "--dtype", self.shape.number_format),
+            *("--kv-blocks", str(self.shape.kv_blocks)),
+            *("--max-sequences", str(self.shape.max_sequences)),
+            *("--slow-down-file", str(self.pace_file(name))),
+        )
+        replica = Replica(
+            name=name,
+            address=await self._add(name, options),
+            stage_index=stage_index,
+            version=version,
+            is_spare=is_spare,
+        )
+        self.replicas.append(replica)
+        self._tell_coordinators()
+        return replica
+
+    async def remove_replica(self, address: str) -> None:
+        """Ends one for good; likewise."""
+        replica = next(one for one in self.replicas if one.address == address)
+        self.replicas.remove(replica)
+        self._tell_coordinators()
+        await self.parts.pop(replica.name).stop()
+        await self.wires.pop(replica.name).__aexit__()
+
+    def pace_file(self, part: str) -> Path:
+        """What is written there makes a stage's part slow."""
+        return self._folder / f"{part}.pace"
+
+    def _tell_coordinators(self) -> None:
+        """What they start with from now on; those that wait start again."""
+        for name in self._coordinators:
+            part = self.parts[name]
+            listen = part.command.arguments[:3]
+            part.command = replace(part.command, arguments=(*listen, *self._coordinator_options()))
+            if name != self.serving:
+                part.terminate()
+
+    def _coordinator_options(self) -> tuple[str, ...]:
+        stages = [
+            "|".join(one.address for one in self.replicas if one.stage_index == index)
+            for index in range(self.shape.num_stages)
+        ]
+        return (
+            *("--stages", ",".join(stages)),
+            *("--spares", ",".join(one.address for one in self.replicas if one.is_spare)),
+            *("--max-sequences", str(self.shape.max_sequences)),
+            *("--max-waiting", str(self.shape.max_waiting)),
+        )
+
+    # --- processes
+
+    async def _channel(self, address: str) -> grpc.aio.Channel:
+        return await self._stack.enter_async_context(open_channel(address))
+
+    async def _add(self, name: str, options: tuple[str, ...]) -> str:
         """Starts a part behind a wire; returns the wire's address."""
         address = f"{HOST}:{free_ports(1)[0]}"
-        arguments = ("--listen", address, "--exit-with-parent")
-        arguments += tuple(word for option in options for word in option)
+        arguments = ("--listen", address, "--exit-with-parent", *options)
         module = f"services.{name.split('-')[0]}"
         command = PartCommand(name=name, module=module, arguments=arguments, address=address)
         part = self.parts[name] = Part(command, folder=self._folder)
@@ -152,9 +262,12 @@ class ChaosMesh:
         return (await self._stack.enter_async_context(wire)).address
 
 
-def _num_layers(model: Path) -> int:
+def _split(model: Path, num_stages: int) -> list[str]:
+    """Layers of each stage, as many for each as can be."""
     checkpoint = open_checkpoint(model)
     try:
-        return load_config(checkpoint).num_layers
+        num_layers = load_config(checkpoint).num_layers
     finally:
         checkpoint.close()
+    ends = [num_layers * index // num_stages for index in range(num_stages + 1)]
+    return [f"{first}:{end}" for first, end in pairwise(ends)]

@@ -31,7 +31,7 @@ NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 16, 64
 # Clients that together keep the mesh full, to find what it can serve. All may come in one turn, and
 # then all wait.
 NUM_SATURATING = 32
-SATURATION_S = 4.0
+SATURATION_S = 3.0
 TIMES_SATURATION = 3.0
 DEADLINE_S = 5.0
 # How late a deadline may be seen by its client; the machine is full.
@@ -165,7 +165,7 @@ def _has_retry_delay(error: grpc.aio.AioRpcError) -> bool:
 
 async def overload(model: Path, *, vocab_size: int, seconds: float, folder: Path) -> Report:
     """A mesh of its own for an overload."""
-    shape = Shape(model=model, max_sequences=MAX_RUNNING, max_waiting=MAX_WAITING)
+    shape = Shape(models=(model,), max_sequences=MAX_RUNNING, max_waiting=MAX_WAITING)
     async with (
         ChaosMesh(shape, folder=folder) as mesh,
         open_channel(mesh.wires[mesh.gateway_names[0]].address) as channel,

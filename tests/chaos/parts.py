@@ -62,6 +62,10 @@ class Part:
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(number)
 
+    def terminate(self) -> None:
+        """Ends it in order; it is started again, with the command of then."""
+        self.signal(signal.SIGTERM)
+
     async def stop(self) -> int:
         """Ends it in order; returns its exit code, and kills it where it does not end."""
         assert self._keeper is not None

@@ -37,7 +37,10 @@ class Round:
     lost: tuple[str, ...]  # why, of each stream without an answer
     changed: tuple[int, ...]  # numbers of the streams whose answers differ
     pauses_s: tuple[float, ...]  # the longest of each stream that was open at the fault
-    recovery_s: float | None  # from the end of the fault to a whole mesh; None: it stayed broken
+    # From its beginning until it showed in the health of the part; None: it never did.
+    red_s: float | None
+    # From its end until the mesh is whole, and each stream has gone on; None: it stayed broken.
+    recovery_s: float | None
 
 
 class Rounds:
@@ -46,7 +49,8 @@ class Rounds:
     def __init__(self, mesh: ChaosMesh, streams: Sequence[pb.GenerateRequest]) -> None:
         self._mesh = mesh
         self._streams = streams
-        self._undisturbed: list[Outcome] = []
+        # Answers without faults, by the versions of the stages' weights.
+        self._usual: dict[tuple[int, ...], list[Outcome]] = {}
         self._stack = AsyncExitStack()
         self._channels: list[grpc.aio.Channel] = []
 
@@ -54,10 +58,17 @@ class Rounds:
         for name in self._mesh.gateway_names:
             channel = open_channel(self._mesh.wires[name].address)
             self._channels.append(await self._stack.enter_async_context(channel))
-        self._undisturbed = await self._run_streams(_Trigger(0))
-        errors = [outcome.error for outcome in self._undisturbed if outcome.error is not None]
-        assert not errors, f"an undisturbed mesh failed: {errors}"
+        await self._find_usual()
         return self
+
+    async def _find_usual(self) -> list[Outcome]:
+        """What the streams bring on the mesh as it is."""
+        versions = self._mesh.versions
+        if versions not in self._usual:
+            self._usual[versions] = await self._run_streams(_Trigger(0))
+            errors = [outcome.error for outcome in self._usual[versions] if outcome.error]
+            assert not errors, f"an undisturbed mesh failed: {errors}"
+        return self._usual[versions]
 
     async def __aexit__(
         self,
@@ -71,29 +82,44 @@ class Rounds:
         """One round; None: nothing goes wrong. The mesh is idle when this returns."""
         rng = random.Random(f"round {seed}")
         part = fault.choose_part(self._mesh, rng) if fault is not None else ""
-        num_tokens = sum(len(outcome.token_ids) for outcome in self._undisturbed)
+        usual = await self._find_usual()
+        num_tokens = sum(len(outcome.token_ids) for outcome in usual)
         trigger = _Trigger(rng.randrange(num_tokens * 9 // 10))
         running = asyncio.create_task(self._run_streams(trigger))
         await trigger.reached.wait()
         began_s = time.monotonic()
+        watching = asyncio.create_task(self._watch(part))
         if fault is not None:
             await fault.deed(self._mesh, part)
-        recovery_s = await self._recover(running)
+        over_s = time.monotonic()
+        whole_s = await self._wait_until_whole(running)
+        red_s = await _end(watching)
         outcomes = await running
+        resumed_s = max((outcome.resumed_s(began_s) for outcome in outcomes), default=0.0)
         if fault is not None and fault.ends_streams:
             outcomes = await self._repeat(outcomes)
-        if recovery_s is not None:
+        if whole_s is not None:
             await self._mesh.wait_until_idle()
+            references = [usual, await self._find_usual()]
+        else:
+            references = [usual]
         return Round(
             fault=fault.name if fault is not None else "none",
             part=part,
             seed=seed,
             num_streams=len(self._streams),
             lost=tuple(one.error.name for one in outcomes if one.error is not None),
-            changed=self._changed(outcomes),
+            changed=_changed(outcomes, references),
             pauses_s=_pauses_s(outcomes, began_s),
-            recovery_s=recovery_s,
+            red_s=None if red_s is None else red_s - began_s,
+            recovery_s=None if whole_s is None else max(whole_s, resumed_s, over_s) - over_s,
         )
+
+    async def _watch(self, part: str) -> float:
+        """When it is first seen that something is wrong with the part."""
+        while not await self._mesh.is_red(part):  # noqa: ASYNC110 (nothing announces it)
+            await asyncio.sleep(_POLL_S)
+        return time.monotonic()
 
     async def _run_streams(self, trigger: _Trigger) -> list[Outcome]:
         tasks = []
@@ -123,23 +149,18 @@ class Rounds:
             outcome = await follow(channel, self._streams[index])
         return outcome
 
-    async def _recover(self, running: asyncio.Task[list[Outcome]]) -> float | None:
-        """How long, from now, the mesh was not whole; None when it stays so."""
+    async def _wait_until_whole(self, running: asyncio.Task[list[Outcome]]) -> float | None:
+        """Since when the mesh is whole, once all streams have ended; None when it stays broken."""
         over_s = whole_s = time.monotonic()
         while True:
             now_s = time.monotonic()
             if not await self._mesh.is_whole():
                 whole_s = now_s + _POLL_S
             elif running.done():
-                return whole_s - over_s
+                return whole_s
             if running.done() and now_s > over_s + _RECOVERY_TIMEOUT_S:
                 return None
             await asyncio.sleep(_POLL_S)
-
-    def _changed(self, outcomes: Sequence[Outcome]) -> tuple[int, ...]:
-        """A stream that failed is lost, and changed too where it had begun otherwise."""
-        pairs = enumerate(zip(outcomes, self._undisturbed, strict=True))
-        return tuple(index for index, (one, usual) in pairs if not one.agrees_with(usual))
 
 
 class _Trigger:
@@ -153,6 +174,27 @@ class _Trigger:
         self._left -= num_tokens
         if self._left < 0:
             self.reached.set()
+
+
+def _changed(
+    outcomes: Sequence[Outcome], references: Sequence[Sequence[Outcome]]
+) -> tuple[int, ...]:
+    """Numbers of those that are like none of the answers that may be. A stream that failed is lost,
+    and changed too where it had begun otherwise."""
+    return tuple(
+        index
+        for index, (one, *usual) in enumerate(zip(outcomes, *references, strict=True))
+        if not any(map(one.agrees_with, usual))
+    )
+
+
+async def _end(watching: asyncio.Task[float]) -> float | None:
+    """What it has found; None: nothing."""
+    watching.cancel()
+    [found] = await asyncio.gather(watching, return_exceptions=True)
+    if isinstance(found, Exception):
+        raise found
+    return found if isinstance(found, float) else None
 
 
 def _pauses_s(outcomes: Sequence[Outcome], since_s: float) -> tuple[float, ...]:

@@ -189,7 +189,7 @@ def main(
     """Soaks a mesh of a tiny model, two replicas of each of two stages."""
     with tempfile.TemporaryDirectory(prefix="penstock-soak-") as name:
         model = TinyModel()
-        shape = Shape(model=write_servable(Path(name), model), num_replicas=2, seed=seed)
+        shape = Shape(models=(write_servable(Path(name), model),), num_replicas=2, seed=seed)
         report = asyncio.run(
             soak(shape, vocab_size=model.vocab_size, seconds=60 * minutes, folder=Path(name))
         )

@@ -14,6 +14,8 @@ from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
 STREAM_TIMEOUT_S = 90.0
+# A longer pause between messages is an interruption.
+INTERRUPTION_S = 0.5
 _SHARED_PROMPT = 40
 
 
@@ -46,6 +48,12 @@ class Outcome:
         times = [self.sent_s, *self.arrivals_s]
         pauses = [b - a for a, b in pairwise(times) if b > since_s]
         return max(pauses, default=None)
+
+    def resumed_s(self, since_s: float) -> float:
+        """When it went on after the last interruption that ended after `since_s`; 0: none did."""
+        times = [self.sent_s, *self.arrivals_s]
+        ends = [b for a, b in pairwise(times) if b > since_s and b - a > INTERRUPTION_S]
+        return max(ends, default=0.0)
 
 
 def make_streams(seed: int, *, count: int, vocab_size: int) -> list[pb.GenerateRequest]:

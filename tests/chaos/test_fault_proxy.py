@@ -155,3 +155,18 @@ async def test_corruption_can_be_of_certain_calls_alone() -> None:
         other = Echo(wire.proxy, reader, writer)
         assert await other.send(b"a call of /Activate and more") != b"a call of /Activate and more"
         writer.transport.abort()
+
+
+async def test_a_stall_can_be_of_certain_calls_alone() -> None:
+    async with echo_behind_a_proxy() as wire:
+        assert await wire.send(b"a call of /Control") == b"a call of /Control"
+        reader, writer = await connect(wire.proxy)
+        other = Echo(wire.proxy, reader, writer)
+        assert await other.send(b"a call of /Activate") == b"a call of /Activate"
+        wire.proxy.faults = Faults(stalls=True, stalls_calls=b"/Activate")
+        waiting = asyncio.create_task(other.send(b"more"))
+        assert await wire.send(TEXT) == TEXT
+        assert not waiting.done()
+        wire.proxy.faults = Faults()
+        assert await waiting == b"more"
+        writer.transport.abort()

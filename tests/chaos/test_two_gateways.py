@@ -25,7 +25,7 @@ REQUEST = pb.GenerateRequest(
 async def test_when_a_gateway_dies_its_clients_learn_it_and_new_requests_go_on(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    shape = Shape(model=tiny_model, num_gateways=2)
+    shape = Shape(models=(tiny_model,), num_gateways=2)
     async with ChaosMesh(shape, folder=tmp_path) as mesh, AsyncExitStack() as stack:
         gateways = [mesh.parts[name].command.address for name in mesh.gateway_names]
         address = await stack.enter_async_context(envoy_before(gateways))

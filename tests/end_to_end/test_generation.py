@@ -188,7 +188,8 @@ def a_mixed_request(rng: random.Random, index: int) -> pb.GenerateRequest:
 def test_guessed_tokens_are_those_that_come_one_at_a_time(
     client: Client, drawn: dict[str, float]
 ) -> None:
-    prompt = "a river, a lake, a sea, a river, a lake, a sea, a river, a"
+    # In every number format the model goes on with the same two colours for ever.
+    prompt = "red green blue yellow " * 4 + "red green"
     ids = list(client.generation.Tokenize(pb.TokenizeRequest(prompt=prompt)).token_ids)
     before = client.mesh()
     sampling = drawn | {"ignore_eos": True}

@@ -83,7 +83,7 @@ def test_weights_that_are_no_good_change_nothing(
     mesh: LocalMesh, client: Client, folder: Path
 ) -> None:
     before, processes = tokens(client), mesh.record.processes
-    done = mesh.run("update", "--stage", "1", "--model", str(folder / "bad"))
+    done = mesh.run("update", "--stage", "1", "--weights", str(folder / "bad"))
     assert done.returncode == 1, done.stdout
     assert "no finite log probability" in done.stderr
     assert "all goes on as it was" in done.stdout
@@ -94,10 +94,10 @@ def test_weights_that_are_no_good_change_nothing(
 
 def test_weights_of_another_shape_are_refused_in_one_line(mesh: LocalMesh, tmp_path: Path) -> None:
     other = write_servable(tmp_path / "other", dataclasses.replace(MODEL, num_layers=6))
-    done = mesh.run("update", "--stage", "1", "--model", str(other))
+    done = mesh.run("update", "--stage", "1", "--weights", str(other))
     assert done.returncode == 2
     assert "weights of the same shapes" in done.stderr
-    assert mesh.run("update", "--stage", "2", "--model", str(other)).returncode == 2
+    assert mesh.run("update", "--stage", "2", "--weights", str(other)).returncode == 2
 
 
 def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
@@ -121,7 +121,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
         loads = [pool.submit(keep_asking, number) for number in range(8)]
         long = pool.submit(lambda: [token for message in call for token in message.token_ids])
         try:
-            done = mesh.run("update", "--stage", "1", "--model", str(folder / "new"))
+            done = mesh.run("update", "--stage", "1", "--weights", str(folder / "new"))
         finally:
             is_over.set()
         assert done.returncode == 0, done.stdout + done.stderr

@@ -18,10 +18,13 @@ from core.weights.checkpoint import Checkpoint
 from core.weights.open import open_checkpoint
 from services.local.fetch import resolve_model
 from tests.support.chain import Chain
+from tests.support.likelihood import log_likelihoods
 from tests.support.transformers_models import gguf_llama_model
 
 DATA = Path(__file__).parents[1] / "data"
 WINDOW = 1024  # tokens of a text that is measured at once
+# Rows whose logits are held at a time: buffers small enough for malloc to reuse.
+CHUNK = 128
 
 
 class RealModel:
@@ -91,6 +94,16 @@ def first_window_TV(
 
 @pytest.fixture(scope="session")
 def wikitext_ids(smollm2: RealModel) -> npt.NDArray[np.int32]:
-    """WikiText-2's test text as SmolLM2's ids, without BOS."""
+    return encode_wikitext(smollm2)
+
+
+def encode_wikitext(model: RealModel) -> npt.NDArray[np.int32]:
+    """WikiText-2's test text as the model's ids, without BOS."""
     text = (DATA / "wikitext2_test.txt").read_text(encoding="utf-8")
-    return np.array(smollm2.tokenizer.encode(text[:400_000], add_bos=False), np.int32)
+    return np.array(model.tokenizer.encode(text[:400_000], add_bos=False), np.int32)
+
+
+def log_likelihood(model: Chain | TransformersModel, token_ids_T: npt.NDArray[np.int32]) -> float:
+    """The sum over a window's tokens but the first, in nats."""
+    chunks = model.logits_in_chunks(token_ids_T, chunk=CHUNK)
+    return float(log_likelihoods(chunks, token_ids_T).sum())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +12,13 @@ import pytest
 
 from core.sampling.parameters import SamplingParameters
 from core.tokens.tokenizer import ChatMessage
-from tests.numerics.conftest import WINDOW, RealModel, TransformersModel
+from tests.numerics import reference_likelihoods
+from tests.numerics.conftest import WINDOW, RealModel, log_likelihood
 from tests.support.likelihood import log_likelihoods
 
 PROMPTS = Path(__file__).parents[1] / "data" / "mt_bench_question.jsonl"
 # Kernels hold no GIL: independent chains run beside each other.
 NUM_CORES = 2
-# Rows whose logits are held at a time: buffers small enough for malloc to reuse.
-CHUNK = 128
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 
@@ -29,19 +26,6 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 def agreement(left_TV: npt.NDArray[np.float32], right_TV: npt.NDArray[np.float32]) -> float:
     """Share of rows with the same likeliest token."""
     return float((left_TV.argmax(axis=1) == right_TV.argmax(axis=1)).mean())
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keeps torch to one core."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -85,29 +69,29 @@ def test_smollm2_agrees_with_transformers(
 
 
 @pytest.fixture(scope="module")
-def perplexities(
-    smollm2: RealModel,
-    smollm2_reference: TransformersModel,
-    wikitext_ids: npt.NDArray[np.int32],
-) -> dict[str, float]:
-    """On 32 windows, of transformers in fp32 and of ours in each format."""
-    windows_WT = wikitext_ids[: 32 * WINDOW].reshape(32, WINDOW)
+def perplexities(smollm2: RealModel, wikitext_ids: npt.NDArray[np.int32]) -> dict[str, float]:
+    """On 32 windows, of transformers in fp32 as recorded, and of ours in each format."""
+    recorded = reference_likelihoods.read()
+    windows_WT = wikitext_ids[: len(recorded.sums) * WINDOW].reshape(-1, WINDOW)
 
-    def perplexity(logits_in_chunks: Callable[..., Iterator[npt.NDArray[np.float32]]]) -> float:
-        total = 0.0
-        for token_ids_T in windows_WT:
-            chunks = logits_in_chunks(token_ids_T, chunk=CHUNK)
-            total -= float(log_likelihoods(chunks, token_ids_T).sum())
-        return float(np.exp(total / (windows_WT.size - len(windows_WT))))
+    def perplexity(sums: list[float]) -> float:
+        return float(np.exp(-sum(sums) / (windows_WT.size - len(windows_WT))))
 
     def ours(number_format: str) -> float:
-        return perplexity(smollm2.chain(number_format=number_format).logits_in_chunks)
+        chain = smollm2.chain(number_format=number_format)
+        return perplexity([log_likelihood(chain, token_ids_T) for token_ids_T in windows_WT])
 
-    # Each side on a core of its own.
-    with one_torch_thread(), ThreadPoolExecutor(1) as other:
-        formats = other.submit(lambda: {name: ours(name) for name in ("bf16", "int8", "int4")})
-        theirs = perplexity(smollm2_reference.logits_in_chunks)
-        return {"transformers": theirs} | formats.result()
+    formats = ("bf16", "int8", "int4")
+    with ThreadPoolExecutor(NUM_CORES) as pool:
+        measured = dict(zip(formats, pool.map(ours, formats), strict=True))
+    return {"transformers": perplexity(recorded.sums)} | measured
+
+
+def test_the_recorded_likelihood_is_what_transformers_computes(
+    first_window_TV: npt.NDArray[np.float32], wikitext_ids: npt.NDArray[np.int32]
+) -> None:
+    computed = log_likelihoods([first_window_TV], wikitext_ids[:WINDOW]).sum()
+    assert reference_likelihoods.read().sums[0] == pytest.approx(computed, rel=1e-5)
 
 
 def test_perplexity_of_bf16_is_within_half_a_percent_of_transformers_fp32(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,9 @@ from penstock.v1 import coordinator_pb2
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
+
+from services.common.credentials import AUTHORITIES, Credentials
+from services.common.identity import COORDINATOR, OPERATOR
 
 CALL_TIMEOUT_S = 60.0
 # Bigger than any message a server of ours takes, so that it is the server that refuses.
@@ -116,6 +120,20 @@ def connect(*, gateway: str, coordinator: str) -> Iterator[Client]:
     with (
         grpc.insecure_channel(gateway, options=OPTIONS) as outer,
         grpc.insecure_channel(coordinator, options=OPTIONS) as inner,
+    ):
+        yield Client(outer, inner)
+
+
+@contextmanager
+def connect_securely(*, gateway: str, coordinator: str, certs: Path) -> Iterator[Client]:
+    """A client that knows the mesh's authority, and asks the coordinator as its operator."""
+    operator = Credentials(certs / OPERATOR)
+    name = operator.identity.peer(COORDINATOR).dns_name
+    public = grpc.ssl_channel_credentials((certs / AUTHORITIES).read_bytes())
+    named = [*OPTIONS, ("grpc.ssl_target_name_override", name)]
+    with (
+        grpc.secure_channel(gateway, public, options=OPTIONS) as outer,
+        grpc.secure_channel(coordinator, operator.of_channel(), options=named) as inner,
     ):
         yield Client(outer, inner)
 

@@ -18,6 +18,7 @@ from core.pipeline.batch import MicroBatch, PositionLogprobs, SampledTokens, Seq
 from services.stage.model import LoadedModel
 
 HIDDEN_SIZE = 4
+CONTEXT_LENGTH = 4096
 POISON = 666  # a token id that makes the engine fail
 
 
@@ -45,6 +46,8 @@ class CountingEngine:
 
     def apply(self, updates: SequenceUpdates) -> None:
         self.threads.add(threading.get_ident())
+        if len(set(updates.ended_slots)) < len(updates.ended_slots):
+            raise ProtocolViolation("a slot ends twice")
         for slot in updates.ended_slots:
             if slot not in self.live:
                 raise ProtocolViolation(f"slot {slot} is not live")
@@ -121,12 +124,13 @@ def counting_model(engine: CountingEngine, *, index: int, num_stages: int) -> Lo
         num_layers=num_stages,
         hidden_size=engine.hidden_size,
         vocab_size=1000,
-        context_length=4096,
+        context_length=CONTEXT_LENGTH,
         number_format="fp32",
         codec=tensor_pb2.CODEC_F32,
         kv_block_size=16,
         num_kv_blocks=100,
         max_rows=512,
         weights_bytes=12345,
+        layer_digests=[f"w{index}"],
     )
     return LoadedModel(engine=engine, manifest=manifest, codec="f32")

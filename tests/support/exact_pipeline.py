@@ -34,7 +34,8 @@ from core.pipeline.events import (
     ReplicaReady,
     RequestArrived,
 )
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.sampling.parameters import SamplingParameters
 from tests.support.exact_replicas import ExactReplica, ExactReplicas, NextToken
 from tests.support.fake_engine import completion, next_token

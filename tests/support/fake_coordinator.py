@@ -92,6 +92,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.cancelled: asyncio.Queue[int] = asyncio.Queue()
         self.num_messages = 0
         self.num_streams = 0
+        self.num_takeovers = 0
         self.answers_cancellations = True
         self.is_silent = False  # has no pulse
         self._has_stream = asyncio.Condition()
@@ -169,6 +170,9 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def _read(self, requests: AsyncIterator[coordinator_pb2.ConnectRequest]) -> None:
         async for request in requests:
+            if request.take_over:
+                self.num_takeovers += 1
+                continue
             self.num_messages += 1
             for submission in request.submissions:
                 self.submissions.append(submission)

@@ -41,6 +41,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     seconds_a_batch: float = 0.0
     address: str = ""
     epochs: list[int] = field(default_factory=list)
+    term: int = 0  # of the coordinator that has it
     traceparents: dict[int, str] = field(default_factory=dict)
     num_batches: int = 0
     num_rows: int = 0  # computed, in all incarnations
@@ -101,6 +102,11 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     ) -> AsyncIterator[stage_pb2.ControlResponse]:
         await self.may_answer.wait()
         opened = await anext(aiter(requests))
+        if opened.open.term < self.term:
+            await context.abort(grpc.StatusCode.ABORTED, "its term is over")
+        if self.session is not None and opened.open.term > self.term:
+            self.session.outbox.put_nowait(None)
+        self.term = opened.open.term
         self.epochs.append(opened.open.epoch)
         await self.may_load.wait()
         session = self.session = self.begin(opened.open.epoch)
@@ -113,6 +119,8 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             while (response := await session.outbox.get()) is not None:
                 await self.may_answer.wait()
                 yield response
+            if session is not self.session:
+                await context.abort(grpc.StatusCode.ABORTED, "a later term has begun")
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.violations[-1])
         finally:
             for task in tasks:

@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _CHUNK_BYTES = 64 * 1024
 # A wire holds little: a writer feels it when its bytes do not arrive.
@@ -31,7 +31,9 @@ class Faults:
     bytes_per_s: float | None = None
     """Bandwidth of each direction of each connection."""
     stalls: bool = False
-    """Half-open: connections are taken and stand, and nothing comes through, no end either."""
+    """Half-open: connections are taken and stand, and nothing comes through, no end either ..."""
+    stalls_calls: bytes = b""
+    """... where not empty, only on connections that have sent this to the target."""
     refuses: bool = False
     """A partition: new connections are reset. `cut` ends those that stand."""
     corrupts_every_bytes: float | None = None
@@ -79,6 +81,7 @@ class FaultProxy:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Idempotent."""
         assert self._server is not None
         self._server.close()
         tasks = list(self._open)
@@ -103,8 +106,11 @@ class FaultProxy:
                 raise ConnectionRefusedError
             far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
             self._open[task].append(far_writer)
-            there = self._forward(reader, far_writer, f"{number} there")
-            await _first_of(there, self._forward(far_reader, writer, f"{number} back"))
+            there = _Direction(f"{number} there", calls=bytearray())
+            back = _Direction(f"{number} back", calls=there.calls, is_back=True)
+            await _first_of(
+                self._forward(reader, far_writer, there), self._forward(far_reader, writer, back)
+            )
             far_writer.close()
             writer.close()
         except (OSError, asyncio.CancelledError):
@@ -115,13 +121,16 @@ class FaultProxy:
             del self._open[task]
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        direction: _Direction,
     ) -> None:
         """Ends with the stream; raises ConnectionError where that breaks."""
         wire: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_CHUNKS_ON_THE_WIRE)
         sending = asyncio.create_task(self._send(wire, reader))
         try:
-            await self._receive(wire, writer, f"{self._seed} {name}")
+            await self._receive(wire, writer, direction)
         finally:
             sending.cancel()
 
@@ -138,11 +147,14 @@ class FaultProxy:
             await wire.put((loop.time(), data))
 
     async def _receive(
-        self, wire: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, seed: str
+        self,
+        wire: asyncio.Queue[tuple[float, bytes]],
+        writer: asyncio.StreamWriter,
+        direction: _Direction,
     ) -> None:
         loop = asyncio.get_running_loop()
+        seed, calls = f"{self._seed} {direction.name}", direction.calls
         corrupted, lost = _Events(f"{seed} corrupted"), _Events(f"{seed} lost")
-        beginning = bytearray()
         while True:
             sent_s, data = await wire.get()
             faults = self._faults
@@ -151,17 +163,28 @@ class FaultProxy:
                 await asyncio.sleep(faults.resend_s)
             if faults.bytes_per_s is not None:
                 await asyncio.sleep(len(data) / faults.bytes_per_s)
-            await self._flows.wait()
+            if not direction.is_back and len(calls) < _BEGINNING_BYTES:
+                calls += data
+            while self._faults.stalls and self._faults.stalls_calls in calls:
+                await self._flows.wait()
             if not data:
                 return
-            if len(beginning) < _BEGINNING_BYTES:
-                beginning += data
-            every = faults.corrupts_every_bytes if faults.corrupts_calls in beginning else None
+            every = faults.corrupts_every_bytes
+            if faults.corrupts_calls and (direction.is_back or faults.corrupts_calls not in calls):
+                every = None
             damaged = bytearray(data)
             for index in corrupted.within(len(data), every=every):
                 damaged[index] ^= 0xFF
             writer.write(damaged)
             await writer.drain()
+
+
+class _Direction(NamedTuple):
+    """One way of a connection. `calls`: the beginning of what goes to the target."""
+
+    name: str
+    calls: bytearray
+    is_back: bool = False
 
 
 class _Events:

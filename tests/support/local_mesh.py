@@ -53,7 +53,8 @@ class LocalMesh:
             if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
             and (name == "PENSTOCK_CACHE" or not name.startswith("PENSTOCK_"))
         }
-        return inherited | {"XDG_RUNTIME_DIR": str(self.runtime)} | dict(self.environment)
+        own = {"XDG_RUNTIME_DIR": str(self.runtime), "XDG_DATA_HOME": str(self.runtime / "data")}
+        return inherited | own | dict(self.environment)
 
     def popen(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Starts a command and leaves it running; stdout and stderr come in one pipe."""

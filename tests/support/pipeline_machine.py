@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.errors import DeadlineExceeded, Exhausted, Unavailable
 from core.pipeline.actions import FinishReason
 from core.pipeline.events import RequestCancelled, Tick
-from core.pipeline.scheduler import SchedulerSettings
 from core.pipeline.sequences import State
+from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 from tests.support.exact_replicas import ExactReplica, NextToken
 from tests.support.fake_engine import next_token, repeated_token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.pipeline.batch_time import Coefficients
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.simulate import (
     SimulatedRequest,
     SimulationReport,

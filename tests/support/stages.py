@@ -49,23 +49,16 @@ class RunningStage(StageServer):
 async def stage_server(
     load_model: Callable[[], LoadedModel],
     *,
-    initial_credits: int | None = None,
-    offers_shortcuts: bool = True,
     telemetry: Telemetry | None = None,
     loaded: bool = True,
+    **options: Any,
 ) -> AsyncIterator[StageServer]:
-    """Serves a model, which is loaded now or by the server's `load`."""
+    """Serves a model, which is loaded now or by the server's `load`; `options` are `Stage`'s."""
     telemetry = telemetry or no_telemetry()
     loop = asyncio.get_running_loop()
     worker: Worker[LoadedModel] = Worker(loop.call_soon_threadsafe)
     health = HealthService()
-    stage = Stage(
-        worker,
-        health=health,
-        telemetry=telemetry,
-        initial_credits=initial_credits,
-        offers_shortcuts=offers_shortcuts,
-    )
+    stage = Stage(worker, health=health, telemetry=telemetry, **options)
     server = create_server(telemetry)
     stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(stage), server)
     await health.add_to(server)
@@ -164,10 +157,11 @@ class ControlStream:
     async def send(self, **order: Any) -> None:
         await self.call.write(stage_pb2.ControlRequest(**order))
 
-    async def open(self, *, epoch: int, index: int, num_stages: int) -> None:
+    async def open(self, *, epoch: int, index: int, num_stages: int, term: int = 0) -> None:
         await self.send(
             open=stage_pb2.OpenPipeline(
                 epoch=epoch,
+                term=term,
                 stage_index=index,
                 num_stages=num_stages,
                 num_slots=64,

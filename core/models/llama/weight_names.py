@@ -80,7 +80,7 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
-class _Naming:
+class Naming:
     """Names of a format. `layer` maps fields of LayerWeights to names with {layer}."""
 
     layer: Mapping[str, str]
@@ -89,8 +89,8 @@ class _Naming:
     head: str
 
 
-_NAMINGS = {
-    "gguf": _Naming(
+NAMINGS = {
+    "gguf": Naming(
         layer={
             "attention_norm_H": "blk.{layer}.attn_norm.weight",
             "q_PH": "blk.{layer}.attn_q.weight",
@@ -115,7 +115,7 @@ _NAMINGS = {
         final_norm="output_norm.weight",
         head="output.weight",
     ),
-    "safetensors": _Naming(
+    "safetensors": Naming(
         layer={
             "attention_norm_H": "model.layers.{layer}.input_layernorm.weight",
             "q_PH": "model.layers.{layer}.self_attn.q_proj.weight",
@@ -140,7 +140,7 @@ _NAMINGS = {
         final_norm="model.norm.weight",
         head="lm_head.weight",
     ),
-    "llama2c": _Naming(
+    "llama2c": Naming(
         layer={
             "attention_norm_H": "layers.{layer}.rms_att",
             "q_PH": "layers.{layer}.wq",
@@ -177,7 +177,7 @@ class LayerReader:
         self._checkpoint = checkpoint
         self._names = {
             field: name.format(layer=layer)
-            for field, name in _NAMINGS[checkpoint.format].layer.items()
+            for field, name in NAMINGS[checkpoint.format].layer.items()
         }
         self._shapes = _layer_shapes(config)
         self._heads = _rotated_fields(config) if _interleaves_heads(checkpoint, config) else {}
@@ -210,7 +210,7 @@ class LayerReader:
 
 def read_embedding(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
     """Reads the token embedding [V, H]. Raises CorruptWeights."""
-    name = _NAMINGS[checkpoint.format].embedding
+    name = NAMINGS[checkpoint.format].embedding
     return _read(checkpoint, name, (config.vocab_size, config.hidden_size))
 
 
@@ -227,7 +227,7 @@ def read_embedding_rows(
     checkpoint: Checkpoint, config: LlamaConfig, *, count: int
 ) -> Iterator[Array]:
     """As `read_embedding`, at most `count` rows at a time."""
-    return _read_rows(checkpoint, config, _NAMINGS[checkpoint.format].embedding, count)
+    return _read_rows(checkpoint, config, NAMINGS[checkpoint.format].embedding, count)
 
 
 def read_head_rows(checkpoint: Checkpoint, config: LlamaConfig, *, count: int) -> Iterator[Array]:
@@ -256,13 +256,13 @@ def has_nibbles(checkpoint: Checkpoint, config: LlamaConfig) -> bool:
 
 def read_final_norm(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
     """Reads the final norm [H]. Raises CorruptWeights."""
-    return _read(checkpoint, _NAMINGS[checkpoint.format].final_norm, (config.hidden_size,))
+    return _read(checkpoint, NAMINGS[checkpoint.format].final_norm, (config.hidden_size,))
 
 
 def layer_tensors(checkpoint: Checkpoint, config: LlamaConfig, layer: int) -> tuple[str, ...]:
     """Names of what whoever holds a layer reads: of the first one with the embedding, of the last
     one with what follows it."""
-    naming = _NAMINGS[checkpoint.format]
+    naming = NAMINGS[checkpoint.format]
     names = [naming.layer[field].format(layer=layer) for field in _layer_shapes(config)]
     if layer == 0:
         names.append(naming.embedding)
@@ -276,7 +276,7 @@ def model_sizes(checkpoint: Checkpoint, config: LlamaConfig) -> ModelSizes:
 
     Raises CorruptWeights when a tensor is missing or has another shape than the config says.
     """
-    naming = _NAMINGS[checkpoint.format]
+    naming = NAMINGS[checkpoint.format]
     embedding_shape = (config.vocab_size, config.hidden_size)
     head = _head_name(checkpoint, config)
     return ModelSizes(
@@ -351,7 +351,7 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _head_name(checkpoint: Checkpoint, config: LlamaConfig) -> str:
-    naming = _NAMINGS[checkpoint.format]
+    naming = NAMINGS[checkpoint.format]
     return naming.embedding if config.tied_head else naming.head
 
 

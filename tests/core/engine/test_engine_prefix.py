@@ -20,7 +20,8 @@ from core.pipeline.events import (
     RequestArrived,
     TokensSampled,
 )
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.sampling.parameters import SamplingParameters
 from tests.core.engine.conftest import OpenModel
 from tests.core.engine.test_engine_invariance import GREEDY, SEQUENCE, compute, run_logits

@@ -7,7 +7,7 @@ import pytest
 from core.errors import Unavailable
 from core.pipeline.cut import Cut
 from core.pipeline.events import CutChosen, ReplicaDraining, Tick
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 
 PROMPT = list(range(100, 122))

@@ -7,7 +7,7 @@ import pytest
 from core.errors import DeadlineExceeded, Unavailable
 from core.pipeline.actions import AbandonMicroBatches, FinishReason, RunMicroBatch
 from core.pipeline.events import RequestCancelled, Tick
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 
 PROMPT = list(range(100, 122))

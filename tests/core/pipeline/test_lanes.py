@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.pipeline.batch_time import Coefficients
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.simulate import (
     SimulatedFault,
     SimulatedRequest,

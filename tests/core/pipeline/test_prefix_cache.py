@@ -9,7 +9,7 @@ import pytest
 from core.pipeline.actions import Usage
 from core.pipeline.batch_time import Coefficients
 from core.pipeline.events import RequestCancelled
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.simulate import SimulatedRequest, SimulationSettings, simulate
 from tests.support.exact_pipeline import ExactPipeline
 

@@ -8,7 +8,7 @@ from core.pipeline.actions import DropReplica
 from core.pipeline.batch_time import Coefficients
 from core.pipeline.events import StageReported, Tick
 from core.pipeline.policy import PolicySettings
-from core.pipeline.scheduler import SchedulerSettings
+from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 
 PROMPT = list(range(100, 122))

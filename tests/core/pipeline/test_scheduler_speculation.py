@@ -31,7 +31,8 @@ from core.pipeline.events import (
     TokensSampled,
 )
 from core.pipeline.policy import PolicySettings
-from core.pipeline.scheduler import Scheduler, SchedulerSettings
+from core.pipeline.scheduler import Scheduler
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.speculation import SpeculationSettings
 from core.pipeline.waiting import WaitingQueue
 from core.sampling.parameters import SamplingParameters

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from core.errors import InvalidInput
-from core.pipeline.scheduler import SchedulerSettings
 from core.pipeline.sequences import Sequence
+from core.pipeline.settings import SchedulerSettings
 from core.pipeline.waiting import WaitingQueue
 from core.sampling.parameters import SamplingParameters
 
@@ -115,6 +115,48 @@ def test_who_was_preempted_returns_to_its_place(numbers: Iterator[int]) -> None:
     queue.put_back(first)
     assert [take(queue) for _ in range(2)] == [first, second]
     assert queue.num_rows == sum(len(one.token_ids) for one in requests[2:])
+
+
+def full_of(numbers: Iterator[int], counts: dict[str, int], **weights: float) -> WaitingQueue:
+    queue = WaitingQueue(weights)
+    for tenant, count in counts.items():
+        for _ in range(count):
+            queue.add(request(numbers, tenant))
+    return queue
+
+
+def test_the_newest_of_the_tenant_with_most_gives_way(numbers: Iterator[int]) -> None:
+    queue = full_of(numbers, {"flood": 6, "some": 3})
+    newest_of_flood = 5
+    leaves = queue.who_gives_way("new")
+    assert leaves is not None
+    assert leaves.order == newest_of_flood
+    assert queue.who_gives_way("some") is leaves
+    assert queue.who_gives_way("flood") is None
+
+
+def test_nobody_gives_way_to_a_tenant_that_would_have_as_many(numbers: Iterator[int]) -> None:
+    queue = full_of(numbers, {"a": 4, "b": 3})
+    assert queue.who_gives_way("b") is None
+
+
+def test_places_are_shared_by_weight(numbers: Iterator[int]) -> None:
+    queue = full_of(numbers, {"gold": 6, "plain": 3}, gold=3.0)
+    leaves = queue.who_gives_way("gold")
+    assert leaves is not None
+    assert leaves.tenant == "plain"
+    assert queue.who_gives_way("plain") is None
+
+
+def test_what_has_begun_does_not_give_way(numbers: Iterator[int]) -> None:
+    queue = full_of(numbers, {"flood": 3})
+    for sequence in list(queue)[1:]:
+        sequence.scheduled_s = 1.0
+    leaves = queue.who_gives_way("new")
+    assert leaves is not None
+    assert leaves.order == 0
+    leaves.token_ids *= 2  # it came with output
+    assert queue.who_gives_way("new") is None
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])

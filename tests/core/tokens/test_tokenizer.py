@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
@@ -207,10 +208,10 @@ def sentence_piece_metadata(**changes: Any) -> dict[str, Any]:
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [*tokens, *pieces],
-        "tokenizer.ggml.scores": [0.0] * 259
-        + [-10.0, -11.0, -12.0, -13.0, -14.0]
-        + [-1.0, -2.0, -3.0, -4.0, -5.0],
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 10],
+        "tokenizer.ggml.scores": np.array(
+            [0.0] * 259 + [-10.0, -11.0, -12.0, -13.0, -14.0] + [-1.0, -2.0, -3.0, -4.0, -5.0]
+        ),
+        "tokenizer.ggml.token_type": np.array([2, 3, 3, *[6] * 256, *[1] * 10]),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
@@ -237,9 +238,23 @@ def test_flags_of_a_gguf_vocabulary_are_obeyed() -> None:
     [
         {"tokens": None},
         {"model": "unigram"},
-        {"scores": [0.0]},
-        {"token_type": [1]},
+        {"scores": np.zeros(1)},
+        {"scores": ["h"] * 269},
+        {"token_type": np.ones(1, np.int32)},
+        {"token_type": np.full(269, np.nan)},
+        {"token_type": "normal"},
         {"bos_token_id": 10_000},
+        {"bos_token_id": -1},
+        {"bos_token_id": "<s>"},
+        {"bos_token_id": 1.0},
+        {"add_bos_token": np.zeros(3)},
+        {"add_space_prefix": "yes"},
+        {"tokens": np.arange(269)},
+        {"tokens": ["a" * 2000] * 269},
+        {"model": "gpt2", "pre": 7},
+        {"model": "gpt2", "merges": np.arange(3)},
+        {"model": "gpt2", "merges": ["h"]},
+        {"model": "gpt2", "merges": ["no such"]},
     ],
 )
 def test_a_contradictory_vocabulary_is_refused(changes: dict[str, Any]) -> None:

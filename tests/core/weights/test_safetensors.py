@@ -154,6 +154,8 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, length: int) -
         ({"weight_map": {"t": "../model.safetensors"}}, "not a file of the folder"),
         ({"weight_map": {"t": "/etc/passwd"}}, "not a file of the folder"),
         ({"weight_map": {"t": 5}}, "not a file of the folder"),
+        ({"weight_map": {"t": "a\0b"}}, "not a file of the folder"),
+        ({"weight_map": {"t": "\ud800"}}, "not a file of the folder"),
         ({"weight_map": {"other": "model.safetensors"}}, "lacks 'other'"),
     ],
 )

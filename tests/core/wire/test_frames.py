@@ -14,7 +14,7 @@ from penstock.v1 import tensor_pb2
 
 from core.errors import ChecksumMismatch, InvalidInput, MalformedMessage, ProtocolViolation
 from core.wire.codecs import codec_named
-from core.wire.frames import FrameAssembler, encode_frames
+from core.wire.frames import MAX_FRAME_BYTES, FrameAssembler, encode_frames
 
 HIDDEN = 6
 LINK = 3
@@ -218,6 +218,13 @@ def test_a_frame_with_a_wrong_field_is_refused(
     assembler.expect(1, 2)
     with pytest.raises(error):
         assembler.add(frame)
+
+
+def test_a_frame_above_the_limit_is_refused_though_it_contradicts_nothing() -> None:
+    hidden_TH = activations(MAX_FRAME_BYTES // (4 * HIDDEN) + 1)
+    (frame,) = frames_of(hidden_TH, max_bytes=2 * MAX_FRAME_BYTES)
+    with pytest.raises(MalformedMessage, match="bytes"):
+        FrameAssembler(HIDDEN, "f32", link_id=LINK).add(frame)
 
 
 def test_a_duplicate_and_a_gap_are_refused() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -29,24 +30,49 @@ SAMPLING = [
 OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
-        *("--kv-memory", "--prefix-cache", "--speculation"),
-        *("--grpc-port", "--metrics-port", "--detach"),
+        *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
+        *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
+        *("--seal-keys", "--manifest", "--rehash-minutes"),
     ],
     "stop": [],
     "status": [],
-    "update": ["--stage", "--model"],
-    "repartition": ["--split", "--stages", "--now"],
-    "generate": ["--raw", "--system", *SAMPLING, "--timeout", "--model", "--address", "--usage"],
-    "tokenize": ["--model", "--address"],
+    "update": ["--stage", "--weights", "--key"],
+    "repartition": ["--split", "--stages", "--now", "--key"],
+    "generate": [
+        *("--raw", "--system", *SAMPLING, "--timeout"),
+        *("--model", "--address", "--ca", "--key", "--usage"),
+    ],
+    "tokenize": ["--model", "--address", "--ca", "--key"],
+    "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
+    "certs renew": ["--folder", "--host", "--days"],
     "models": [],
     "pull": [],
-    "plan": ["--stages", "--dtype", "--split", "--memory"],
+    "plan": ["--stages", "--dtype", "--split", "--seal-keys", "--memory"],
+    "manifest make": ["--to"],
+    "manifest verify": ["--manifest"],
+    "seal keygen": ["--stages", "--seal-keys"],
+    "seal make": ["--to", "--stages", "--split", "--for", "--version", "--seal-keys"],
+    "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--seal-keys"],
+    "seal show": ["--seal-keys"],
     "warm": ["--dtype"],
+    "keys create": [
+        *("--tenant", "--scopes", "--models", "--expires", "--max-streams", "--tokens-per-minute"),
+        *("--max-prompt-tokens", "--max-output-tokens", "--max-priority"),
+    ],
+    "keys list": [],
+    "keys revoke": [],
+    "audit verify": ["--expect-head"],
+    "audit show": [],
 }
 
 
-def commands() -> dict[str, object]:
-    return typer.main.get_command(app).commands
+def commands() -> dict[str, Any]:
+    """All of them; those within a group by both names."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", {})
+        found |= {f"{name} {part}": one for part, one in inner.items()} or {name: command}
+    return found
 
 
 def penstock(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -76,6 +76,13 @@ async def failure_of(error: Exception) -> grpc.aio.AioRpcError:
         (errors.NotFound("no model x", field="model"), grpc.StatusCode.NOT_FOUND),
         (errors.NotFound("no file x"), grpc.StatusCode.NOT_FOUND),
         (errors.Exhausted("full", retry_after_s=1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (
+            errors.Exhausted("yours", retry_after_s=1.5, subject="key 1"),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ),
+        (errors.Unauthenticated("who are you"), grpc.StatusCode.UNAUTHENTICATED),
+        (errors.PermissionDenied("not you"), grpc.StatusCode.PERMISSION_DENIED),
+        (errors.CorruptLog("line 3"), grpc.StatusCode.DATA_LOSS),
         (errors.Exhausted("too long"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.Unavailable("stage 1 is down"), grpc.StatusCode.UNAVAILABLE),
         (errors.DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),

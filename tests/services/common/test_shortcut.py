@@ -136,14 +136,61 @@ async def test_a_door_lets_one_peer_in_and_leaves_nothing_behind() -> None:
     entered: asyncio.Queue[socket.socket] = asyncio.Queue()
     door = Door(entered.put_nowait)
     assert Path(door.address).parent.stat().st_mode & 0o077 == 0
-    connection = enter(door.address)
+    connection = enter(door.address, door.token)
     assert connection is not None
     async with asyncio.timeout(TIMEOUT_S):
         inside = await entered.get()
     inside.close()
     connection.close()
     assert not Path(door.address).parent.exists()
-    assert enter(door.address) is None
+    assert enter(door.address, door.token) is None
+
+
+async def test_what_comes_behind_the_token_is_for_the_conversation() -> None:
+    end = End()
+    door = Door(end.take)
+    connection = enter(door.address, door.token)
+    assert connection is not None
+    with connection:
+        connection.sendall((5).to_bytes(4, "little") + b"hello")
+        assert await end.next() == b"hello"
+    end.shortcut.close()
+
+
+async def test_who_does_not_know_the_token_is_turned_away_and_the_peer_still_enters() -> None:
+    entered: asyncio.Queue[socket.socket] = asyncio.Queue()
+    door = Door(entered.put_nowait)
+    stranger, silent = enter(door.address, bytes(32)), enter(door.address, b"")
+    assert stranger is not None
+    assert silent is not None
+    with stranger, silent:
+        assert await _has_been_closed(stranger)
+        assert entered.empty()
+        peer = enter(door.address, door.token)
+        assert peer is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            inside = await entered.get()
+        assert await _has_been_closed(silent)
+        with peer, inside:
+            inside.sendall(b"welcome")
+            assert await asyncio.get_running_loop().sock_recv(peer, 7) == b"welcome"
+
+
+async def test_strangers_who_wait_at_a_door_are_few() -> None:
+    door = Door(lambda connection: connection.close())
+    silent = [enter(door.address, b"") for _ in range(5)]
+    others = [one for one in silent if one is not None]
+    assert len(others) == 5
+    assert await _has_been_closed(others[-1])
+    door.close()
+    for one in others:
+        assert await _has_been_closed(one)
+        one.close()
+
+
+async def _has_been_closed(connection: socket.socket) -> bool:
+    async with asyncio.timeout(TIMEOUT_S):
+        return await asyncio.get_running_loop().sock_recv(connection, 1) == b""
 
 
 async def test_without_a_usable_folder_there_is_no_door(
@@ -161,5 +208,5 @@ async def test_without_a_usable_folder_there_is_no_door(
 async def test_a_door_that_is_closed_lets_nobody_in() -> None:
     door = Door(lambda connection: connection.close())
     door.close()
-    assert enter(door.address) is None
-    assert enter("") is None
+    assert enter(door.address, door.token) is None
+    assert enter("", b"") is None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
 
+from core.errors import Superseded
 from services.common.health import HealthService
 from services.common.servers import create_server
 from services.common.telemetry import Telemetry, start_telemetry
@@ -22,7 +23,8 @@ from tests.support.fake_stages import FakeStage, fake_stages
 class Gateway:
     """One Connect stream; sorts updates by request."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, takes_over: bool = True) -> None:
+        self._takes_over = takes_over
         self.stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
         self._call: Any = None
         self._queues: dict[int, asyncio.Queue[coordinator_pb2.RequestUpdate]] = {}
@@ -34,6 +36,8 @@ class Gateway:
 
     async def __aenter__(self) -> Gateway:
         self._call = self.stub.Connect(wait_for_ready=True)
+        if self._takes_over:
+            await self.take_over()
         self._reader = asyncio.create_task(self._read())
         return self
 
@@ -83,6 +87,9 @@ class Gateway:
             submission.timeout.FromMilliseconds(int(timeout_s * 1000))
         await self._write(coordinator_pb2.ConnectRequest(submissions=[submission]))
         return request_id
+
+    async def take_over(self) -> None:
+        await self._write(coordinator_pb2.ConnectRequest(take_over=True))
 
     async def cancel(self, request_id: int) -> None:
         cancellation = coordinator_pb2.Cancellation(request_id=request_id)
@@ -149,14 +156,24 @@ class Gateway:
 class RunningCoordinator:
     """A coordinator that serves on a free port."""
 
-    def __init__(self, conductor: Conductor, health: HealthService, address: str) -> None:
+    def __init__(
+        self,
+        conductor: Conductor,
+        health: HealthService,
+        address: str,
+        running: asyncio.Task[None],
+    ) -> None:
         self.conductor = conductor
         self.health = health
         self.address = address
+        self.running = running  # fails when another coordinator takes over
 
     @asynccontextmanager
-    async def gateway(self) -> AsyncIterator[Gateway]:
-        async with grpc.aio.insecure_channel(self.address) as channel, Gateway(channel) as gateway:
+    async def gateway(self, *, takes_over: bool = True) -> AsyncIterator[Gateway]:
+        async with (
+            grpc.aio.insecure_channel(self.address) as channel,
+            Gateway(channel, takes_over=takes_over) as gateway,
+        ):
             yield gateway
 
 
@@ -198,8 +215,8 @@ async def coordinator(
     await server.start()
     running = asyncio.create_task(conductor.run())
     try:
-        yield RunningCoordinator(conductor, health, f"127.0.0.1:{port}")
-        assert not running.done(), running.exception()
+        yield RunningCoordinator(conductor, health, f"127.0.0.1:{port}", running)
+        assert not running.done() or isinstance(running.exception(), Superseded)
     finally:
         await conductor.stop()
         await server.stop(1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 import pytest
 from penstock.v1 import coordinator_pb2 as pb
 
+from services.common.audit_check import read_lines, verify
+from services.coordinator.replicas import MOST_REPLICAS
 from tests.services.coordinator.conftest import coordinator, mesh
 from tests.support.fake_engine import completion
 from tests.support.fake_stages import fake_stages
@@ -66,6 +70,8 @@ async def test_orders_that_make_no_sense_are_told_by_their_status() -> None:
         stub = m.gateway.stub
         calls = (
             (stub.AddReplica(pb.AddReplicaRequest(stage_index=1)), "INVALID_ARGUMENT"),
+            (stub.AddReplica(pb.AddReplicaRequest(address="unix:/tmp/x")), "INVALID_ARGUMENT"),
+            (stub.AddReplica(pb.AddReplicaRequest(address="h:99999")), "INVALID_ARGUMENT"),
             (stub.ChooseWeights(pb.ChooseWeightsRequest(weights_digest="x")), "NOT_FOUND"),
             (stub.ProbeReplica(pb.ProbeReplicaRequest(address="x")), "NOT_FOUND"),
             (stub.DrainReplica(pb.DrainReplicaRequest(address="x")).read(), "NOT_FOUND"),
@@ -74,3 +80,40 @@ async def test_orders_that_make_no_sense_are_told_by_their_status() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code().name == code
+
+
+async def test_what_an_operator_does_is_in_the_audit_log(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    async with (
+        fake_stages(1, replicas=[2]) as stages,
+        coordinator(stages[:1], audit=path) as running,
+        running.gateway() as gateway,
+    ):
+        await gateway.wait_until_ready()
+        stub, address = gateway.stub, stages[1].address
+        await stub.AddReplica(pb.AddReplicaRequest(stage_index=0, address=address))
+        await gateway.until_all_are_ready()
+        digest = (await gateway.get_mesh()).stages[1].weights_digest
+        await stub.ChooseWeights(pb.ChooseWeightsRequest(weights_digest=digest))
+        async for _ in stub.DrainReplica(pb.DrainReplicaRequest(address=address)):
+            pass
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.DrainReplica(pb.DrainReplicaRequest(address="x")).read()
+        running.conductor.trail.close()
+    verify(path)
+    lines = [(line.event, line.details.get("address")) for line in read_lines(path)]
+    assert lines == [
+        ("replica added", address),
+        ("weights chosen", None),
+        ("replica drained", address),
+    ]
+    assert all(line.actor.startswith("ipv4:127.0.0.1:") for line in read_lines(path))
+
+
+async def test_a_stage_takes_no_more_replicas_than_it_may_have() -> None:
+    async with fake_stages(1) as stages, coordinator(stages) as running, running.gateway() as it:
+        for port in range(1, MOST_REPLICAS):
+            await it.stub.AddReplica(pb.AddReplicaRequest(address=f"127.0.0.1:{port}"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.AddReplica(pb.AddReplicaRequest(address="127.0.0.1:999"))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

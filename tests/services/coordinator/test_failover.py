@@ -42,6 +42,19 @@ async def test_a_stage_that_dies_alone_is_waited_for(dies: int) -> None:
         await m.gateway.wait_until_ready()
 
 
+async def test_where_none_comes_back_every_stream_ends_and_is_told_when_to_try_again() -> None:
+    async with mesh(2, seconds_a_batch=0.002, lost_limit_s=0.3) as m:
+        requests = [await m.gateway.submit(prompt, NUM_TOKENS) for prompt in PROMPTS]
+        for request in requests:
+            await m.gateway.next_update(request)
+        await m.stages[1].stop()
+        for request in requests:
+            _, last = await m.gateway.finish(request)
+            assert last.refusal.code == UNAVAILABLE
+            assert last.refusal.HasField("retry_delay")
+        assert (await m.gateway.refusal([1])).code == UNAVAILABLE
+
+
 @pytest.mark.parametrize("dies", range(6))
 async def test_another_replica_takes_over(dies: int) -> None:
     async with (

@@ -56,6 +56,19 @@ async def test_serves_reports_metrics_and_ends_cleanly_when_told_to() -> None:
         assert await process.wait() == 0
 
 
+async def test_a_port_for_everyone_without_certificates_is_one_clear_line() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.coordinator", "--listen", "0.0.0.0:0", "--stages", "a:1"),
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'protos/generated'}"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, printed = await process.communicate()
+    (line,) = printed.decode().splitlines()
+    assert process.returncode == 1
+    assert line.startswith("error: listen is '0.0.0.0:0'; allowed: a loopback address")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

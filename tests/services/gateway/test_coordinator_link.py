@@ -103,3 +103,26 @@ async def test_a_coordinator_that_says_nothing_is_left_for_the_next() -> None:
         with pytest.raises(asyncio.CancelledError):
             await running
     await coordinator.stop()
+
+
+async def test_one_that_waits_is_left_to_wait_while_there_may_be_another_one() -> None:
+    waiting, serving = FakeCoordinator(), FakeCoordinator()
+    waiting.mesh.waiting = True
+    ports = await waiting.start(), await serving.start()
+    states: asyncio.Queue[coordinator_pb2.MeshState | None] = asyncio.Queue()
+    async with asyncio.timeout(DEADLINE_S):
+        running = asyncio.create_task(make_link(*ports, on_mesh=states.put).run())
+        state = await states.get()
+        assert state is not None
+        assert not state.waiting
+        assert waiting.num_takeovers == 0
+        await serving.stop()
+        assert await states.get() is None
+        state = await states.get()
+        assert state is not None
+        assert state.waiting
+        assert waiting.num_takeovers == 1
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    await waiting.stop()

@@ -74,7 +74,9 @@ async def test_a_signal_lets_open_requests_finish_and_ends_with_exit_code_0(tmp_
         await coordinator.stop()
 
 
-@pytest.mark.parametrize("what", ["missing model", "damaged model", "taken port", "bad address"])
+@pytest.mark.parametrize(
+    "what", ["missing model", "damaged model", "taken port", "bad address", "open to everyone"]
+)
 def test_what_it_cannot_start_with_is_one_clear_line(tmp_path: Path, what: str) -> None:
     model, listen = write_tiny_tokenizer(tmp_path), "127.0.0.1:0"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -84,6 +86,8 @@ def test_what_it_cannot_start_with_is_one_clear_line(tmp_path: Path, what: str) 
             (model / "tokenizer.json").write_text("{")
         elif what == "taken port":
             listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        elif what == "open to everyone":
+            listen = "0.0.0.0:0"
         else:
             listen = "nowhere"
         options = ("--coordinator", "127.0.0.1:1", "--listen", listen, "--model", str(model))

@@ -257,6 +257,14 @@ async def test_what_is_not_there_is_told_by_its_status(tmp_path: Path) -> None:
                 mesh.stub.TryReplica(local_pb2.TryReplicaRequest(stage_index=2)).read(),
                 "INVALID_ARGUMENT",
             ),
+            (
+                mesh.stub.TryReplica(local_pb2.TryReplicaRequest(model_path="a\0b")).read(),
+                "INVALID_ARGUMENT",
+            ),
+            (
+                mesh.stub.TryReplica(local_pb2.TryReplicaRequest(model_path="a" * 5000)).read(),
+                "INVALID_ARGUMENT",
+            ),
         )
         for call, code in calls:
             with pytest.raises(grpc.aio.AioRpcError) as caught:

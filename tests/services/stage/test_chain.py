@@ -84,7 +84,7 @@ async def test_a_slow_stage_holds_the_one_before_it_and_nothing_is_lost(
 async def test_orders_and_tokens_may_travel_over_the_shortcut() -> None:
     async with running_chain(1) as stages, HandDrivenCoordinator(stages) as coordinator:
         (ready,) = await coordinator.open()
-        connection = enter(ready.shortcut)
+        connection = enter(ready.shortcut, ready.shortcut_token)
         assert connection is not None
         answers: asyncio.Queue[bytes] = asyncio.Queue()
         ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()

@@ -18,11 +18,15 @@ from services.stage.settings import StageSettings
         ("slow_down", float("inf")),
         ("slow_down", float("nan")),
         ("max_rows", 0),
+        ("rehash_minutes", -1.0),
+        ("rehash_minutes", float("nan")),
+        ("sealer", Path("owner.pub")),  # without an identity
+        ("identity_key", Path("stage-0.key")),  # without a sealer
     ],
 )
-def test_a_value_out_of_range_is_refused(option: str, value: float) -> None:
+def test_a_value_out_of_range_is_refused(option: str, value: object) -> None:
     options: dict[str, Any] = {option: value}
-    with pytest.raises(InvalidInput, match=option):
+    with pytest.raises(InvalidInput, match="sealer" if option == "identity_key" else option):
         StageSettings(
             model=Path("m"), name="tiny", first_layer=0, end_layer=1, listen="", **options
         )

@@ -246,3 +246,10 @@ def test_a_taken_port_is_one_clear_line(tiny: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         line = error_line(tiny, "0:4", "--listen", address)
     assert line.startswith(f"error: listen is '{address}'")
+
+
+def test_a_port_for_everyone_without_certificates_is_one_clear_line(tiny: Path) -> None:
+    line = error_line(tiny, "0:4", "--listen", "0.0.0.0:0")
+    assert line.startswith("error: listen is '0.0.0.0:0'; allowed: a loopback address")
+    assert "--certs FOLDER" in line
+    assert "--insecure" in line

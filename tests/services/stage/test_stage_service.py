@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -10,8 +11,11 @@ import pytest
 from google.protobuf.message import Message
 from penstock.v1 import stage_pb2
 
-from tests.support.counting_engine import POISON
+from core.errors import Unavailable
+from services.stage.stage import MAX_EPOCH_AHEAD_MS
+from tests.support.counting_engine import CONTEXT_LENGTH, POISON
 from tests.support.stages import (
+    TIMEOUT_S,
     ControlStream,
     HandDrivenCoordinator,
     RunningStage,
@@ -70,6 +74,36 @@ async def test_reports_come_by_themselves_and_attribute_the_time() -> None:
     assert reports[1].starved.ToNanoseconds() > 0
 
 
+async def test_a_compute_thread_that_hangs_ends_the_process() -> None:
+    async with running_stage(index=0, num_stages=1, hang_limit_s=0.1) as stage:
+        async with HandDrivenCoordinator([stage]) as coordinator:
+            await coordinator.open()
+            stage.engine.gate.clear()
+            await coordinator.run(micro_batch(1, {0: [1]}, starts=[start(0)]))
+            async with ControlStream(stage.address) as control:
+                await control.open(epoch=2, index=0, num_stages=1)
+                assert "has hung" in str((await control.failure()).details())
+        with pytest.raises(Unavailable, match="has hung"):
+            await asyncio.wait_for(stage.stage.watch(), TIMEOUT_S)
+
+
+async def test_the_coordinator_of_the_latest_term_has_the_stage_for_good() -> None:
+    async with (
+        running_stage(index=0, num_stages=1) as stage,
+        ControlStream(stage.address) as old,
+        ControlStream(stage.address) as new,
+        ControlStream(stage.address) as old_again,
+    ):
+        await old.open(epoch=10, index=0, num_stages=1, term=1)
+        await old.next("ready")
+        await new.open(epoch=5 + 10, index=0, num_stages=1, term=2)
+        await new.next("ready")
+        assert (await old.failure()).code() is grpc.StatusCode.ABORTED
+        await old_again.open(epoch=20, index=0, num_stages=1, term=1)
+        assert (await old_again.failure()).code() is grpc.StatusCode.ABORTED
+        await new.report()
+
+
 async def test_the_model_may_load_after_the_coordinator_has_called() -> None:
     async with (
         running_stage(index=0, num_stages=1, loaded=False) as stage,
@@ -118,6 +152,17 @@ async def test_sequences_are_dropped_when_the_stream_ends() -> None:
             await runs_a_micro_batch(stages, epoch=epoch)
 
 
+async def test_a_sequence_whose_end_was_refused_does_not_stay_behind() -> None:
+    async with running_chain(1) as stages:
+        async with HandDrivenCoordinator(stages) as coordinator:
+            await coordinator.open()
+            await coordinator.run(micro_batch(1, {0: [1]}, starts=[start(0)]))
+            control = coordinator.controls[0]
+            await control.send(updates=stage_pb2.SequenceUpdates(ended_slots=[0, 0]))
+            assert (await control.failure()).code() is PRECONDITION
+        await runs_a_micro_batch(stages, epoch=2)
+
+
 async def test_an_epoch_that_is_not_newer_is_refused_and_the_session_goes_on() -> None:
     async with running_chain(1) as stages, HandDrivenCoordinator(stages, epoch=5) as coordinator:
         await coordinator.open()
@@ -127,6 +172,16 @@ async def test_an_epoch_that_is_not_newer_is_refused_and_the_session_goes_on() -
                 assert (await control.failure()).code() is PRECONDITION
         await coordinator.run(micro_batch(1, {0: [7]}, starts=[start(0)]))
         assert list((await coordinator.sampled()).token_ids) == [8]
+
+
+async def test_an_epoch_far_in_the_future_is_refused_and_keeps_nobody_out() -> None:
+    now_ms = time.time_ns() // 1_000_000
+    async with running_chain(1) as stages:
+        for epoch in (2**64 - 1, now_ms + 2 * MAX_EPOCH_AHEAD_MS):
+            async with ControlStream(stages[0].address) as control:
+                await control.open(epoch=epoch, index=0, num_stages=1)
+                assert (await control.failure()).code() is PRECONDITION
+        await runs_a_micro_batch(stages, epoch=now_ms)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +243,7 @@ def started(**fields: Any) -> dict[str, Message]:
         (started(sampling={"temperature": -1}), INVALID),
         (started(known_token_ids=[1000]), INVALID),
         (started(num_prompt_tokens=1), INVALID),
+        (started(known_token_ids=[1] * (CONTEXT_LENGTH + 1)), INVALID),
         (linked(upstream_link=1), INVALID),
         (linked(downstream_link=1), INVALID),
         (linked(replays=True, upstream_link=1), INVALID),

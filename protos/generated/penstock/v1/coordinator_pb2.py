@@ -26,53 +26,53 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from penstock.v1 import generation_pb2 as penstock_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"p\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\"\xf8\x01\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x92\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\xe3\x01\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\"\x10\n\x0eGetMeshRequest\"\xff\x02\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\x12\x17\n\x0fsequences_moved\x18\x0b \x01(\x04\x12\x1a\n\x12positions_restored\x18\x0c \x01(\x04\x12\r\n\x05split\x18\r \x01(\t\"\xcc\x04\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x12\x0f\n\x07replica\x18\x14 \x01(\r\x12\r\n\x05spare\x18\x15 \x01(\x08\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x11\n\tsequences\x18\x17 \x01(\r\x12\x16\n\x0eweights_digest\x18\x18 \x01(\t\x12\x13\n\x0bpassed_over\x18\x19 \x01(\x08\"W\n\x11\x41\x64\x64ReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\x12\r\n\x05split\x18\x04 \x01(\t\"\x14\n\x12\x41\x64\x64ReplicaResponse\"\\\n\x13ProbeReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05split\x18\x04 \x01(\t\";\n\x14ProbeReplicaResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"C\n\x14\x43hooseWeightsRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\"\x17\n\x15\x43hooseWeightsResponse\"!\n\x10\x43hooseCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"\x13\n\x11\x43hooseCutResponse\"5\n\x13\x44rainReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05moves\x18\x02 \x01(\x08\")\n\x14\x44rainReplicaResponse\x12\x11\n\tsequences\x18\x01 \x01(\r2\xc3\x04\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponse\x12M\n\nAddReplica\x12\x1e.penstock.v1.AddReplicaRequest\x1a\x1f.penstock.v1.AddReplicaResponse\x12S\n\x0cProbeReplica\x12 .penstock.v1.ProbeReplicaRequest\x1a!.penstock.v1.ProbeReplicaResponse\x12V\n\rChooseWeights\x12!.penstock.v1.ChooseWeightsRequest\x1a\".penstock.v1.ChooseWeightsResponse\x12J\n\tChooseCut\x12\x1d.penstock.v1.ChooseCutRequest\x1a\x1e.penstock.v1.ChooseCutResponse\x12U\n\x0c\x44rainReplica\x12 .penstock.v1.DrainReplicaRequest\x1a!.penstock.v1.DrainReplicaResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"\x83\x01\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\x12\x11\n\ttake_over\x18\x03 \x01(\x08\"\xf8\x01\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x92\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\xe3\x01\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"l\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\x08\"\x10\n\x0eGetMeshRequest\"\xff\x02\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\x12\x17\n\x0fsequences_moved\x18\x0b \x01(\x04\x12\x1a\n\x12positions_restored\x18\x0c \x01(\x04\x12\r\n\x05split\x18\r \x01(\t\"\xcc\x04\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x12\x0f\n\x07replica\x18\x14 \x01(\r\x12\r\n\x05spare\x18\x15 \x01(\x08\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x11\n\tsequences\x18\x17 \x01(\r\x12\x16\n\x0eweights_digest\x18\x18 \x01(\t\x12\x13\n\x0bpassed_over\x18\x19 \x01(\x08\"W\n\x11\x41\x64\x64ReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\x12\r\n\x05split\x18\x04 \x01(\t\"\x14\n\x12\x41\x64\x64ReplicaResponse\"\\\n\x13ProbeReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05split\x18\x04 \x01(\t\";\n\x14ProbeReplicaResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"C\n\x14\x43hooseWeightsRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\"\x17\n\x15\x43hooseWeightsResponse\"!\n\x10\x43hooseCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"\x13\n\x11\x43hooseCutResponse\"5\n\x13\x44rainReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05moves\x18\x02 \x01(\x08\")\n\x14\x44rainReplicaResponse\x12\x11\n\tsequences\x18\x01 \x01(\r2\xc3\x04\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponse\x12M\n\nAddReplica\x12\x1e.penstock.v1.AddReplicaRequest\x1a\x1f.penstock.v1.AddReplicaResponse\x12S\n\x0cProbeReplica\x12 .penstock.v1.ProbeReplicaRequest\x1a!.penstock.v1.ProbeReplicaResponse\x12V\n\rChooseWeights\x12!.penstock.v1.ChooseWeightsRequest\x1a\".penstock.v1.ChooseWeightsResponse\x12J\n\tChooseCut\x12\x1d.penstock.v1.ChooseCutRequest\x1a\x1e.penstock.v1.ChooseCutResponse\x12U\n\x0c\x44rainReplica\x12 .penstock.v1.DrainReplicaRequest\x1a!.penstock.v1.DrainReplicaResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONNECTREQUEST']._serialized_start=108
-  _globals['_CONNECTREQUEST']._serialized_end=220
-  _globals['_SUBMISSION']._serialized_start=223
-  _globals['_SUBMISSION']._serialized_end=471
-  _globals['_CANCELLATION']._serialized_start=473
-  _globals['_CANCELLATION']._serialized_end=507
-  _globals['_CONNECTRESPONSE']._serialized_start=510
-  _globals['_CONNECTRESPONSE']._serialized_end=656
-  _globals['_REQUESTUPDATE']._serialized_start=659
-  _globals['_REQUESTUPDATE']._serialized_end=886
-  _globals['_REFUSAL']._serialized_start=888
-  _globals['_REFUSAL']._serialized_end=976
-  _globals['_MESHSTATE']._serialized_start=978
-  _globals['_MESHSTATE']._serialized_end=1069
-  _globals['_GETMESHREQUEST']._serialized_start=1071
-  _globals['_GETMESHREQUEST']._serialized_end=1087
-  _globals['_GETMESHRESPONSE']._serialized_start=1090
-  _globals['_GETMESHRESPONSE']._serialized_end=1473
-  _globals['_STAGESTATE']._serialized_start=1476
-  _globals['_STAGESTATE']._serialized_end=2064
-  _globals['_ADDREPLICAREQUEST']._serialized_start=2066
-  _globals['_ADDREPLICAREQUEST']._serialized_end=2153
-  _globals['_ADDREPLICARESPONSE']._serialized_start=2155
-  _globals['_ADDREPLICARESPONSE']._serialized_end=2175
-  _globals['_PROBEREPLICAREQUEST']._serialized_start=2177
-  _globals['_PROBEREPLICAREQUEST']._serialized_end=2269
-  _globals['_PROBEREPLICARESPONSE']._serialized_start=2271
-  _globals['_PROBEREPLICARESPONSE']._serialized_end=2330
-  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_start=2332
-  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_end=2399
-  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_start=2401
-  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_end=2424
-  _globals['_CHOOSECUTREQUEST']._serialized_start=2426
-  _globals['_CHOOSECUTREQUEST']._serialized_end=2459
-  _globals['_CHOOSECUTRESPONSE']._serialized_start=2461
-  _globals['_CHOOSECUTRESPONSE']._serialized_end=2480
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=2482
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=2535
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=2537
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=2578
-  _globals['_COORDINATORSERVICE']._serialized_start=2581
-  _globals['_COORDINATORSERVICE']._serialized_end=3160
+  _globals['_CONNECTREQUEST']._serialized_start=109
+  _globals['_CONNECTREQUEST']._serialized_end=240
+  _globals['_SUBMISSION']._serialized_start=243
+  _globals['_SUBMISSION']._serialized_end=491
+  _globals['_CANCELLATION']._serialized_start=493
+  _globals['_CANCELLATION']._serialized_end=527
+  _globals['_CONNECTRESPONSE']._serialized_start=530
+  _globals['_CONNECTRESPONSE']._serialized_end=676
+  _globals['_REQUESTUPDATE']._serialized_start=679
+  _globals['_REQUESTUPDATE']._serialized_end=906
+  _globals['_REFUSAL']._serialized_start=908
+  _globals['_REFUSAL']._serialized_end=996
+  _globals['_MESHSTATE']._serialized_start=998
+  _globals['_MESHSTATE']._serialized_end=1106
+  _globals['_GETMESHREQUEST']._serialized_start=1108
+  _globals['_GETMESHREQUEST']._serialized_end=1124
+  _globals['_GETMESHRESPONSE']._serialized_start=1127
+  _globals['_GETMESHRESPONSE']._serialized_end=1510
+  _globals['_STAGESTATE']._serialized_start=1513
+  _globals['_STAGESTATE']._serialized_end=2101
+  _globals['_ADDREPLICAREQUEST']._serialized_start=2103
+  _globals['_ADDREPLICAREQUEST']._serialized_end=2190
+  _globals['_ADDREPLICARESPONSE']._serialized_start=2192
+  _globals['_ADDREPLICARESPONSE']._serialized_end=2212
+  _globals['_PROBEREPLICAREQUEST']._serialized_start=2214
+  _globals['_PROBEREPLICAREQUEST']._serialized_end=2306
+  _globals['_PROBEREPLICARESPONSE']._serialized_start=2308
+  _globals['_PROBEREPLICARESPONSE']._serialized_end=2367
+  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_start=2369
+  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_end=2436
+  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_start=2438
+  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_end=2461
+  _globals['_CHOOSECUTREQUEST']._serialized_start=2463
+  _globals['_CHOOSECUTREQUEST']._serialized_end=2496
+  _globals['_CHOOSECUTRESPONSE']._serialized_start=2498
+  _globals['_CHOOSECUTRESPONSE']._serialized_end=2517
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=2519
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=2572
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=2574
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=2615
+  _globals['_COORDINATORSERVICE']._serialized_start=2618
+  _globals['_COORDINATORSERVICE']._serialized_end=3197
 # @@protoc_insertion_point(module_scope)

@@ -11,12 +11,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("submissions", "cancellations")
+    __slots__ = ("submissions", "cancellations", "take_over")
     SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
     CANCELLATIONS_FIELD_NUMBER: _ClassVar[int]
+    TAKE_OVER_FIELD_NUMBER: _ClassVar[int]
     submissions: _containers.RepeatedCompositeFieldContainer[Submission]
     cancellations: _containers.RepeatedCompositeFieldContainer[Cancellation]
-    def __init__(self, submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ...) -> None: ...
+    take_over: bool
+    def __init__(self, submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ..., take_over: _Optional[bool] = ...) -> None: ...
 
 class Submission(_message.Message):
     __slots__ = ("request_id", "token_ids", "sampling", "timeout", "traceparent", "cache_salt", "num_output_tokens", "tenant", "priority")
@@ -85,14 +87,16 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class MeshState(_message.Message):
-    __slots__ = ("model", "stages_ready", "eos_token_ids")
+    __slots__ = ("model", "stages_ready", "eos_token_ids", "waiting")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_READY_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages_ready: _containers.RepeatedScalarFieldContainer[bool]
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    waiting: bool
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages_ready: _Optional[_Iterable[bool]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., waiting: _Optional[bool] = ...) -> None: ...
 
 class GetMeshRequest(_message.Message):
     __slots__ = ()

@@ -65,19 +65,21 @@ class GenerationServiceServicer:
         """Generates a completion and streams it as it is made. The last message has
         `finish_reason` and `usage`. Cancelling the call frees what it held.
         Errors: INVALID_ARGUMENT (a field is wrong; details name it), NOT_FOUND
-        (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
+        (unknown model), RESOURCE_EXHAUSTED (queue full, or the key's quota used up, which
+        QuotaFailure then says; RetryInfo says when),
         UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
         idempotent in what it bills; the same request and seed yields the same tokens.
         Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
         default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
-        before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
+        before all of a lower one. Both count on RPCs of the Open Inference Protocol, too. An API key
+        says whose share it is, whatever is claimed, and bounds the priority (INVALID_ARGUMENT above).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that this mesh serves. Idempotent.
+        """Lists the models that this mesh serves and the caller may use. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

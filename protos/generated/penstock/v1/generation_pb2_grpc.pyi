@@ -3,7 +3,11 @@
 isort:skip_file
 Text generation for clients in any language. One server-streaming RPC
 carries the answer as it is made; the others describe the models and their
-tokens. Errors carry google.rpc details (BadRequest, ErrorInfo, RetryInfo).
+tokens. Errors carry google.rpc details (BadRequest, ErrorInfo, RetryInfo, QuotaFailure).
+
+Where the mesh asks for API keys, every RPC needs metadata `authorization: Bearer KEY`. Errors
+of all RPCs then: UNAUTHENTICATED (no key, or one that is unknown, expired or revoked),
+PERMISSION_DENIED (the key is not for this RPC or this model). Health and reflection need none.
 """
 
 from collections import abc as _abc
@@ -40,15 +44,17 @@ class GenerationServiceStub:
     """Generates a completion and streams it as it is made. The last message has
     `finish_reason` and `usage`. Cancelling the call frees what it held.
     Errors: INVALID_ARGUMENT (a field is wrong; details name it), NOT_FOUND
-    (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
+    (unknown model), RESOURCE_EXHAUSTED (queue full, or the key's quota used up, which
+    QuotaFailure then says; RetryInfo says when),
     UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
     idempotent in what it bills; the same request and seed yields the same tokens.
     Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
     default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
-    before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
+    before all of a lower one. Both count on RPCs of the Open Inference Protocol, too. An API key
+    says whose share it is, whatever is claimed, and bounds the priority (INVALID_ARGUMENT above).
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
-    """Lists the models that this mesh serves. Idempotent."""
+    """Lists the models that this mesh serves and the caller may use. Idempotent."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text or messages into token ids, exactly as Generate would. Idempotent.
     Errors: INVALID_ARGUMENT, NOT_FOUND.
@@ -67,15 +73,17 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates a completion and streams it as it is made. The last message has
     `finish_reason` and `usage`. Cancelling the call frees what it held.
     Errors: INVALID_ARGUMENT (a field is wrong; details name it), NOT_FOUND
-    (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
+    (unknown model), RESOURCE_EXHAUSTED (queue full, or the key's quota used up, which
+    QuotaFailure then says; RetryInfo says when),
     UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
     idempotent in what it bills; the same request and seed yields the same tokens.
     Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
     default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
-    before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
+    before all of a lower one. Both count on RPCs of the Open Inference Protocol, too. An API key
+    says whose share it is, whatever is claimed, and bounds the priority (INVALID_ARGUMENT above).
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models that this mesh serves. Idempotent."""
+    """Lists the models that this mesh serves and the caller may use. Idempotent."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or messages into token ids, exactly as Generate would. Idempotent.
     Errors: INVALID_ARGUMENT, NOT_FOUND.
@@ -97,12 +105,14 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates a completion and streams it as it is made. The last message has
         `finish_reason` and `usage`. Cancelling the call frees what it held.
         Errors: INVALID_ARGUMENT (a field is wrong; details name it), NOT_FOUND
-        (unknown model), RESOURCE_EXHAUSTED (queue full; RetryInfo says when),
+        (unknown model), RESOURCE_EXHAUSTED (queue full, or the key's quota used up, which
+        QuotaFailure then says; RetryInfo says when),
         UNAVAILABLE (a stage is down; RetryInfo), DEADLINE_EXCEEDED. Not
         idempotent in what it bills; the same request and seed yields the same tokens.
         Metadata: `penstock-tenant` (up to 128 characters), whose share of the mesh it takes; empty by
         default. `penstock-priority` (-100 to 100, default 0): requests of a higher class are admitted
-        before all of a lower one. The same keys count on RPCs of the Open Inference Protocol.
+        before all of a lower one. Both count on RPCs of the Open Inference Protocol, too. An API key
+        says whose share it is, whatever is claimed, and bounds the priority (INVALID_ARGUMENT above).
         """
 
     @_abc_1.abstractmethod
@@ -111,7 +121,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ListModelsResponse, _abc.Awaitable[_generation_pb2.ListModelsResponse]]:
-        """Lists the models that this mesh serves. Idempotent."""
+        """Lists the models that this mesh serves and the caller may use. Idempotent."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -27,7 +27,7 @@ from penstock.v1 import generation_pb2 as penstock_dot_v1_dot_generation__pb2
 from penstock.v1 import tensor_pb2 as penstock_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/stage.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\x1a\x18penstock/v1/tensor.proto\"\xc0\x02\n\x0e\x43ontrolRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.penstock.v1.OpenPipelineH\x00\x12.\n\x0bmicro_batch\x18\x02 \x01(\x0b\x32\x17.penstock.v1.MicroBatchH\x00\x12/\n\x07updates\x18\x03 \x01(\x0b\x32\x1c.penstock.v1.SequenceUpdatesH\x00\x12,\n\x06report\x18\x04 \x01(\x0b\x32\x1a.penstock.v1.ReportRequestH\x00\x12\x36\n\x0fopen_downstream\x18\x05 \x01(\x0b\x32\x1b.penstock.v1.OpenDownstreamH\x00\x12\x33\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32 .penstock.v1.AbandonMicroBatchesH\x00\x42\x07\n\x05order\"s\n\x0cOpenPipeline\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\rJ\x04\x08\x04\x10\x05R\x12\x64ownstream_address\"\x0f\n\rReportRequest\"A\n\x0eOpenDownstream\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\"\n\x13\x41\x62\x61ndonMicroBatches\x12\x0b\n\x03ids\x18\x01 \x03(\x04\"\xaa\x01\n\x0fSequenceUpdates\x12\x13\n\x0b\x65nded_slots\x18\x01 \x03(\r\x12*\n\x06starts\x18\x02 \x03(\x0b\x32\x1a.penstock.v1.SequenceStart\x12\x13\n\x0b\x62lock_slots\x18\x03 \x03(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x14\n\x0crewind_slots\x18\x05 \x03(\r\x12\x18\n\x10rewind_positions\x18\x06 \x03(\r\"\xcb\x01\n\rSequenceStart\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12\x17\n\x0fknown_token_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x1c\n\x14num_cached_positions\x18\x07 \x01(\r\"\x80\x02\n\nMicroBatch\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\x07updates\x18\x02 \x01(\x0b\x32\x1c.penstock.v1.SequenceUpdates\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x17\n\x0f\x66irst_positions\x18\x04 \x03(\r\x12\x10\n\x08num_rows\x18\x05 \x03(\r\x12\x13\n\x0bnum_samples\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x14\n\x0csent_unix_ns\x18\x08 \x01(\x06\x12\x15\n\rupstream_link\x18\t \x01(\x04\x12\x17\n\x0f\x64ownstream_link\x18\n \x01(\x04\x12\x0f\n\x07replays\x18\x0b \x01(\x08\"\xc7\x01\n\x0f\x43ontrolResponse\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.penstock.v1.StageReadyH\x00\x12-\n\x07sampled\x18\x02 \x01(\x0b\x32\x1a.penstock.v1.SampledTokensH\x00\x12*\n\x06report\x18\x03 \x01(\x0b\x32\x18.penstock.v1.StageReportH\x00\x12&\n\x04link\x18\x04 \x01(\x0b\x32\x16.penstock.v1.LinkStateH\x00\x42\x07\n\x05\x65vent\"=\n\tLinkState\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0e\n\x06stands\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\xfb\x03\n\nStageReady\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x15\n\rnumber_format\x18\x08 \x01(\t\x12!\n\x05\x63odec\x18\t \x01(\x0e\x32\x12.penstock.v1.Codec\x12\x15\n\rkv_block_size\x18\n \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x0b \x01(\r\x12\x10\n\x08max_rows\x18\x0c \x01(\r\x12\x15\n\rweights_bytes\x18\r \x01(\x04\x12\x12\n\nbytes_read\x18\x0e \x01(\x04\x12\x1c\n\x14numerics_fingerprint\x18\x0f \x01(\t\x12\x30\n\rload_duration\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\reos_token_ids\x18\x11 \x03(\r\x12\x14\n\x0cmodel_digest\x18\x12 \x01(\t\x12\x10\n\x08shortcut\x18\x13 \x01(\t\x12\x16\n\x0eweights_digest\x18\x14 \x01(\t\x12\x15\n\rlayer_digests\x18\x15 \x03(\t\"\x81\x01\n\rSampledTokens\x12\x16\n\x0emicro_batch_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x14\n\x0csent_unix_ns\x18\x04 \x01(\x06\"\xfc\x04\n\x0bStageReport\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04\x62usy\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07starved\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wire\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tserialise\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_rows\x18\x06 \x03(\r\x12\x18\n\x10\x62\x61tch_compute_us\x18\x07 \x03(\r\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12)\n\x06stolen\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14starved_for_schedule\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14starved_for_upstream\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0fstarved_by_wire\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x16starved_by_serialising\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cperformed_id\x18\x0e \x01(\x04\x12,\n\tcomputing\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\x0f\x41\x63tivateRequest\x12+\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x1c.penstock.v1.ActivationFrame\x12#\n\x04open\x18\x02 \x01(\x0b\x32\x15.penstock.v1.OpenLink\"*\n\x08OpenLink\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07link_id\x18\x02 \x01(\x04\"5\n\x10\x41\x63tivateResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r\x12\x10\n\x08shortcut\x18\x02 \x01(\t2\xa5\x01\n\x0cStageService\x12H\n\x07\x43ontrol\x12\x1b.penstock.v1.ControlRequest\x1a\x1c.penstock.v1.ControlResponse(\x01\x30\x01\x12K\n\x08\x41\x63tivate\x12\x1c.penstock.v1.ActivateRequest\x1a\x1d.penstock.v1.ActivateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/stage.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\x1a\x18penstock/v1/tensor.proto\"\xc0\x02\n\x0e\x43ontrolRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.penstock.v1.OpenPipelineH\x00\x12.\n\x0bmicro_batch\x18\x02 \x01(\x0b\x32\x17.penstock.v1.MicroBatchH\x00\x12/\n\x07updates\x18\x03 \x01(\x0b\x32\x1c.penstock.v1.SequenceUpdatesH\x00\x12,\n\x06report\x18\x04 \x01(\x0b\x32\x1a.penstock.v1.ReportRequestH\x00\x12\x36\n\x0fopen_downstream\x18\x05 \x01(\x0b\x32\x1b.penstock.v1.OpenDownstreamH\x00\x12\x33\n\x07\x61\x62\x61ndon\x18\x06 \x01(\x0b\x32 .penstock.v1.AbandonMicroBatchesH\x00\x42\x07\n\x05order\"\x81\x01\n\x0cOpenPipeline\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x0c\n\x04term\x18\x06 \x01(\x04J\x04\x08\x04\x10\x05R\x12\x64ownstream_address\"\x0f\n\rReportRequest\"A\n\x0eOpenDownstream\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\"\n\x13\x41\x62\x61ndonMicroBatches\x12\x0b\n\x03ids\x18\x01 \x03(\x04\"\xaa\x01\n\x0fSequenceUpdates\x12\x13\n\x0b\x65nded_slots\x18\x01 \x03(\r\x12*\n\x06starts\x18\x02 \x03(\x0b\x32\x1a.penstock.v1.SequenceStart\x12\x13\n\x0b\x62lock_slots\x18\x03 \x03(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x14\n\x0crewind_slots\x18\x05 \x03(\r\x12\x18\n\x10rewind_positions\x18\x06 \x03(\r\"\xcb\x01\n\rSequenceStart\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12\x17\n\x0fknown_token_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x1c\n\x14num_cached_positions\x18\x07 \x01(\r\"\x80\x02\n\nMicroBatch\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\x07updates\x18\x02 \x01(\x0b\x32\x1c.penstock.v1.SequenceUpdates\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x17\n\x0f\x66irst_positions\x18\x04 \x03(\r\x12\x10\n\x08num_rows\x18\x05 \x03(\r\x12\x13\n\x0bnum_samples\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x14\n\x0csent_unix_ns\x18\x08 \x01(\x06\x12\x15\n\rupstream_link\x18\t \x01(\x04\x12\x17\n\x0f\x64ownstream_link\x18\n \x01(\x04\x12\x0f\n\x07replays\x18\x0b \x01(\x08\"\xc7\x01\n\x0f\x43ontrolResponse\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.penstock.v1.StageReadyH\x00\x12-\n\x07sampled\x18\x02 \x01(\x0b\x32\x1a.penstock.v1.SampledTokensH\x00\x12*\n\x06report\x18\x03 \x01(\x0b\x32\x18.penstock.v1.StageReportH\x00\x12&\n\x04link\x18\x04 \x01(\x0b\x32\x16.penstock.v1.LinkStateH\x00\x42\x07\n\x05\x65vent\"=\n\tLinkState\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0e\n\x06stands\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\x93\x04\n\nStageReady\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x15\n\rnumber_format\x18\x08 \x01(\t\x12!\n\x05\x63odec\x18\t \x01(\x0e\x32\x12.penstock.v1.Codec\x12\x15\n\rkv_block_size\x18\n \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x0b \x01(\r\x12\x10\n\x08max_rows\x18\x0c \x01(\r\x12\x15\n\rweights_bytes\x18\r \x01(\x04\x12\x12\n\nbytes_read\x18\x0e \x01(\x04\x12\x1c\n\x14numerics_fingerprint\x18\x0f \x01(\t\x12\x30\n\rload_duration\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\reos_token_ids\x18\x11 \x03(\r\x12\x14\n\x0cmodel_digest\x18\x12 \x01(\t\x12\x10\n\x08shortcut\x18\x13 \x01(\t\x12\x16\n\x0eweights_digest\x18\x14 \x01(\t\x12\x16\n\x0eshortcut_token\x18\x15 \x01(\x0c\x12\x15\n\rlayer_digests\x18\x16 \x03(\t\"\x81\x01\n\rSampledTokens\x12\x16\n\x0emicro_batch_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x14\n\x0csent_unix_ns\x18\x04 \x01(\x06\"\xfc\x04\n\x0bStageReport\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04\x62usy\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07starved\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wire\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tserialise\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbatch_rows\x18\x06 \x03(\r\x12\x18\n\x10\x62\x61tch_compute_us\x18\x07 \x03(\r\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12)\n\x06stolen\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14starved_for_schedule\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14starved_for_upstream\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0fstarved_by_wire\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x39\n\x16starved_by_serialising\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cperformed_id\x18\x0e \x01(\x04\x12,\n\tcomputing\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\"c\n\x0f\x41\x63tivateRequest\x12+\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x1c.penstock.v1.ActivationFrame\x12#\n\x04open\x18\x02 \x01(\x0b\x32\x15.penstock.v1.OpenLink\"*\n\x08OpenLink\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07link_id\x18\x02 \x01(\x04\"M\n\x10\x41\x63tivateResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r\x12\x10\n\x08shortcut\x18\x02 \x01(\t\x12\x16\n\x0eshortcut_token\x18\x03 \x01(\x0c\x32\xa5\x01\n\x0cStageService\x12H\n\x07\x43ontrol\x12\x1b.penstock.v1.ControlRequest\x1a\x1c.penstock.v1.ControlResponse(\x01\x30\x01\x12K\n\x08\x41\x63tivate\x12\x1c.penstock.v1.ActivateRequest\x1a\x1d.penstock.v1.ActivateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +36,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTROLREQUEST']._serialized_start=129
   _globals['_CONTROLREQUEST']._serialized_end=449
-  _globals['_OPENPIPELINE']._serialized_start=451
-  _globals['_OPENPIPELINE']._serialized_end=566
-  _globals['_REPORTREQUEST']._serialized_start=568
-  _globals['_REPORTREQUEST']._serialized_end=583
-  _globals['_OPENDOWNSTREAM']._serialized_start=585
-  _globals['_OPENDOWNSTREAM']._serialized_end=650
-  _globals['_ABANDONMICROBATCHES']._serialized_start=652
-  _globals['_ABANDONMICROBATCHES']._serialized_end=686
-  _globals['_SEQUENCEUPDATES']._serialized_start=689
-  _globals['_SEQUENCEUPDATES']._serialized_end=859
-  _globals['_SEQUENCESTART']._serialized_start=862
-  _globals['_SEQUENCESTART']._serialized_end=1065
-  _globals['_MICROBATCH']._serialized_start=1068
-  _globals['_MICROBATCH']._serialized_end=1324
-  _globals['_CONTROLRESPONSE']._serialized_start=1327
-  _globals['_CONTROLRESPONSE']._serialized_end=1526
-  _globals['_LINKSTATE']._serialized_start=1528
-  _globals['_LINKSTATE']._serialized_end=1589
-  _globals['_STAGEREADY']._serialized_start=1592
-  _globals['_STAGEREADY']._serialized_end=2099
-  _globals['_SAMPLEDTOKENS']._serialized_start=2102
-  _globals['_SAMPLEDTOKENS']._serialized_end=2231
-  _globals['_STAGEREPORT']._serialized_start=2234
-  _globals['_STAGEREPORT']._serialized_end=2870
-  _globals['_ACTIVATEREQUEST']._serialized_start=2872
-  _globals['_ACTIVATEREQUEST']._serialized_end=2971
-  _globals['_OPENLINK']._serialized_start=2973
-  _globals['_OPENLINK']._serialized_end=3015
-  _globals['_ACTIVATERESPONSE']._serialized_start=3017
-  _globals['_ACTIVATERESPONSE']._serialized_end=3070
-  _globals['_STAGESERVICE']._serialized_start=3073
-  _globals['_STAGESERVICE']._serialized_end=3238
+  _globals['_OPENPIPELINE']._serialized_start=452
+  _globals['_OPENPIPELINE']._serialized_end=581
+  _globals['_REPORTREQUEST']._serialized_start=583
+  _globals['_REPORTREQUEST']._serialized_end=598
+  _globals['_OPENDOWNSTREAM']._serialized_start=600
+  _globals['_OPENDOWNSTREAM']._serialized_end=665
+  _globals['_ABANDONMICROBATCHES']._serialized_start=667
+  _globals['_ABANDONMICROBATCHES']._serialized_end=701
+  _globals['_SEQUENCEUPDATES']._serialized_start=704
+  _globals['_SEQUENCEUPDATES']._serialized_end=874
+  _globals['_SEQUENCESTART']._serialized_start=877
+  _globals['_SEQUENCESTART']._serialized_end=1080
+  _globals['_MICROBATCH']._serialized_start=1083
+  _globals['_MICROBATCH']._serialized_end=1339
+  _globals['_CONTROLRESPONSE']._serialized_start=1342
+  _globals['_CONTROLRESPONSE']._serialized_end=1541
+  _globals['_LINKSTATE']._serialized_start=1543
+  _globals['_LINKSTATE']._serialized_end=1604
+  _globals['_STAGEREADY']._serialized_start=1607
+  _globals['_STAGEREADY']._serialized_end=2138
+  _globals['_SAMPLEDTOKENS']._serialized_start=2141
+  _globals['_SAMPLEDTOKENS']._serialized_end=2270
+  _globals['_STAGEREPORT']._serialized_start=2273
+  _globals['_STAGEREPORT']._serialized_end=2909
+  _globals['_ACTIVATEREQUEST']._serialized_start=2911
+  _globals['_ACTIVATEREQUEST']._serialized_end=3010
+  _globals['_OPENLINK']._serialized_start=3012
+  _globals['_OPENLINK']._serialized_end=3054
+  _globals['_ACTIVATERESPONSE']._serialized_start=3056
+  _globals['_ACTIVATERESPONSE']._serialized_end=3133
+  _globals['_STAGESERVICE']._serialized_start=3136
+  _globals['_STAGESERVICE']._serialized_end=3301
 # @@protoc_insertion_point(module_scope)

@@ -55,7 +55,8 @@ class StageServiceServicer:
         """Carries the coordinator's orders down and the stage's results up. One stream
         at a time: a new one ends the one before it. When it ends, the stage drops
         all sequences. Errors: FAILED_PRECONDITION (an order that does not fit the
-        loaded model or the state of the stream), INVALID_ARGUMENT (malformed).
+        loaded model or the state of the stream), INVALID_ARGUMENT (malformed),
+        ABORTED (a coordinator of a later term has taken the stage over).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

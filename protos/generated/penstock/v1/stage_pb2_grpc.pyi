@@ -42,7 +42,8 @@ class StageServiceStub:
     """Carries the coordinator's orders down and the stage's results up. One stream
     at a time: a new one ends the one before it. When it ends, the stage drops
     all sequences. Errors: FAILED_PRECONDITION (an order that does not fit the
-    loaded model or the state of the stream), INVALID_ARGUMENT (malformed).
+    loaded model or the state of the stream), INVALID_ARGUMENT (malformed),
+    ABORTED (a coordinator of a later term has taken the stage over).
     """
     Activate: _grpc.StreamStreamMultiCallable[_stage_pb2.ActivateRequest, _stage_pb2.ActivateResponse]
     """Carries activations from one upstream replica, and credits back to it. One
@@ -59,7 +60,8 @@ class StageServiceAsyncStub(StageServiceStub):
     """Carries the coordinator's orders down and the stage's results up. One stream
     at a time: a new one ends the one before it. When it ends, the stage drops
     all sequences. Errors: FAILED_PRECONDITION (an order that does not fit the
-    loaded model or the state of the stream), INVALID_ARGUMENT (malformed).
+    loaded model or the state of the stream), INVALID_ARGUMENT (malformed),
+    ABORTED (a coordinator of a later term has taken the stage over).
     """
     Activate: _aio.StreamStreamMultiCallable[_stage_pb2.ActivateRequest, _stage_pb2.ActivateResponse]  # type: ignore[assignment]
     """Carries activations from one upstream replica, and credits back to it. One
@@ -79,7 +81,8 @@ class StageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Carries the coordinator's orders down and the stage's results up. One stream
         at a time: a new one ends the one before it. When it ends, the stage drops
         all sequences. Errors: FAILED_PRECONDITION (an order that does not fit the
-        loaded model or the state of the stream), INVALID_ARGUMENT (malformed).
+        loaded model or the state of the stream), INVALID_ARGUMENT (malformed),
+        ABORTED (a coordinator of a later term has taken the stage over).
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,56 @@
+"""Where a local mesh finds the keys of sealed models: one folder for all identities.
+
+`owner.pub` is the sealer that is trusted, `stage-0.key` what every replica of stage 0 opens its
+layers with, and so on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from core.models.llama.parts import granted_layers
+from core.weights.sealed.header import read_header
+from core.weights.sealed.identity import SealKeys, read_seal_keys
+from core.weights.sealed.opening import is_sealed
+from core.weights.sealed.sealing import OWNER
+from services.local.settings import MeshSettings
+
+
+def stage_name(stage_index: int) -> str:
+    """The holder of a stage's keys."""
+    return f"stage-{stage_index}"
+
+
+def private_key(folder: Path, name: str) -> Path:
+    """The file of an identity."""
+    return folder / f"{name}.key"
+
+
+def public_key(folder: Path, name: str) -> Path:
+    """The file that others may have of it."""
+    return folder / f"{name}.pub"
+
+
+def seal_keys(model: Path, folder: Path) -> SealKeys | None:
+    """What the first stage opens a model with; None where the model is not sealed.
+
+    Raises NotFound or InvalidInput.
+    """
+    if not is_sealed(model):
+        return None
+    return read_seal_keys(public_key(folder, OWNER), private_key(folder, stage_name(0)))
+
+
+def follow_seal(settings: MeshSettings) -> MeshSettings:
+    """Cuts a sealed model as it was sealed, unless the settings say how; others as they are."""
+    model = Path(settings.model).expanduser()
+    if settings.split is not None or not is_sealed(model):
+        return settings
+    sealer = read_seal_keys(public_key(settings.keys, OWNER)).sealer
+    holders = read_header(model, sealer=sealer).holders
+    spans: list[tuple[int, int]] = []
+    while (name := stage_name(len(spans))) in holders:
+        spans.append(granted_layers(holders[name].wraps))
+    split = ",".join(f"{first}:{end}" for first, end in spans)
+    return replace(settings, split=split) if split else settings

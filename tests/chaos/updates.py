@@ -1,0 +1,71 @@
+"""`penstock update` of a mesh under test: the updater itself, and what stands for a supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from penstock.v1 import generation_pb2_grpc, local_pb2
+
+from services.common.channels import open_channel
+from services.local.running_mesh import RunningMesh
+from services.local.update import Update, Updater
+from tests.chaos.mesh import ChaosMesh, Replica
+
+
+async def update(mesh: ChaosMesh, *, stage_index: int) -> None:
+    """Gives a stage the weights of the next model; returns when all its replicas have them."""
+    version = (mesh.versions[stage_index] + 1) % len(mesh.shape.models)
+    supervisor = _Supervisor(mesh, version=version)
+    await mesh.mesh()
+    async with open_channel(mesh.parts["gateway-0"].command.address) as gateway:
+        updater = Updater(
+            Update(stage_index=stage_index, model_path=Path(mesh.shape.models[version])),
+            RunningMesh(
+                coordinator=mesh.coordinator,
+                supervisor=supervisor,
+                gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
+                key=None,
+                say=lambda line: None,
+            ),
+        )
+        await updater.run()
+
+
+class _Supervisor:
+    """As the stub of a supervisor's service that starts parts of the mesh."""
+
+    def __init__(self, mesh: ChaosMesh, *, version: int) -> None:
+        self._mesh = mesh
+        self._version = version
+
+    def TryReplica(self, request: local_pb2.TryReplicaRequest) -> _Trial:
+        starting = self._mesh.add_replica(
+            request.stage_index, is_spare=request.spare, version=self._version
+        )
+        return _Trial(asyncio.create_task(starting))
+
+    async def KeepReplica(self, request: local_pb2.KeepReplicaRequest, **_: Any) -> None:
+        """It is kept anyway."""
+
+    async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
+        await self._mesh.remove_replica(request.address)
+
+
+class _Trial:
+    """As the call that goes on for as long as the trial."""
+
+    def __init__(self, starting: asyncio.Task[Replica]) -> None:
+        self._starting = starting
+        self._is_told = False
+
+    async def read(self) -> Any:
+        replica = await self._starting
+        if self._is_told:
+            await asyncio.Event().wait()
+        self._is_told = True
+        return local_pb2.TryReplicaResponse(address=replica.address, name=replica.name)
+
+    def cancel(self) -> None:
+        """Nothing is left to do: a replica that failed stays, and the round fails."""

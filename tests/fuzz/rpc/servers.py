@@ -1,0 +1,214 @@
+"""What is under test: a mesh as a user starts it, and two stages that no coordinator drives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+from penstock.v1 import coordinator_pb2 as coordinator
+from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
+from penstock.v1.local_pb2 import KeepReplicaRequest
+from penstock.v1.local_pb2_grpc import SupervisorServiceStub
+
+from services.local.process import ONE_THREAD
+from tests.fuzz.rpc.methods import World
+from tests.fuzz.rpc.stage_sequences import next_epoch
+from tests.support.client import connect
+from tests.support.local_mesh import LocalMesh
+from tests.support.models import TinyModel, write_servable
+from tests.support.stages import HandDrivenCoordinator, micro_batch, start
+
+ROOT = Path(__file__).parents[3]
+LAYERS = ("0:2", "2:4")
+# Short, so that requests that say nothing of their length end soon.
+CONTEXT_LENGTH = 64
+STOP_S = 20.0
+ANSWER_S = 60.0
+PROMPT = [5, 6, 7, 8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A process that serves, and where its log lies."""
+
+    name: str
+    process: psutil.Process
+    log: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoneStage:
+    """Satisfies HandDrivenCoordinator."""
+
+    address: str
+    serving: Serving
+
+
+class Servers:
+    """Everything that offers RPCs."""
+
+    def __init__(self, mesh: LocalMesh, stages: Sequence[LoneStage]) -> None:
+        self._mesh = mesh
+        self.stages = list(stages)
+        record = mesh.record
+        self._supervisor = f"unix:{mesh.run_folder.socket_path}"
+        self._gateway, self._coordinator = record.gateway, record.coordinator
+        self._mesh_addresses = {
+            "gateway": self._gateway,
+            "coordinator": self._coordinator,
+            "supervisor": self._supervisor,
+        }
+        self._mesh_processes = [
+            Serving(name=one.name, process=psutil.Process(one.pid), log=Path(one.log))
+            for one in record.processes
+        ]
+        stage_addresses = [one.address for one in record.processes if "stage" in one.name]
+        self.world = World(model=record.model, stage_addresses=tuple(stage_addresses))
+        self._right_answers = {server: self._ask(server) for server in ("gateway", "stage")}
+
+    def addresses(self, server: str) -> list[str]:
+        """Where calls of that server's RPCs go, in turn."""
+        if server == "stage":
+            return [stage.address for stage in self.stages]
+        return [
+            {"gateway": self._gateway, "coordinator": self._coordinator}.get(
+                server, self._supervisor
+            )
+        ]
+
+    def processes(self, server: str) -> list[Serving]:
+        """The processes that calls to the server reach."""
+        return [one.serving for one in self.stages] if server == "stage" else self._mesh_processes
+
+    def complaints(self, server: str) -> list[str]:
+        """What is wrong after calls to the server: deaths, wrong answers, what was not freed."""
+        dead = [one.name for one in self.processes(server) if not _lives(one.process)]
+        if dead:
+            return [f"{', '.join(dead)} died"]
+        try:
+            return list(self._wrong_answers(server))
+        except (grpc.RpcError, TimeoutError, EOFError, AssertionError) as error:
+            return [f"a right call fails: {error!r}"[:400]]
+
+    def errors_logged(self) -> list[str]:
+        """Lines that say of themselves that they are errors, or end a traceback."""
+        logs = {one.log for one in [*self._mesh_processes, *(x.serving for x in self.stages)]}
+        return [line for log in sorted(logs) for line in _error_lines(log)]
+
+    def _wrong_answers(self, server: str) -> Iterator[str]:
+        if server == "supervisor":
+            self._ask_supervisor()
+        if server == "coordinator":
+            self._drain_strangers()
+        asked = "stage" if server == "stage" else "gateway"
+        answer = self._ask(asked)
+        if answer != self._right_answers[asked]:
+            yield f"a right call is answered by {answer}"
+
+    def _ask(self, server: str) -> list[int]:
+        if server == "stage":
+            return asyncio.run(self._ask_stages())
+        with connect(gateway=self._gateway, coordinator=self._coordinator) as client:
+            client.wait_until_idle()
+            sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+            answer = client.generate(token_ids=PROMPT, sampling=sampling, timeout_s=ANSWER_S)
+            client.wait_until_idle()
+            return answer.token_ids
+
+    async def _ask_stages(self) -> list[int]:
+        """A token of the whole pipeline, whose stages a coordinator of ours drives."""
+        driver = HandDrivenCoordinator(self.stages, epoch=next_epoch())
+        async with asyncio.timeout(ANSWER_S), driver:
+            await driver.open()
+            await driver.run(micro_batch(1, {0: PROMPT}, starts=[start(0)]))
+            return list((await driver.sampled()).token_ids)
+
+    def _ask_supervisor(self) -> None:
+        with grpc.insecure_channel(self._supervisor) as channel:
+            try:
+                SupervisorServiceStub(channel).KeepReplica(
+                    KeepReplicaRequest(address="nobody:1"), timeout=ANSWER_S
+                )
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+
+    def _drain_strangers(self) -> None:
+        """Lets replicas go that calls have added."""
+        with grpc.insecure_channel(self._coordinator) as channel:
+            stub = CoordinatorServiceStub(channel)
+            mesh = stub.GetMesh(coordinator.GetMeshRequest(), timeout=ANSWER_S)
+            for stage in mesh.stages:
+                if stage.address not in self.world.stage_addresses:
+                    request = coordinator.DrainReplicaRequest(address=stage.address)
+                    list(stub.DrainReplica(request, timeout=ANSWER_S))
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Servers]:
+    """Starts everything around a tiny model, and ends it."""
+    model = write_servable(folder / "tiny", TinyModel(context_length=CONTEXT_LENGTH))
+    mesh = LocalMesh(runtime=folder, environment={})
+    mesh.start("--model", str(model), "--stages", "2", "--kv-memory", "16MiB")
+    try:
+        with ExitStack() as stack:
+            stages = [
+                stack.enter_context(_lone_stage(model, folder, index))
+                for index in range(len(LAYERS))
+            ]
+            yield Servers(mesh, stages)
+    finally:
+        mesh.stop()
+
+
+@contextmanager
+def _lone_stage(model: Path, folder: Path, index: int) -> Iterator[LoneStage]:
+    log = folder / f"lone-stage-{index}.log"
+    arguments = ("--model", str(model), "--name", "tiny", "--layers", LAYERS[index])
+    options = ("--listen", "127.0.0.1:0", "--kv-blocks", "64", "--dtype", "bf16")
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.stage", *arguments, *options, "--exit-with-parent"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stderr=stream,
+            env=_environment(),
+        )
+    try:
+        port = _wait_for_port(log, process)
+        serves = Serving(name=f"lone stage {index}", process=psutil.Process(process.pid), log=log)
+        yield LoneStage(address=f"127.0.0.1:{port}", serving=serves)
+    finally:
+        process.communicate(timeout=STOP_S)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | ONE_THREAD | {"PYTHONPATH": f"{ROOT}:{ROOT}/protos/generated"}
+
+
+def _wait_for_port(log: Path, process: subprocess.Popen[bytes]) -> int:
+    while process.poll() is None:
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        if any(event["message"] == "stage ready" for event in events):
+            return next(event["port"] for event in events if event["message"] == "stage listens")
+        time.sleep(0.05)
+    raise RuntimeError(log.read_text())
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _error_lines(log: Path) -> list[str]:
+    lines = log.read_text(errors="replace").splitlines()
+    return [line[-600:] for line in lines if '"level": "ERROR"' in line or "Traceback" in line]

@@ -1,0 +1,64 @@
+"""`make security`: tries long and hard to break what SECURITY.md promises, and prints a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from services.cli.console import out as console
+from tests.security.promises import NOT_PROMISED, PROMISES
+from tests.security.trying import Effort, Tried, steps
+
+# A parser costs less than an RPC.
+PARSER_FACTOR = 5
+
+
+def table(rows: Sequence[Tried]) -> Table:
+    """What goes into SECURITY.md."""
+    made = Table("promise", "test", "tried", "refused", "slipped through")
+    told = ""
+    for row in rows:
+        counts = (f"{row.num_tried:,}", f"{row.num_refused:,}", str(len(row.slipped)))
+        made.add_row("" if row.promise == told else row.promise, row.test, *counts)
+        told = row.promise
+    return made
+
+
+def main(
+    executions: Annotated[
+        int, typer.Option(envvar="PENSTOCK_EXECUTIONS", help="For each RPC; parsers get five.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(envvar="PENSTOCK_SEED", help="Of all fuzzers.")] = 1,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", envvar="PENSTOCK_JSON", help="Where to write it all.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Part of the names of tests and fuzzers.")] = "",
+) -> None:
+    """Exits with 1 when anything slipped through."""
+    effort = Effort(
+        rpc_executions=executions, parser_executions=PARSER_FACTOR * executions, seed=seed
+    )
+    with steps([*PROMISES, NOT_PROMISED], effort) as all_steps:
+        chosen = [step for step in all_steps if only in step[0]]
+        rows = [attempt() for _, attempt in track(chosen, "trying", console=console)]
+    console.print(table(rows))
+    for row in rows:
+        for what in row.slipped:
+            console.print(f"{row.test}: {what}", markup=False)
+    if json_path is not None:
+        made = {"at": datetime.now(UTC).isoformat(), "rows": [asdict(row) for row in rows]}
+        json_path.write_text(json.dumps(made, indent=1))
+    if any(row.slipped for row in rows):
+        raise typer.Exit(code=1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
