@@ -64,6 +64,7 @@ class Flight:
     replays: bool = False  # the first replica computes nothing
     # In the order of their runs: decodes, then the chunks with which prompts end.
     samplers: list[Sampler] = field(default_factory=list)
+    num_samples: int = 0  # tokens that it returns
     num_decodes: int = 0
     chunks: list[Chunk] = field(default_factory=list)
     first_positions_R: list[int] = field(default_factory=list)  # of decodes, then chunks

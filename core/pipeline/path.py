@@ -166,8 +166,7 @@ class Path:
         Raises ProtocolViolation when it is out of order or its tokens are too few, too many or not
         of the vocabulary.
         """
-        num_samples = sum(sampler.num_samples for sampler in flight.samplers)
-        _check_tokens(event, num_samples, vocab_size=self.shared.facts.vocab_size)
+        _check_tokens(event, flight.num_samples, vocab_size=self.shared.facts.vocab_size)
         if not flight.restored and self._flights[0] is not flight:
             raise ProtocolViolation(
                 f"micro-batch {event.micro_batch_id} returned before "
@@ -183,7 +182,7 @@ class Path:
             self.policy.observe_round_trip(
                 now_s - flight.launched_s, rows=flight.rows, pairs=flight.pairs
             )
-        if not flight.overlapped and flight.rows == num_samples:
+        if not flight.overlapped and flight.rows == flight.num_samples:
             self.policy.observe_decode(now_s - flight.launched_s, rows=flight.rows)
         return self._verify(flight, event)
 
@@ -209,8 +208,8 @@ class Path:
             if draft:
                 end += count_accepted(draft, event.token_ids[first:])
                 self.shared.speculation.num_accepted += end - first - 1
-            logprobs = [entry for entry in event.logprobs[first:end] if entry is not None]
             if flight.micro_batch_id > sequence.void_id:
+                logprobs = [entry for entry in event.logprobs[first:end] if entry is not None]
                 landed.append(Landed(sequence, event.token_ids[first:end], logprobs))
             first += 1 + len(draft)
         return landed
@@ -244,7 +243,7 @@ class Path:
     def _launch(self, decodes: list[Sampler], chunks: list[Chunk], now_s: float) -> RunMicroBatch:
         micro_batch_id = next(self.shared.ids)
         pairs = num_pairs(decodes)
-        counts = [decode.num_samples for decode in decodes]
+        counts = [1 + len(draft) for _, draft in decodes]
         action = RunMicroBatch(
             micro_batch_id=micro_batch_id,
             path=self._ids,
@@ -282,6 +281,7 @@ class Path:
                 overlapped=self.num_launched > 0,
                 found_empty=found_empty,
                 samplers=samplers,
+                num_samples=sum(action.num_samples_R),
                 num_decodes=len(decodes),
                 chunks=chunks,
                 first_positions_R=action.first_positions_R,

@@ -92,7 +92,10 @@ class Prefill:
 
 def num_pairs(decodes: list[Sampler]) -> int:
     """Rows looking at positions."""
-    return sum(
-        sequence.num_scheduled * (1 + len(draft)) + len(draft) * (len(draft) + 1) // 2
-        for sequence, draft in decodes
-    )
+    pairs = 0
+    for sequence, draft in decodes:
+        pairs += sequence.num_scheduled
+        if draft:
+            guesses = len(draft)
+            pairs += guesses * sequence.num_scheduled + guesses * (guesses + 1) // 2
+    return pairs

@@ -189,12 +189,18 @@ def _start_metrics(
     resource: Resource, port: int, *, closers: list[Callable[[], None]]
 ) -> tuple[Meter, int]:
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
-    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()
     reader = PrometheusMetricReader(registry=registry, scope_info_enabled=False)
-    provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+    provider = MeterProvider(
+        [reader],
+        resource=resource,
+        # The reader leaves exemplars out; looking for a span at every value is not free.
+        exemplar_filter=AlwaysOffExemplarFilter(),
+        shutdown_on_exit=False,
+    )
     try:
         server, thread = start_http_server(port, addr=METRICS_HOST, registry=registry)
     except (OSError, OverflowError) as error:

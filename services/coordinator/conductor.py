@@ -41,7 +41,7 @@ from services.coordinator.replicas import Replicas
 from services.coordinator.requests import Requests
 from services.coordinator.settings import CoordinatorSettings
 
-_TICK_S = 0.05
+_TICK_S = 0.1
 # As coordinator.proto promises gateways.
 _PULSE_S = 0.5
 

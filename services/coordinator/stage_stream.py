@@ -17,8 +17,9 @@ from services.common.statuses import error_from_rpc
 # Orders that a stage has not yet taken from us. The scheduler keeps a few micro-batches in
 # flight, so that a queue this long means a stage that no longer reads.
 _MAX_QUEUED = 1024
-# A stage that says nothing when asked so many times in a row is lost. Askings are counted, and not
-# seconds: when it was we who stood still, the answers are there at the first of them.
+# A stage that says nothing so many times in a row is lost; it is asked when it has not spoken by
+# itself. Times are counted, and not seconds: when it was we who stood still, what it has said is
+# there at the first of them.
 _PULSES = 4
 _ASK_FOR_REPORT = stage_pb2.ControlRequest(report=stage_pb2.ReportRequest())
 
@@ -112,12 +113,13 @@ class StageStream:
         """Raises Unavailable when an open stage falls silent. Its event loop answers while it
         computes, so that a long step is no silence."""
         await asyncio.shield(self.ready)
-        unanswered = 0
-        while unanswered < _PULSES:
+        silent = 0
+        while silent < _PULSES:
+            if not self._has_spoken:
+                self.send(_ASK_FOR_REPORT)
             self._has_spoken = False
-            self.send(_ASK_FOR_REPORT)
             await asyncio.sleep(self._pulse_timeout_s / _PULSES)
-            unanswered = 0 if self._has_spoken else unanswered + 1
+            silent = 0 if self._has_spoken else silent + 1
         raise self._lost(f"no pulse for {self._pulse_timeout_s:.1f} s")
 
     def _on_ready(self, message: stage_pb2.StageReady) -> None:

@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 _USAGE_TIMEOUT_S = 1.0
 # Recording a value costs 10 us and more, too much for every token: each value stands for the
 # mean gap of this many.
-_TOKENS_A_RECORD = 16
+_TOKENS_A_RECORD = 32
 _REASON_LABELS = {
     number: name.removeprefix("FINISH_REASON_").lower()
     for name, number in generation_pb2.FinishReason.items()

@@ -170,6 +170,8 @@ class OpenRequest:
         return None if reason is None else _REASONS[reason]
 
     def _unread_ids(self) -> list[int]:
+        if not self._updates:
+            return self._token_ids
         in_updates = (token_id for update in self._updates for token_id in update.token_ids)
         return [*self._token_ids, *in_updates]
 

@@ -37,7 +37,8 @@ from services.stage.timings import KvBlockCount, Timings, Totals
 from services.stage.worker import Worker
 
 _LOG = logging.getLogger(__name__)
-REPORT_INTERVAL_S = 0.1
+# The policy looks at what was measured twice a second.
+REPORT_INTERVAL_S = 0.25
 # Schedules run a few micro-batches ahead; a coordinator this far ahead is out of order.
 MAX_PENDING_ORDERS = 4096
 MIN_CREDITS = 64

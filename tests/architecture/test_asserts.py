@@ -23,7 +23,7 @@ ALLOWED = {
     "core/models/llama/weight_names.py": (2, OUR_OWN_CALL),
     "core/pipeline/failover.py": (2, FOR_TYPES),
     "core/pipeline/mirror.py": (2, FOR_TYPES),
-    "core/pipeline/scheduler.py": (4, OUR_OWN_STATE),
+    "core/pipeline/scheduler.py": (5, OUR_OWN_STATE),
     "core/pipeline/simulate.py": (2, FOR_TYPES),
     "core/pipeline/waiting.py": (1, OUR_OWN_STATE),
     "core/sampling/sampler.py": (1, OUR_OWN_CALL),
@@ -31,14 +31,16 @@ ALLOWED = {
     "core/tokens/stop_strings.py": (1, OUR_OWN_CALL),
     "core/wire/frames.py": (3, OUR_OWN_CALL),
     "services/common/cancellation.py": (1, OUR_OWN_CALL),
+    "services/common/identity.py": (1, FOR_TYPES),
     "services/common/shortcut.py": (1, FOR_TYPES),
     "services/common/telemetry.py": (2, OUR_OWN_CALL),
-    "services/coordinator/replica_link.py": (1, OUR_OWN_STATE),
+    "services/coordinator/replica_link.py": (2, OUR_OWN_STATE),
     "services/coordinator/replicas.py": (1, OUR_OWN_STATE),
     "services/gateway/coordinator_link.py": (1, FOR_TYPES),
     "services/local/background.py": (2, FOR_TYPES),
     "services/local/mesh.py": (1, FOR_TYPES),
     "services/local/process.py": (2, FOR_TYPES),
+    "services/stage/process.py": (1, OUR_OWN_CALL),
 }
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from penstock.v1 import generation_pb2 as pb
 
+from services.common.audit_check import read_lines, verify
+from services.common.data_folder import AUDIT_NAME
 from tests.support.client import Client, connect, make_request
 from tests.support.local_mesh import LocalMesh, until
 from tests.support.models import TinyModel, random_weights, write_safetensors, write_servable
@@ -90,6 +92,7 @@ def test_weights_that_are_no_good_change_nothing(
     assert tokens(client) == before
     until(lambda: mesh.record.processes == processes)  # the new one may take a moment to end
     assert len(client.mesh().stages) == 2
+    assert audited(mesh)[-1] == "stage not updated"
 
 
 def test_weights_of_another_shape_are_refused_in_one_line(mesh: LocalMesh, tmp_path: Path) -> None:
@@ -135,3 +138,12 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
     now = {one.name: one.pid for one in mesh.record.processes}
     assert now.pop("stage-1-b") not in pids.values()
     assert now == {name: pid for name, pid in pids.items() if name != "stage-1"}
+    expected = ["replica added", "weights chosen", "replica drained", "stage updated"]
+    assert audited(mesh)[-4:] == expected
+
+
+def audited(mesh: LocalMesh) -> list[str]:
+    """What the audit log holds, which is whole."""
+    path = mesh.runtime / "data" / "penstock" / AUDIT_NAME
+    verify(path)
+    return [line.event for line in read_lines(path)]

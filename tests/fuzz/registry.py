@@ -23,6 +23,7 @@ TARGETS = {
         module="tests.fuzz.archives", instrumented=("services.local.packages", "zipfile", "tarfile")
     ),
     "frames": RegisteredTarget(module="tests.fuzz.frames", instrumented=("core",)),
+    "sealed": RegisteredTarget(module="tests.fuzz.sealed", instrumented=("core",)),
     "tokenizer-json": RegisteredTarget(module="tests.fuzz.tokenizer_json", instrumented=("core",)),
     "chat-template": RegisteredTarget(
         module="tests.fuzz.chat_templates",

@@ -18,6 +18,7 @@ EXECUTIONS = {
     "gguf": 2000,
     "llama2c": 1000,
     "safetensors": 1000,
+    "sealed": 3000,
     "tokenizer-json": 1500,
 }
 

@@ -13,6 +13,11 @@ FRAMES = f"{SECURITY}/test_frames_of_strangers.py"
 TEMPLATES = f"{SECURITY}/test_templates_of_strangers.py"
 CONNECTIONS = f"{SECURITY}/test_connections_of_strangers.py"
 NAMES = f"{SECURITY}/test_names_of_strangers.py"
+SEALED = "tests/core/weights/sealed"
+GATEWAY = "tests/services/gateway"
+COMMON = "tests/services/common"
+STAGE = "tests/services/stage"
+END_TO_END = "tests/end_to_end"
 INVERSION = "tests/numerics/test_inversion.py"
 
 
@@ -37,7 +42,7 @@ PROMISES = (
     Promise(says="No name forges a log line, opens a file or reaches a part", tests=(NAMES,)),
     Promise(
         says="A damaged file of a model is refused, and costs no more than its size",
-        parsers=("gguf", "safetensors", "llama2c", "tokenizer-json", "chat-template"),
+        parsers=("gguf", "safetensors", "llama2c", "tokenizer-json", "chat-template", "archives"),
     ),
     Promise(says="No frame breaks whoever reads it", parsers=("frames",)),
     Promise(says="No request to the gateway breaks or stops it", rpcs=("gateway",)),
@@ -48,6 +53,58 @@ PROMISES = (
     Promise(
         says="No message breaks the coordinator or the supervisor",
         rpcs=("coordinator", "supervisor"),
+    ),
+    Promise(
+        says="Checks of bytes hold without asserts",
+        tests=("tests/architecture/test_asserts.py", "tests/architecture/test_optimised.py"),
+    ),
+    Promise(
+        says="A part talks to those whose part it is, and to nobody else",
+        tests=(
+            f"{COMMON}/test_mutual_tls.py",
+            f"{COMMON}/test_identity.py",
+            f"{STAGE}/test_identities.py",
+            f"{END_TO_END}/test_mutual_tls.py",
+        ),
+    ),
+    Promise(
+        says="Only the peer of a stream enters the shortcut beside it",
+        tests=(f"{COMMON}/test_shortcut.py",),
+    ),
+    Promise(
+        says="No public RPC without a key that allows it, where keys are required",
+        tests=(f"{GATEWAY}/test_keys.py", f"{COMMON}/test_keys.py", f"{COMMON}/test_store.py"),
+    ),
+    Promise(
+        says="A key takes no more than its limits",
+        tests=(f"{GATEWAY}/test_key_limits.py", f"{GATEWAY}/test_quota.py"),
+    ),
+    Promise(
+        says="A tenant sees nothing of another one",
+        tests=(f"{GATEWAY}/test_tenants.py", f"{END_TO_END}/test_keys.py"),
+    ),
+    Promise(
+        says="The audit log tells when a line was removed, changed or moved",
+        tests=(f"{COMMON}/test_audit.py", f"{GATEWAY}/test_refusals.py"),
+    ),
+    Promise(
+        says="A sealed model opens for its holders alone, as it was sealed",
+        tests=(
+            f"{SEALED}/test_opening.py",
+            f"{SEALED}/test_tampering.py",
+            f"{SEALED}/test_chunks.py",
+            f"{SEALED}/test_rewrapping.py",
+            f"{SEALED}/test_identity.py",
+        ),
+        parsers=("sealed",),
+    ),
+    Promise(
+        says="What was sealed never touches the disk in the clear",
+        tests=(f"{END_TO_END}/test_sealed.py", f"{STAGE}/test_dumps.py"),
+    ),
+    Promise(
+        says="Weights that changed, in a file or in memory, are found",
+        tests=("tests/core/weights/test_manifest.py", f"{STAGE}/test_weight_watch.py"),
     ),
 )
 # No promise: SECURITY.md says what this test shows.

@@ -24,7 +24,7 @@ from services.stage.orders import OrderLimits, decode_micro_batch
 ROOT = Path(__file__).parents[2]
 HIDDEN_SIZE = 8
 NUM_ROWS = 2
-LIMITS = OrderLimits(max_rows=16, vocab_size=100, is_first=True, is_last=False)
+LIMITS = OrderLimits(max_rows=16, vocab_size=100, context_length=64, is_first=True, is_last=False)
 # What `pickle.dumps` makes of an object whose __reduce__ is (os.system, ("touch /tmp/owned",)).
 PICKLE = b"\x80\x04cposix\nsystem\nX\x10\x00\x00\x00touch /tmp/owned\x85R."
 

@@ -30,7 +30,7 @@ MAGIC = b"PENSTOCK-SEALED1"
 WRAP_BYTES = 80  # an ephemeral X25519 key, a data key of 32 bytes, a tag
 
 _DOMAIN = b"penstock sealed model header 1\0"
-_SIGNATURE_BYTES = 64
+SIGNATURE_BYTES = 64
 # A model of a thousand layers with a hundred holders has 30 MB.
 _MAX_BODY_BYTES = 1 << 26
 _MAX_SIZE = 1 << 62
@@ -106,8 +106,8 @@ def read_header(folder: Path, *, sealer: PublicIdentity) -> SealHeader:
         raise SealBroken(f"{path} is longer than {_MAX_BODY_BYTES} bytes")
     if not content.startswith(MAGIC):
         raise SealBroken(f"{path} is not the header of a sealed model")
-    signature = content[len(MAGIC) : len(MAGIC) + _SIGNATURE_BYTES]
-    body = content[len(MAGIC) + _SIGNATURE_BYTES :]
+    signature = content[len(MAGIC) : len(MAGIC) + SIGNATURE_BYTES]
+    body = content[len(MAGIC) + SIGNATURE_BYTES :]
     try:
         sealer.verifying_key.verify(signature, _DOMAIN + body)
     except (InvalidSignature, ValueError):

@@ -17,6 +17,8 @@ DEADLINE_S = 20.0
 # A stream that says nothing for so long after all was sent waits for more, and is left.
 SILENCE_S = 0.25
 MOST_RESPONSES = 64
+# Ours, of an RPC that gRPC did not end.
+NOT_AT_DEADLINE = "not even at its deadline"
 # What grpc.aio says where a write and the status of a stream that has ended meet. A server's own
 # internal errors have an id, and are logged.
 CLIENTS_OWN = "Internal error from Core"
@@ -55,7 +57,7 @@ async def call(channel: grpc.aio.Channel, method: RpcMethod, messages: Sequence[
     except grpc.aio.AioRpcError as error:
         code, details = error.code(), error.details() or ""
     except TimeoutError:
-        code, details = grpc.StatusCode.DEADLINE_EXCEEDED, "not even at its deadline"
+        code, details = grpc.StatusCode.DEADLINE_EXCEEDED, NOT_AT_DEADLINE
     seconds = time.monotonic() - started_s
     return Outcome(code=code, details=details, seconds=seconds, responses=tuple(responses))
 

@@ -12,7 +12,7 @@ import psutil
 
 from tests.chaos.footprint import Footprint
 from tests.fuzz.rpc.activations import ActivateCaller
-from tests.fuzz.rpc.calls import CLIENTS_OWN, Outcome, call, open_channel
+from tests.fuzz.rpc.calls import CLIENTS_OWN, NOT_AT_DEADLINE, Outcome, call, open_channel
 from tests.fuzz.rpc.hostile import serialise
 from tests.fuzz.rpc.methods import METHODS, RpcMethod
 from tests.fuzz.rpc.servers import Servers
@@ -114,10 +114,15 @@ class _Trial:
         self._slowest_s = max(self._slowest_s, outcome.seconds)
         if outcome.code in _OUR_FAULT and outcome.details != CLIENTS_OWN:
             self._note(f"{outcome.code.name}: {outcome.details[:300]}", messages)
-        if outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._method.deadline_s:
+        if outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._may_last(outcome):
             self._note(f"no end after {outcome.seconds:.0f} s", messages)
         if any(word in outcome.details for word in _GIVEN_AWAY):
             self._note(f"the status shows our insides: {outcome.details[:300]}", messages)
+
+    def _may_last(self, outcome: Outcome) -> bool:
+        """Whether the deadline ended what goes on by its nature, and did end it."""
+        has_reason = self._method.may_wait or self._method.deadline_s > 0
+        return has_reason and outcome.details != NOT_AT_DEADLINE
 
     def _note_logs(self) -> None:
         logged = self._servers.errors_logged()

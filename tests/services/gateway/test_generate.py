@@ -187,6 +187,7 @@ async def test_a_deadline_that_passes_cancels_at_the_coordinator(setup: Setup) -
         (grpc.StatusCode.UNAVAILABLE, 7),
         (grpc.StatusCode.DEADLINE_EXCEEDED, None),
         (grpc.StatusCode.INVALID_ARGUMENT, None),
+        (grpc.StatusCode.DATA_LOSS, None),
     ],
 )
 async def test_a_refusal_becomes_the_rpcs_status(

@@ -115,6 +115,8 @@ async def running(
         max_rows=1,
         speculation=0,
         drain_s=0,
+        require_keys=False,
+        data_folder=str(run_folder.path),
         stages=stages,
         coordinator_address="coordinator:1",
         coordinator_metrics_port=0,
