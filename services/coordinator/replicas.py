@@ -259,21 +259,17 @@ class Replicas:
         self.cut = cut
         stage_of = {part.layers: index for index, part in enumerate(cut.parts)}
         for link in self.links:
-            if link.place.layers in stage_of:
-                self._move(link, stage_of[link.place.layers])
+            place = link.place
+            if place.layers not in stage_of:
+                continue
+            stage_index, number = stage_of[place.layers], place.number
+            if stage_index != place.stage_index:
+                number = self._free_number(stage_index)
+            link.place = replace(
+                place, stage_index=stage_index, num_stages=len(cut.parts), number=number
+            )
         self._sort()
         self._listener.post(CutChosen(cut=cut))
-
-    def _move(self, link: ReplicaLink, stage_index: int) -> None:
-        assert self.cut is not None
-        place = link.place
-        is_other = place.stage_index != stage_index
-        link.place = replace(
-            place,
-            stage_index=stage_index,
-            num_stages=len(self.cut.parts),
-            number=self._free_number(stage_index) if is_other else place.number,
-        )
 
     # --- replicas (ReplicaListener)
 
