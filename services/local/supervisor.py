@@ -183,7 +183,7 @@ class Supervisor:
         leaves is not started again any more."""
         recut = self._recut
         if recut is None or recut.split != split:
-            raise NotFound(f"no cut {split!r} is on trial", field="split")
+            raise NotFound(f"no cut {shown(split)} is on trial", field="split")
         self._recut, self._layout = None, recut.layout
         self.mesh.change(recut.layout.coordinator_command())
         for one in recut.new:
