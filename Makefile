@@ -12,14 +12,14 @@ OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY 
 	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS
+	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
+.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -40,6 +40,9 @@ status: $(RUN_STAMP) ## shows the running mesh: stages and their replicas, layer
 
 update: $(RUN_STAMP) ## gives a stage of the running mesh other weights: STAGE=1 MODEL= KEY=
 	@$(CLI) update
+
+repartition: $(RUN_STAMP) ## moves layers between stages of the running mesh: SPLIT=0:12,12:30 or STAGES=3, NOW=1 KEY=
+	@$(CLI) repartition
 
 stop: $(RUN_STAMP) ## ends the running mesh
 	@$(CLI) stop

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
+from core.pipeline.cut import Cut, Part
 from core.pipeline.flights import Traffic
 from core.pipeline.mirror import Mirror
 from core.pipeline.sequences import Sequence, State
@@ -31,11 +32,11 @@ class Admission:
     ) -> None:
         self.queue = WaitingQueue(tenant_weights)
         self.stranded: set[Sequence] = set()  # without a path, though not without seats
-        self.lanes: List[Path] = ()  # for new sequences
-        # For those that began with given weights and went back to the queue.
-        self.lanes_of: dict[tuple[str, ...], List[Path]] = {}
-        # Since when there have been no lanes: for new sequences (None), for those of given weights.
-        self.down_since_s: dict[tuple[str, ...] | None, float] = {}
+        self.chosen: Cut | None = None  # what new sequences take
+        self.lanes: List[Path] = ()  # of this cut
+        self.lanes_of: dict[Cut, List[Path]] = {}  # of cuts that sequences have begun on
+        # Since when there have been no lanes: for new sequences (None), of other cuts.
+        self.down_since_s: dict[Cut | None, float] = {}
         self.num_preemptions = 0
         self.num_failovers = 0  # sequences that went on elsewhere, or over a new link
         self._mirror = mirror
@@ -60,9 +61,7 @@ class Admission:
             return None  # was preempted, and its last token has yet to return
         if not self._is_best(path, sequence):
             return None
-        if not self._mirror.start(
-            sequence, path.replicas, weights=path.weights, spare=_spare(path)
-        ):
+        if not self._mirror.start(sequence, path.replicas, cut=path.cut, spare=_spare(path)):
             return None
         self.queue.remove(sequence)
         sequence.state = State.RUNNING
@@ -74,7 +73,7 @@ class Admission:
 
     def move(self, sequence: Sequence, path: Path) -> bool:
         """Lets a stranded sequence run again; the queue has it, where there is no room."""
-        if not self._mirror.move(sequence, path.replicas):
+        if not self._mirror.move(sequence, path.replicas, cut=path.cut):
             self.preempt(sequence)
             return False
         self.stranded.remove(sequence)
@@ -105,8 +104,9 @@ class Admission:
 
     def given_up(self, now_s: float, *, limit_s: float) -> list[Sequence]:
         """Those who have been without a path for too long, or without one that can hold them."""
-        late = {weights for weights, s in self.down_since_s.items() if now_s - s > limit_s}
-        lost = [s for s in (*self.stranded, *self.queue) if late and s.weights in late]
+        late = {cut for cut, since_s in self.down_since_s.items() if now_s - since_s > limit_s}
+        begun = (*self.stranded, *self.queue) if late else ()
+        lost = [s for s in begun if late.issuperset(self._cuts_for(s))]
         for sequence in self.queue:
             lanes = self._lanes_for(sequence)
             if not lanes or any(_fits(lane, sequence) for lane in lanes):
@@ -124,10 +124,35 @@ class Admission:
                 return sequence
         return None
 
+    def lanes_from(self, cut: Cut, *, probes: bool = False) -> List[Path]:
+        """For sequences that began on a cut: those of the chosen one, where its weights are the
+        same, or else, and where it has none, those of their own. Who `probes` stays on its own."""
+        own = self.lanes_of.get(cut, ())
+        return (self.lanes or own) if self._may_leave(cut, probes=probes) else own
+
+    def _may_leave(self, cut: Cut, *, probes: bool) -> bool:
+        """Whether who began on a cut may take the chosen one."""
+        return not probes and self.chosen is not None and cut.weights == self.chosen.weights
+
+    def parts_for(self, sequence: Sequence) -> set[Part]:
+        """What a sequence that has begun may go on on."""
+        assert sequence.cut is not None
+        parts = set(sequence.cut.parts)
+        if self.chosen is not None and self._may_leave(sequence.cut, probes=sequence.probes):
+            parts.update(self.chosen.parts)
+        return parts
+
     def _lanes_for(self, sequence: Sequence) -> List[Path]:
-        if sequence.weights is None:
+        if sequence.cut is None:
             return self.lanes
-        return self.lanes_of.get(sequence.weights, ())
+        return self.lanes_from(sequence.cut, probes=sequence.probes)
+
+    def _cuts_for(self, sequence: Sequence) -> set[Cut | None]:
+        """The cuts that it could take, None for the chosen one."""
+        if sequence.cut is None:
+            return {None}
+        may_leave = self._may_leave(sequence.cut, probes=sequence.probes)
+        return {None, sequence.cut} if may_leave else {sequence.cut}
 
     def _is_best(self, path: Path, sequence: Sequence) -> bool:
         lanes = self._lanes_for(sequence)
@@ -144,7 +169,7 @@ class Admission:
             replica.cycle_s(len(replica.residents) + 1, mean_context=lane.policy.mean_context)
             for replica in lane.replicas
         ]
-        found = self._mirror.num_findable(sequence, lane.replicas, lane.weights)
+        found = self._mirror.num_findable(sequence, lane.replicas, lane.cut)
         rows = lane.num_own_rows + len(sequence.token_ids) - found
         row_s = lane.policy.seconds(rows, 0.0)
         return _TYPICAL_OUTPUT * max(cycles_s) + row_s, sum(cycles_s)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.pipeline.batch import NO_TOKEN, PositionLogprobs
+from core.pipeline.cut import Cut, Part
 from core.sampling.parameters import SamplingParameters
 
 
@@ -13,7 +14,7 @@ from core.sampling.parameters import SamplingParameters
 class PipelineFacts:
     """What the scheduler must know of the model and of all stages alike."""
 
-    num_stages: int
+    num_layers: int
     num_slots: int  # most sequences at a time; slots are below this
     context_length: int  # most positions of a sequence
     kv_block_size: int = 16  # positions in a KV block
@@ -27,10 +28,10 @@ class ReplicaFacts:
 
     num_kv_blocks: int
     max_rows: int  # most rows of a micro-batch
-    # Names its weights and arithmetic. What was computed with others is of no use: a sequence
-    # ends with the weights that it began with, and replicas that differ never share it.
-    weights: str = ""
-    # It takes sequences only where no other replica of its stage and weights can.
+    # Its layers and their weights. What was computed with others is of no use: a sequence ends
+    # with the weights that it began with, and replicas that differ in them never share it.
+    part: Part
+    # It takes sequences only where no other replica of its part can.
     is_spare: bool = False
 
 
@@ -49,7 +50,6 @@ class ReplicaReady:
     """
 
     replica_id: int
-    stage_index: int
     facts: ReplicaFacts
 
 
@@ -72,7 +72,7 @@ class ReplicaDraining:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkReady:
-    """Activations can travel from one replica to another, of the next stage."""
+    """Activations can travel from one replica to another, which holds the layers behind its own."""
 
     upstream_id: int
     downstream_id: int
@@ -88,12 +88,12 @@ class LinkLost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WeightsChosen:
-    """New sequences take replicas with these weights on this stage. Until one says so, the weights
-    of the stage's first replica."""
+class CutChosen:
+    """New sequences take replicas of these parts. Those that have begun end with the weights that
+    they began with; where these are the same, they take the new parts when they move. Until one
+    says so, the parts of the first replicas that make a whole model are chosen."""
 
-    stage_index: int
-    weights: str
+    cut: Cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +118,8 @@ class RequestArrived:
     cache_salt: str = ""
     tenant: str = ""  # all of one tenant share what is its share of the mesh
     priority: int = 0  # all of a higher one are admitted first
-    # It takes the weights of this replica, whether they are chosen or not. None: those chosen.
-    probed_id: int | None = None
+    # It takes this cut, whether it is chosen or not, and stays on it. None: the one chosen.
+    probed: Cut | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +163,7 @@ Event = (
     | ReplicaDraining
     | LinkReady
     | LinkLost
-    | WeightsChosen
+    | CutChosen
     | RequestArrived
     | RequestCancelled
     | TokensSampled

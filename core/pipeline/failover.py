@@ -19,6 +19,8 @@ from itertools import pairwise
 from math import inf
 
 from core.pipeline.actions import AbandonMicroBatches, Action
+from core.pipeline.admission import Admission
+from core.pipeline.cut import Cut
 from core.pipeline.flights import Flight, Promise
 from core.pipeline.path import Path, Shared
 from core.pipeline.replica import Replica
@@ -131,7 +133,7 @@ class Failover:
         self._find_lanes(now_s)
         for path in self.paths.values():
             path.forget_newcomers()
-        homes = _Homes(self._topology)
+        homes = _Homes(self._topology, self._admission)
         for sequence in sorted(self._admission.stranded, key=lambda sequence: sequence.order):
             sequence.destination = None
             self._send(sequence, homes.best_way(sequence), now_s)
@@ -145,7 +147,7 @@ class Failover:
             for sequence in path.running
             if not self._shared.traffic.carries(sequence)
         ]
-        homes = _Homes(self._topology)
+        homes = _Homes(self._topology, self._admission)
         for sequence in sorted(leaving, key=lambda sequence: sequence.order):
             assert sequence.path is not None
             sequence.path.leave(sequence)
@@ -163,24 +165,24 @@ class Failover:
                 self._admission.preempt(sequence)
             else:
                 path.expect(sequence)
-        elif _Homes(self._topology).best_way(sequence, needs_room=False) is not None:
-            self._admission.preempt(sequence)
+        else:
+            anywhere = _Homes(self._topology, self._admission)
+            if anywhere.best_way(sequence, needs_room=False) is not None:
+                self._admission.preempt(sequence)
 
     def _find_lanes(self, now_s: float) -> None:
-        topology, admission = self._topology, self._admission
-        chosen = topology.chosen
+        admission = self._admission
+        chosen = admission.chosen = self._topology.chosen
         admission.lanes = self._lanes(chosen, now_s) if chosen is not None else []
         sequences = [*admission.queue, *admission.stranded]
-        begun = {s.weights for s in sequences} | {p.weights for p in self.paths.values()}
+        begun = {s.cut for s in sequences} | {path.cut for path in self.paths.values()}
         admission.lanes_of = {
-            weights: self._lanes(weights, now_s, even_draining=True)
-            for weights in begun
-            if weights is not None
+            cut: self._lanes(cut, now_s, even_draining=True) for cut in begun if cut is not None
         }
         down_since_s = admission.down_since_s
         admission.down_since_s = {
-            weights: down_since_s.get(weights, now_s)
-            for weights, lanes in ((None, admission.lanes), *admission.lanes_of.items())
+            cut: down_since_s.get(cut, now_s)
+            for cut, lanes in ((None, admission.lanes), *admission.lanes_of.items())
             if not lanes
         }
         for path in self.paths.values():
@@ -188,15 +190,13 @@ class Failover:
 
     def _is_closing(self, path: Path) -> bool:
         """Whether sequences shall leave it, and can."""
-        lanes = self._admission.lanes_of.get(path.weights, self._admission.lanes)
+        lanes = self._admission.lanes_from(path.cut)
         return path.is_left and not all(lane.is_left for lane in lanes)
 
-    def _lanes(
-        self, weights: tuple[str, ...], now_s: float, *, even_draining: bool = False
-    ) -> list[Path]:
-        ways = self._topology.lanes(weights, even_draining=even_draining)
+    def _lanes(self, cut: Cut, now_s: float, *, even_draining: bool = False) -> list[Path]:
+        ways = self._topology.lanes(cut, even_draining=even_draining)
         if not ways:
-            way = self._topology.best_way(weights, kept=[], crowd=lambda replica: 0.0)
+            way = self._topology.best_way(cut.parts, kept=[], crowd=lambda replica: 0.0)
             ways = [way] if way is not None else []
         return [self._path(way, now_s) for way in ways]
 
@@ -204,7 +204,7 @@ class Failover:
         path = self.paths.get(way)
         if path is None:
             path = self.paths[way] = Path(way, self._shared, now_s=now_s)
-            if self._latest is not None:
+            if self._latest is not None and len(self._latest.replicas) == len(way):
                 path.policy.begin_like(self._latest.policy)
             path.is_closing = self._is_closing(path)
         self._latest = path
@@ -214,14 +214,15 @@ class Failover:
 class _Homes:
     """Where stranded sequences may go, given where those before them go."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, admission: Admission) -> None:
         self._topology = topology
+        self._admission = admission
         self._num_expected: Counter[Replica] = Counter()  # sequences
         self._reserved: defaultdict[Replica, float] = defaultdict(float)  # blocks
 
     def best_way(self, sequence: Sequence, *, needs_room: bool = True) -> Way | None:
         """The best way that has room, now and for all that it may generate; None where none has."""
-        assert sequence.weights is not None
+        parts = self._admission.parts_for(sequence)
         kept = [seat.replica for seat in sequence.seats]
         share = _share(sequence.seats[0]) if sequence.seats else 0.0
 
@@ -233,7 +234,7 @@ class _Homes:
             cycle_s = replica.cycle_s(len(replica.residents) + self._num_expected[replica] + 1)
             return cycle_s / (cycle_s + 1.0)
 
-        way = self._topology.best_way(sequence.weights, kept=kept, crowd=crowd)
+        way = self._topology.best_way(parts, kept=kept, crowd=crowd)
         for replica in way or ():
             if replica not in kept:
                 self._num_expected[replica] += 1

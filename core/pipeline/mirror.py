@@ -23,6 +23,7 @@ from collections.abc import Sequence as List
 
 from core.cache.prefix import extend_keys, root_key
 from core.pipeline.batch import SequenceStart
+from core.pipeline.cut import Cut
 from core.pipeline.flights import Promise, Traffic
 from core.pipeline.replica import Replica
 from core.pipeline.restore_plan import plan_restore
@@ -49,7 +50,7 @@ class Mirror:
         sequence: Sequence,
         replicas: List[Replica],
         *,
-        weights: tuple[str, ...],
+        cut: Cut,
         spare: int,
     ) -> bool:
         """Gives it a slot, blocks that others have computed, and free ones for its other tokens.
@@ -58,30 +59,28 @@ class Mirror:
         would be left. At least one token remains to be computed: the next one is sampled there.
         """
         wanted = -(-len(sequence.token_ids) // self._block_size)
-        found_S = self._find(sequence, replicas, weights)
+        found_S = self._find(sequence, replicas, cut)
         if not _are_free(wanted + spare, replicas, found_S):
             return False
         slot = self._slots.take()
         if slot is None:
             return False
         sequence.slot = slot
-        sequence.weights = weights
+        sequence.cut = cut
         num_found = len(found_S[0])
         sequence.num_published = num_found
         sequence.num_scheduled = sequence.capacity = num_found * self._block_size
         sequence.seats = [
-            self._seat(sequence, replica, found)
+            self._seat(sequence, replica, found, samples=replica is replicas[-1])
             for replica, found in zip(replicas, found_S, strict=True)
         ]
         sequence.latest_seats = sequence.seats
         self.grow(sequence, wanted - num_found)
         return True
 
-    def num_findable(
-        self, sequence: Sequence, replicas: List[Replica], weights: tuple[str, ...]
-    ) -> int:
+    def num_findable(self, sequence: Sequence, replicas: List[Replica], cut: Cut) -> int:
         """Positions that it would find if it started there."""
-        return len(self._find(sequence, replicas, weights)[0]) * self._block_size
+        return len(self._find(sequence, replicas, cut)[0]) * self._block_size
 
     def grow(self, sequence: Sequence, count: int) -> None:
         """Adds blocks to a sequence on every replica."""
@@ -103,8 +102,8 @@ class Mirror:
         self, sequence: Sequence, seats: list[Seat], blocks: range, *, num_senders: int = 0
     ) -> Promise:
         """Publishes blocks of some seats; the first `num_senders` have them already."""
-        assert sequence.weights is not None
-        keys = self._keys(sequence, sequence.weights)
+        assert sequence.cut is not None
+        keys = self._keys(sequence, sequence.cut)
         block_ids_S: list[list[int]] = [[]] * num_senders
         for seat in seats[num_senders:]:
             publish, block_ids = seat.replica.allocator.publish, seat.block_ids
@@ -144,7 +143,7 @@ class Mirror:
         """Forgets what it had on a replica that is gone."""
         sequence.seats = [seat for seat in sequence.seats if seat.replica is not replica]
 
-    def move(self, sequence: Sequence, replicas: List[Replica]) -> bool:
+    def move(self, sequence: Sequence, replicas: List[Replica], *, cut: Cut) -> bool:
         """Gives a sequence of which nothing is in flight another path, or the same one again.
 
         On replicas that stay it goes back to what has landed, `num_scheduled`; what those that are
@@ -160,10 +159,15 @@ class Mirror:
             if replica not in replicas:
                 _leave(sequence, seat)
         landed = sequence.num_scheduled
+        sequence.cut = cut
         sequence.seats = [
             self._keep(sequence, old[replica], landed)
             if replica in old
-            else self._take(sequence, replica, found_of[replica], landed)
+            else self._take(
+                self._seat(sequence, replica, found_of[replica], samples=replica is replicas[-1]),
+                sequence,
+                landed,
+            )
             for replica in replicas
         ]
         sequence.latest_seats = sequence.seats
@@ -179,35 +183,34 @@ class Mirror:
         seat.replica.rewind(sequence.slot, held)
         return Seat(seat.replica, seat.block_ids, seat.num_found, held, landed)
 
-    def _take(self, sequence: Sequence, replica: Replica, found: list[int], landed: int) -> Seat:
-        seat = self._seat(sequence, replica, found)
-        replica.grow(sequence.slot, seat, sequence.capacity // self._block_size - len(found))
+    def _take(self, seat: Seat, sequence: Sequence, landed: int) -> Seat:
+        num_lacking = sequence.capacity // self._block_size - len(seat.block_ids)
+        seat.replica.grow(sequence.slot, seat, num_lacking)
         seat.num_restored, seat.restore_end = seat.num_found, landed
         return seat
 
-    def _seat(self, sequence: Sequence, replica: Replica, found: list[int]) -> Seat:
+    def _seat(
+        self, sequence: Sequence, replica: Replica, found: list[int], *, samples: bool
+    ) -> Seat:
         """Lets a sequence begin on a replica, with blocks that it found there."""
         seat = Seat(replica, found, len(found) * self._block_size)
         replica.allocator.hold(found)
         replica.residents.add(sequence)
-        is_last = replica.stage_index == len(sequence.weights or ()) - 1
-        replica.start(_start(sequence, num_cached=seat.num_found, samples=is_last), seat)
+        replica.start(_start(sequence, num_cached=seat.num_found, samples=samples), seat)
         return seat
 
-    def _keys(self, sequence: Sequence, weights: tuple[str, ...]) -> list[bytes]:
-        root = root_key(weights="\n".join(weights), salt=sequence.cache_salt)
+    def _keys(self, sequence: Sequence, cut: Cut) -> list[bytes]:
+        root = root_key(weights=cut.weights, salt=sequence.cache_salt)
         if root != sequence.root_key:
             sequence.root_key, sequence.block_keys = root, []
         extend_keys(sequence.block_keys, sequence.token_ids, root=root, block_size=self._block_size)
         return sequence.block_keys
 
-    def _find(
-        self, sequence: Sequence, replicas: List[Replica], weights: tuple[str, ...]
-    ) -> list[list[int]]:
+    def _find(self, sequence: Sequence, replicas: List[Replica], cut: Cut) -> list[list[int]]:
         """Replica by replica, the blocks of what all have of its beginning."""
         if not self._shares_prefixes:
             return [[] for _ in replicas]
-        keys = self._keys(sequence, weights)[: (len(sequence.token_ids) - 1) // self._block_size]
+        keys = self._keys(sequence, cut)[: (len(sequence.token_ids) - 1) // self._block_size]
         found_S = []
         for replica in replicas:
             found_S.append(replica.allocator.find(keys))
@@ -218,8 +221,8 @@ class Mirror:
         """Of each replica for itself, the blocks of what it has of all that has landed."""
         if not self._shares_prefixes or not replicas:
             return {replica: [] for replica in replicas}
-        assert sequence.weights is not None
-        keys = self._keys(sequence, sequence.weights)
+        assert sequence.cut is not None
+        keys = self._keys(sequence, sequence.cut)
         keys = keys[: sequence.num_scheduled // self._block_size]
         return {replica: replica.allocator.find(keys) for replica in replicas}
 

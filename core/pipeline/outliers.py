@@ -71,8 +71,7 @@ class Outliers:
             other
             for other in self._topology.replicas.values()
             if other is not replica
-            and other.stage_index == replica.stage_index
-            and other.facts.weights == replica.facts.weights
+            and other.part == replica.part
             and other.times.are_known
             and not (other.is_draining or other.is_resting)
         ]

@@ -1,4 +1,4 @@
-"""A path: one replica of every stage, the sequences that run on it, and what is in flight.
+"""A path: replicas that hold the whole model, the sequences that run on it, and what is in flight.
 
 A micro-batch mixes decodes and prefill chunks; what restores sequences goes by itself, before
 them. How many micro-batches carry decodes at a time, and how much prefill rides along, follows
@@ -20,6 +20,7 @@ from core.errors import ProtocolViolation
 from core.pipeline import restore
 from core.pipeline.actions import Action, RunMicroBatch
 from core.pipeline.batch import NO_TOKEN, PositionLogprobs
+from core.pipeline.cut import Cut
 from core.pipeline.decode import Decodes
 from core.pipeline.events import PipelineFacts, TokensSampled
 from core.pipeline.flights import Chunk, Flight, Sampler, Traffic
@@ -64,7 +65,7 @@ class Path:
     def __init__(self, replicas: tuple[Replica, ...], shared: Shared, *, now_s: float) -> None:
         self.replicas = replicas
         self.shared = shared
-        self.weights = tuple(replica.facts.weights for replica in replicas)
+        self.cut = Cut(tuple(replica.part for replica in replicas))
         self.policy = InFlightPolicy([replica.times for replica in replicas], shared.settings)
         self.num_kv_blocks = min(replica.facts.num_kv_blocks for replica in replicas)
         self.max_rows = min(replica.facts.max_rows for replica in replicas)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from core.pipeline.actions import Action, FlushUpdates
 from core.pipeline.admission import Admission
 from core.pipeline.events import (
+    CutChosen,
     LinkLost,
     LinkReady,
     PipelineFacts,
@@ -15,7 +16,6 @@ from core.pipeline.events import (
     ReplicaReady,
     StageReported,
     TokensSampled,
-    WeightsChosen,
 )
 from core.pipeline.failover import Failover
 from core.pipeline.flights import Traffic
@@ -30,13 +30,7 @@ from core.pipeline.stage_times import StageTimes
 from core.pipeline.topology import Topology
 
 ReplicaEvent = (
-    StageReported
-    | ReplicaReady
-    | ReplicaLost
-    | ReplicaDraining
-    | LinkReady
-    | LinkLost
-    | WeightsChosen
+    StageReported | ReplicaReady | ReplicaLost | ReplicaDraining | LinkReady | LinkLost | CutChosen
 )
 
 
@@ -72,7 +66,7 @@ class Pipeline:
             speculation=speculation,
             ids=ids,
         )
-        self.topology = Topology(facts.num_stages)
+        self.topology = Topology(facts.num_layers)
         self.failover = Failover(self.topology, shared)
         self._outliers = Outliers(self.topology)
         self.was_ready = False  # ever
@@ -94,14 +88,6 @@ class Pipeline:
         """Whether new sequences have had no path for too long."""
         down_since_s = self.admission.down_since_s.get(None, now_s)
         return not self.is_ready and now_s - down_since_s > limit_s
-
-    def weights_with(self, replica_id: int) -> tuple[str, ...] | None:
-        """The chosen weights, and at a replica's stage its own; None where it is not there."""
-        replica, chosen = self.topology.replicas.get(replica_id), self.topology.chosen
-        if replica is None or chosen is None:
-            return None
-        stage = replica.stage_index
-        return (*chosen[:stage], replica.facts.weights, *chosen[stage + 1 :])
 
     # --- replicas and links
 
@@ -129,14 +115,14 @@ class Pipeline:
                 downstream = replicas.get(event.downstream_id)
                 if upstream is not None and downstream is not None:
                     return failover.lose_link(upstream, downstream)
-            case WeightsChosen():
-                self.topology.choose(event.stage_index, event.weights)
+            case CutChosen():
+                self.topology.chosen = event.cut
         failover.is_due = True
         return []
 
     def _add(self, event: ReplicaReady) -> None:
-        """Takes in a replica. What is known of its stage's times it begins with."""
-        sibling = self.topology.sibling(event.stage_index)
+        """Takes in a replica. What is known of others with its layers it begins with."""
+        sibling = self.topology.sibling(event.facts.part)
         if sibling is None:
             policy = self._policy
             times = StageTimes(policy.prior, contention=policy.contention_prior)
@@ -145,7 +131,6 @@ class Pipeline:
         self.topology.add(
             Replica(
                 event.replica_id,
-                stage_index=event.stage_index,
                 facts=event.facts,
                 block_size=self.facts.kv_block_size,
                 times=times,

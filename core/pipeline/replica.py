@@ -10,6 +10,7 @@ from collections.abc import Sequence as List
 
 from core.cache.blocks import BlockAllocator
 from core.pipeline.batch import SequenceStart, SequenceUpdates
+from core.pipeline.cut import Part
 from core.pipeline.events import ReplicaFacts, StageReported
 from core.pipeline.flights import Flight, FlightHistory, Observations
 from core.pipeline.sequences import Seat, Sequence
@@ -25,13 +26,11 @@ class Replica:
         self,
         replica_id: int,
         *,
-        stage_index: int,
         facts: ReplicaFacts,
         block_size: int,
         times: StageTimes,
     ) -> None:
         self.id = replica_id
-        self.stage_index = stage_index
         self.facts = facts
         self.block_size = block_size
         self.times = times
@@ -48,6 +47,11 @@ class Replica:
         self.rest_s = self.rests_until_s = 0.0  # how long the latest rest is, and its end
         self.is_told = True  # there are no updates
         self._forget()
+
+    @property
+    def part(self) -> Part:
+        """What it holds."""
+        return self.facts.part
 
     @property
     def is_left(self) -> bool:

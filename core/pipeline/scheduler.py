@@ -142,9 +142,8 @@ class Scheduler:
         for event in events:
             self._take_in(event)
         self._expire()
-        pipeline = self._pipeline
-        if pipeline is not None:
-            self._actions += pipeline.schedule(now_s)
+        if self._pipeline is not None:
+            self._actions += self._pipeline.schedule(now_s)
         return self._actions
 
     def _take_in(self, event: Event) -> None:
@@ -226,9 +225,9 @@ class Scheduler:
         assert self._pipeline is not None
         order = next(self._orders)
         sequence = new_sequence(event, self._pipeline.facts, order=order, now_s=self._now_s)
-        if event.probed_id is not None:
-            sequence.weights = self._pipeline.weights_with(event.probed_id)
-            self._pipeline.failover.is_due = True  # for paths with these weights
+        if event.probed is not None:
+            sequence.cut, sequence.probes = event.probed, True
+            self._pipeline.failover.is_due = True  # for paths of this cut
         self._sequences[event.request_id] = sequence
         self._pipeline.admission.queue.add(sequence)
         self._may_admit = True
@@ -256,12 +255,11 @@ class Scheduler:
         if pipeline is None:
             return self._unavailable()
         pipeline.settle(self._now_s)
-        if not pipeline.was_ready:
+        limit_s = settings.lost_limit_s
+        if not pipeline.was_ready or pipeline.is_given_up(self._now_s, limit_s=limit_s):
             return self._unavailable()
-        if pipeline.is_given_up(self._now_s, limit_s=settings.lost_limit_s):
-            return self._unavailable()
-        if event.probed_id is not None and pipeline.weights_with(event.probed_id) is None:
-            return Unavailable("the replica to be probed is gone")
+        if event.probed is not None and not pipeline.topology.has_all(event.probed):
+            return Unavailable("a replica to be probed is gone")
         return misfit(event, pipeline.facts, num_kv_blocks=pipeline.num_kv_blocks)
 
     def _find_place(self, event: RequestArrived) -> PenstockError | None:

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.pipeline.actions import Usage
+from core.pipeline.cut import Cut
 from core.pipeline.token_index import TokenIndex
 from core.sampling.parameters import SamplingParameters
 
@@ -73,7 +74,8 @@ class Sequence:
     priority: int = 0
     turn: float = 0.0  # when it begins in the queue's virtual time
     state: State = State.WAITING
-    weights: tuple[str, ...] | None = None  # of each stage, once it has begun
+    cut: Cut | None = None  # of its latest path, once it has begun, or the one that it probes
+    probes: bool = False  # it stays on its cut, whichever is chosen
     path: Path | None = None  # while it runs
     destination: Path | None = None  # while it is stranded: the path that will take it in
     slot: int = -1

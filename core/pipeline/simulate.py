@@ -23,12 +23,15 @@ from core.pipeline.actions import (
     RunMicroBatch,
 )
 from core.pipeline.batch_time import Coefficients
+from core.pipeline.cut import Cut, Part
 from core.pipeline.events import (
+    CutChosen,
     Event,
     LinkLost,
     LinkReady,
     PipelineFacts,
     PipelineKnown,
+    ReplicaDraining,
     ReplicaFacts,
     ReplicaLost,
     ReplicaReady,
@@ -65,10 +68,22 @@ class SimulatedFault:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimulatedRecut:
+    """The layers move to other replicas. Those of layers that both cuts have stay."""
+
+    at_s: float  # when the new replicas are ready, and chosen
+    stages: tuple[Coefficients, ...]
+    num_layers_S: tuple[int, ...]
+    moves: bool = True  # running sequences, too; else they end where they are
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
     """The simulated pipeline."""
 
     stages: tuple[Coefficients, ...]  # true times of each stage
+    num_layers_S: tuple[int, ...] = ()  # where they do not have one layer each
+    recut: SimulatedRecut | None = None
     further_replicas: tuple[tuple[int, Coefficients], ...] = ()  # of which stage, and its times
     faults: tuple[SimulatedFault, ...] = ()
     hop_s: float = 0.0  # between two stages, and from and to the coordinator
@@ -120,7 +135,8 @@ class _Replica:
     """A simulated replica. Another one takes its place when it comes back."""
 
     id: int
-    stage_index: int
+    stage_index: int  # their number: it came with a recut
+    part: Part
     times: Coefficients
     free_at_s: float = 0.0
     work: deque[tuple[int, float, float]] = field(default_factory=deque)  # id, beginning, end
@@ -140,7 +156,8 @@ class _Simulation:
         self._replicas: dict[int, _Replica] = {}  # by id, those that live
         self._ids: list[int] = []  # of each number, the latest
         self._replica_ids = itertools.count()
-        self._busy_S = [0.0] * len(settings.stages)
+        self._parts_S = _parts(settings.num_layers_S or (1,) * len(settings.stages))
+        self._busy_S = [0.0] * (len(settings.stages) + 1)  # of a recut's replicas: the last
         self._last_token_s: dict[int, float] = {}
         self._first_token_s: dict[int, float] = {}
         self._num_tokens = self._num_ended = self._num_batches = self._num_rows = 0
@@ -153,6 +170,8 @@ class _Simulation:
         for stage_index, times in kinds:
             self._ids.append(self._open(0.0, stage_index, times))
         self._plan_faults()
+        if self._settings.recut is not None:
+            self._plan_recut(self._settings.recut)
         for number, request in enumerate(self._requests):
             arrived = RequestArrived(
                 request_id=number,
@@ -170,7 +189,7 @@ class _Simulation:
     def _facts(self) -> PipelineFacts:
         settings = self._settings
         return PipelineFacts(
-            num_stages=len(settings.stages),
+            num_layers=self._parts_S[-1].end_layer,
             num_slots=settings.num_slots,
             context_length=settings.context_length,
             kv_block_size=settings.kv_block_size,
@@ -179,20 +198,37 @@ class _Simulation:
     # --- replicas
 
     def _open(self, time_s: float, stage_index: int, times: Coefficients) -> int:
+        return self._open_part(time_s, self._parts_S[stage_index], times, stage_index=stage_index)
+
+    def _open_part(self, at_s: float, part: Part, times: Coefficients, *, stage_index: int) -> int:
         """Plans that a replica is ready, linked with all that are there by then; its id."""
-        replica = _Replica(id=next(self._replica_ids), stage_index=stage_index, times=times)
-        self._push(time_s, replica)
-        return replica.id
+        replica_id = next(self._replica_ids)
+        replica = _Replica(id=replica_id, stage_index=stage_index, part=part, times=times)
+        self._push(at_s, replica)
+        return replica_id
+
+    def _plan_recut(self, recut: SimulatedRecut) -> None:
+        new = _parts(recut.num_layers_S)
+        for part, times in zip(new, recut.stages, strict=True):
+            if part not in self._parts_S:
+                self._open_part(recut.at_s, part, times, stage_index=len(self._parts_S))
+        self._push(recut.at_s, CutChosen(cut=Cut(new)))
+        stages = (*range(len(self._parts_S)), *(s for s, _ in self._settings.further_replicas))
+        for replica_id, stage_index in zip(self._ids, stages, strict=True):
+            if self._parts_S[stage_index] not in new:
+                self._push(recut.at_s, ReplicaDraining(replica_id=replica_id, moves=recut.moves))
 
     def _ready(self, replica: _Replica) -> list[Event]:
         settings = self._settings
-        facts = ReplicaFacts(num_kv_blocks=settings.num_kv_blocks, max_rows=settings.max_rows)
-        ready = ReplicaReady(replica_id=replica.id, stage_index=replica.stage_index, facts=facts)
+        facts = ReplicaFacts(
+            num_kv_blocks=settings.num_kv_blocks, max_rows=settings.max_rows, part=replica.part
+        )
+        ready = ReplicaReady(replica_id=replica.id, facts=facts)
         links = [
             LinkReady(upstream_id=upstream.id, downstream_id=downstream.id)
             for other in self._replicas.values()
             for upstream, downstream in ((other, replica), (replica, other))
-            if upstream.stage_index + 1 == downstream.stage_index
+            if upstream.part.end_layer == downstream.part.first_layer
         ]
         self._replicas[replica.id] = replica
         return [ready, *links]
@@ -334,7 +370,7 @@ class _Simulation:
             seconds=seconds,
             busy_S=tuple(
                 busy / seconds / count
-                for busy, count in zip(self._busy_S, num_replicas_S, strict=True)
+                for busy, count in zip(self._busy_S, num_replicas_S, strict=False)
             ),
             tokens_per_second=self._num_tokens / seconds,
             time_to_first_token_s=tuple(
@@ -353,3 +389,11 @@ class _Simulation:
             ),
             num_ended=self._num_ended,
         )
+
+
+def _parts(num_layers_S: Sequence[int]) -> tuple[Part, ...]:
+    """Neighbouring parts with so many layers."""
+    firsts = itertools.accumulate(num_layers_S, initial=0)
+    return tuple(
+        Part(first, ("",) * count) for first, count in zip(firsts, num_layers_S, strict=False)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,10 +48,9 @@ class Checkpoint(Protocol):
         """Bytes of tensor data that `read` has touched so far."""
         ...
 
-    @property
-    def read_digest(self) -> str:
-        """Digest (hex) of these bytes, in the order of reading: equal for equal weights, whatever
-        else the file holds."""
+    def digest_of(self, names: Iterable[str]) -> str:
+        """Digest (hex) of the bytes of tensors that have been read: equal for equal weights,
+        whatever else the file holds. KeyError where one has not been read."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -44,9 +44,8 @@ class GgufCheckpoint:
     def bytes_read(self) -> int:
         return self._readings.num_bytes
 
-    @property
-    def read_digest(self) -> str:
-        return self._readings.digest
+    def digest_of(self, names: Iterable[str]) -> str:
+        return self._readings.digest_of(names)
 
     @cached_property
     def tensor_names(self) -> tuple[str, ...]:
@@ -108,7 +107,7 @@ class GgufCheckpoint:
         """Bytes of a tensor; nothing may keep a view of them."""
         offset = self._header.tensors[name].offset + first_byte
         raw = self._file.view(offset, num_bytes)
-        self._readings.add(raw)
+        self._readings.add(name, raw, first_byte=first_byte)
         yield raw
         del raw
         self._file.release(offset, num_bytes)

@@ -7,7 +7,7 @@ holding all layers. Here every layer's matrix is a tensor of its own, `layers.3.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -51,9 +51,8 @@ class Llama2cCheckpoint:
     def bytes_read(self) -> int:
         return self._readings.num_bytes
 
-    @property
-    def read_digest(self) -> str:
-        return self._readings.digest
+    def digest_of(self, names: Iterable[str]) -> str:
+        return self._readings.digest_of(names)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -75,13 +74,16 @@ class Llama2cCheckpoint:
     def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
         offset, (_, *row_shape) = self._tensors[name]
         row_bytes = 4 * prod(row_shape)
-        return self._read(name, offset + first * row_bytes, (count, *row_shape))
+        return self._read(name, offset, (count, *row_shape), first_byte=first * row_bytes)
 
-    def _read(self, name: str, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    def _read(
+        self, name: str, offset: int, shape: tuple[int, ...], *, first_byte: int = 0
+    ) -> npt.NDArray[np.float32]:
         num_bytes = 4 * prod(shape)
+        offset += first_byte
         raw = self._file.view(offset, num_bytes)
         values = raw.view("<f4").reshape(shape).astype(np.float32)
-        self._readings.add(raw)
+        self._readings.add(name, raw, first_byte=first_byte)
         del raw
         self._file.release(offset, num_bytes)
         require_finite(values, path=self.path, name=name)

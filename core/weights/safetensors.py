@@ -8,7 +8,7 @@ because a stage must touch only the bytes of its own layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -118,9 +118,8 @@ class SafetensorsCheckpoint:
     def bytes_read(self) -> int:
         return self._readings.num_bytes
 
-    @property
-    def read_digest(self) -> str:
-        return self._readings.digest
+    def digest_of(self, names: Iterable[str]) -> str:
+        return self._readings.digest_of(names)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -152,7 +151,7 @@ class SafetensorsCheckpoint:
         offset = tensor.offset + first_byte
         raw = tensor.file.view(offset, num_bytes)
         values = _widen(raw, tensor.dtype, f"{tensor.file.path}: {name!r}").reshape(shape)
-        self._readings.add(raw)
+        self._readings.add(name, raw, first_byte=first_byte)
         del raw
         tensor.file.release(offset, num_bytes)
         require_finite(values, path=tensor.file.path, name=name)

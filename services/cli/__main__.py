@@ -33,6 +33,7 @@ for command in (
     serving.stop,
     serving.status,
     updating.update,
+    updating.repartition,
     asking.generate,
     asking.tokenize,
     planning.models,

@@ -14,7 +14,8 @@ def headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
     """What serves, and how it goes on the whole."""
     uptime_s = int(mesh.uptime.ToTimedelta().total_seconds())
     return (
-        f"{record.model} ({record.number_format}) at {record.gateway}, up {uptime_s} s: "
+        f"{record.model} ({record.number_format}), cut into {mesh.split or 'nothing yet'}, "
+        f"at {record.gateway}, up {uptime_s} s: "
         f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
         f"{mesh.tokens_per_second:.0f} tokens/s, "
         f"{mesh.cached_tokens / max(mesh.prompt_tokens, 1):.0%} of {mesh.prompt_tokens} prompt "
@@ -68,4 +69,6 @@ def _health(stage: pb.StageState) -> str:
         return stage.problem or "not ready"
     if stage.draining:
         return "draining"
+    if stage.passed_over:
+        return "ready, on trial"
     return "ready, spare" if stage.spare else "ready"

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 
 from penstock.v1 import coordinator_pb2, generation_pb2
 
-from core.errors import Unavailable
+from core.errors import InvalidInput, Unavailable
+from core.pipeline.cut import Cut, Part
 from services.coordinator.conductor import Conductor
+from services.coordinator.fit import part_of
 from services.coordinator.gateway_stream import GatewayStream
 
 _POLL_S = 0.05
@@ -24,16 +26,24 @@ class Administration:
         self._trail = conductor.trail
 
     def add(self, request: coordinator_pb2.AddReplicaRequest, *, actor: str) -> None:
-        """Takes a replica in; raises InvalidInput."""
-        self._replicas.add(request.stage_index, request.address, is_spare=request.spare)
-        stage, address = request.stage_index, request.address
+        """Takes a replica in; raises InvalidInput, Exhausted, Unavailable."""
+        stage, address, split = request.stage_index, request.address, request.split
+        self._replicas.add(stage, address, is_spare=request.spare, split=split)
         self._trail.record("replica added", actor, stage=stage, address=address)
 
     def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest, *, actor: str) -> None:
-        """Has new sequences take other weights; raises NotFound."""
-        self._replicas.choose_weights(request.stage_index, request.weights_digest)
+        """Has new sequences take other weights of a stage; raises NotFound, Unavailable."""
         stage, digest = request.stage_index, request.weights_digest
+        part = self._replicas.part_with(stage, digest)
+        self._replicas.choose(_with_part(self._replicas.known_cut(), part))
         self._trail.record("weights chosen", actor, stage=stage, weights_digest=digest)
+
+    def choose_cut(self, request: coordinator_pb2.ChooseCutRequest, *, actor: str) -> None:
+        """Has new sequences take the same weights in other parts; raises InvalidInput, NotFound,
+        Unavailable."""
+        cut = self._replicas.known_cut().at(request.split)
+        self._replicas.choose(cut)
+        self._trail.record("cut chosen", actor, split=cut.split)
 
     async def drain(
         self, request: coordinator_pb2.DrainReplicaRequest, *, actor: str
@@ -55,10 +65,15 @@ class Administration:
     async def probe(
         self, request: coordinator_pb2.ProbeReplicaRequest
     ) -> coordinator_pb2.ProbeReplicaResponse:
-        """Generates over a path with the replica's weights; raises NotFound, Unavailable."""
+        """Generates over a path of the cut with the replica's part; raises NotFound, InvalidInput,
+        Unavailable."""
         link = self._replicas.by_address(request.address)
         if link.incarnation is None:
             raise Unavailable(link.problem)
+        cut, part = self._replicas.known_cut(), part_of(link.incarnation.ready)
+        probed = cut.at(request.split) if request.split else _with_part(cut, part)
+        if part not in probed.parts:
+            raise Unavailable(f"{link.place.name} has other weights than new sequences take")
         requests = self._conductor.requests
         stream = self._conductor.connect()
         submission = coordinator_pb2.Submission(
@@ -69,10 +84,18 @@ class Administration:
             ),
         )
         try:
-            requests.submit(stream, submission, probed_id=link.incarnation.replica_id)
+            requests.submit(stream, submission, probed=probed)
             return await _answer(stream)
         finally:
             requests.disconnect(stream)
+
+
+def _with_part(cut: Cut, part: Part) -> Cut:
+    changed = cut.with_part(part)
+    if changed is None:
+        layers = "{}:{}".format(*part.layers)
+        raise InvalidInput("split", "", f"a cut with layers {layers}, which are no stage now")
+    return changed
 
 
 async def _answer(stream: GatewayStream) -> coordinator_pb2.ProbeReplicaResponse:

@@ -145,16 +145,14 @@ class Conductor:
         await self._failed
 
     async def _keep_health(self) -> None:
+        told: set[str] = set()  # stages may become fewer
         while True:
             await self._health_changed.wait()
             self._health_changed.clear()
-            await self._health.set("", serving=self.mesh.is_ready)
-            model = self.mesh.model_name
-            if not model:
-                continue
-            await self._health.set(model, serving=self.mesh.is_ready)
-            for index, is_ready in enumerate(self.mesh.stages_ready()):
-                await self._health.set(f"{model}/stage/{index}", serving=is_ready)
+            serving = self.mesh.serving()
+            told |= serving.keys()
+            for name in sorted(told):
+                await self._health.set(name, serving=serving.get(name, False))
 
     async def stop(self) -> None:
         """Lets every gateway's stream end: they take their requests to the next coordinator."""
@@ -288,6 +286,7 @@ class Conductor:
             tokens_guessed_right=scheduler.speculation.num_accepted,
             sequences_moved=scheduler.num_failovers,
             positions_restored=scheduler.num_restored_tokens,
+            split=self.replicas.cut.split if self.replicas.cut is not None else "",
         )
         response.uptime.CopyFrom(duration(now_s - mesh.started_s))
         return response

@@ -113,6 +113,15 @@ class MeshView:
         """Of each stage, whether it can take part."""
         return [self.replicas.is_stage_ready(index) for index in range(self.replicas.num_stages)]
 
+    def serving(self) -> dict[str, bool]:
+        """The names of the health service, and whether they are served now."""
+        serving = {"": self.is_ready}
+        if model := self.model_name:
+            serving[model] = self.is_ready
+            for index, is_ready in enumerate(self.stages_ready()):
+                serving[f"{model}/stage/{index}"] = is_ready
+        return serving
+
     def state(self) -> coordinator_pb2.MeshState:
         """What gateways must know."""
         manifest = self.replicas.manifest
@@ -137,6 +146,7 @@ class MeshView:
         if link.incarnation is not None:
             state.ready = self.replicas.is_connected(link.incarnation)
             state.problem = "" if state.ready else "not connected with its neighbours"
+            state.passed_over = self.replicas.is_passed_over(link.incarnation)
         if ready is not None:
             state.first_layer = ready.first_layer
             state.end_layer = ready.end_layer

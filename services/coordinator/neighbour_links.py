@@ -1,4 +1,4 @@
-"""The links between replicas: each is connected with all of the next stage.
+"""The links between replicas: each is connected with all that hold the layers behind its own.
 
 A link that breaks, or cannot be had, is followed by another one with an id of its own, for as long
 as both ends are open.
@@ -46,10 +46,9 @@ class NeighbourLinks:
     def add(self, replica: Incarnation) -> None:
         """Connects a replica that has opened with its neighbours."""
         for other in self._open.values():
-            distance = replica.place.stage_index - other.place.stage_index
-            if distance == 1:
+            if other.ready.end_layer == replica.ready.first_layer:
                 self._connect(other, replica)
-            elif distance == -1:
+            elif replica.ready.end_layer == other.ready.first_layer:
                 self._connect(replica, other)
         self._open[replica.replica_id] = replica
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,9 +34,12 @@ class Place:
     """Where a replica stands: in the mesh, and on the network."""
 
     stage_index: int
-    number: int  # within its stage, from 0
+    num_stages: int  # of the cut that it belongs to
+    number: int  # among all with this stage index, from 0
     address: str
     is_spare: bool = False
+    # What it must hold; None: whatever fits beside the others.
+    layers: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -50,18 +52,26 @@ class Incarnation:
     """A replica that is open. Holds nothing of what earlier incarnations held."""
 
     replica_id: int
-    place: Place
+    link: ReplicaLink
     epoch: int
     ready: stage_pb2.StageReady
     stream: StageStream
-    drop: Callable[[str], None]
+
+    @property
+    def place(self) -> Place:
+        """Where it stands now."""
+        return self.link.place
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return self.ready.first_layer, self.ready.end_layer
 
     def send(self, request: stage_pb2.ControlRequest) -> None:
         """Sends an order; a replica that takes none any more is dropped."""
         try:
             self.stream.send(request)
         except Unavailable as error:
-            self.drop(str(error))
+            self.link.drop(str(error))
 
 
 class ReplicaListener(Protocol):
@@ -157,7 +167,7 @@ class ReplicaLink:
         return stage_pb2.OpenPipeline(
             epoch=self._epoch,
             stage_index=self.place.stage_index,
-            num_stages=len(self._settings.stages),
+            num_stages=self.place.num_stages,
             num_slots=self._settings.max_sequences,
             term=self._term,
         )
@@ -172,11 +182,10 @@ class ReplicaLink:
         self.ready = ready
         incarnation = Incarnation(
             replica_id=self._listener.admit(self, ready),
-            place=self.place,
+            link=self,
             epoch=self._epoch,
             ready=ready,
             stream=stream,
-            drop=self.drop,
         )
         self.incarnation, self.problem = incarnation, ""
         _LOG.info("replica open", extra={"epoch": self._epoch, "replica": incarnation.replica_id})

@@ -1,8 +1,8 @@
 """All replicas of the mesh, and the links between them: who is open, fits, and is connected.
 
 The scheduler hears of replicas once there is one of each stage and they fit together: what these
-say describes the model for the life of the coordinator. Until then any of them may be the wrong
-one, to be replaced.
+say describes the model for the life of the coordinator, and where it is cut until another cut is
+chosen. Until then any of them may be the wrong one, to be replaced.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from dataclasses import replace
 from typing import Protocol
 
 from penstock.v1 import stage_pb2
@@ -20,9 +21,12 @@ from core.errors import (
     NotFound,
     ProtocolViolation,
     Superseded,
+    Unavailable,
     shown,
 )
+from core.pipeline.cut import Cut, Part, find_cut
 from core.pipeline.events import (
+    CutChosen,
     Event,
     LinkLost,
     LinkReady,
@@ -30,10 +34,9 @@ from core.pipeline.events import (
     ReplicaDraining,
     ReplicaLost,
     ReplicaReady,
-    WeightsChosen,
 )
 from services.common.credentials import Credentials
-from services.coordinator.fit import Manifest, check_fit, pipeline_facts, replica_facts
+from services.coordinator.fit import Manifest, check_fit, part_of, pipeline_facts, replica_facts
 from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
 from services.coordinator.settings import CoordinatorSettings
@@ -74,6 +77,7 @@ class Replicas:
     ) -> None:
         self.links: list[ReplicaLink] = []  # by stage, then by number
         self.neighbours = NeighbourLinks(self)
+        self.cut: Cut | None = None  # what new sequences take, once the scheduler knows the model
         self._settings = settings
         self._listener = listener
         self._credentials = credentials
@@ -85,7 +89,15 @@ class Replicas:
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
         for stage_index, addresses in enumerate(settings.stages):
             for address in addresses:
-                self._insert(stage_index, address, is_spare=address in settings.spares)
+                self._insert(
+                    Place(
+                        stage_index=stage_index,
+                        num_stages=len(settings.stages),
+                        number=self._free_number(stage_index),
+                        address=address,
+                        is_spare=address in settings.spares,
+                    )
+                )
 
     async def run(self) -> None:
         """Takes the stages over, and keeps all replicas open, those that are added later too, until
@@ -108,13 +120,13 @@ class Replicas:
         """Ends an incarnation, because it makes no progress; another one is tried."""
         replica = self._open.get(replica_id)
         if replica is not None:
-            replica.drop(reason)
+            replica.link.drop(reason)
 
     # --- what there is to see
 
     @property
     def num_stages(self) -> int:
-        return len(self._settings.stages)
+        return len(self._settings.stages if self.cut is None else self.cut.parts)
 
     @property
     def manifest(self) -> stage_pb2.StageReady | None:
@@ -124,21 +136,28 @@ class Replicas:
         return next((replica.ready for replica in self._open.values()), None)
 
     def is_stage_ready(self, stage_index: int) -> bool:
-        """Whether a replica of the stage is open, and connected with both neighbouring stages as
-        far as these are open."""
-        return any(map(self.is_connected, self._open_at(stage_index)))
+        """Whether a replica of the stage that new sequences take is open, and connected with both
+        neighbouring stages as far as these are open."""
+        return any(
+            self.is_connected(replica)
+            for replica in self._open.values()
+            if replica.place.stage_index == stage_index
+            and (self.cut is None or replica.layers == self.cut.parts[stage_index].layers)
+        )
 
     def is_connected(self, replica: Incarnation) -> bool:
         """Whether activations can reach it and leave it."""
-        before = self._open_at(replica.place.stage_index - 1)
-        behind = self._open_at(replica.place.stage_index + 1)
+        first_layer, end_layer = replica.layers
+        before = [other for other in self._open.values() if other.layers[1] == first_layer]
+        behind = [other for other in self._open.values() if other.layers[0] == end_layer]
         connects = self.neighbours.connects
         return (not before or any(connects(other, replica) for other in before)) and (
             not behind or any(connects(replica, other) for other in behind)
         )
 
-    def _open_at(self, stage_index: int) -> list[Incarnation]:
-        return [r for r in self._open.values() if r.place.stage_index == stage_index]
+    def is_passed_over(self, replica: Incarnation) -> bool:
+        """Whether new sequences take other layers or weights."""
+        return self.cut is not None and part_of(replica.ready) not in self.cut.parts
 
     def by_address(self, address: str) -> ReplicaLink:
         """Raises NotFound, naming those there are."""
@@ -152,17 +171,32 @@ class Replicas:
 
     # --- administration
 
-    def add(self, stage_index: int, address: str, *, is_spare: bool) -> ReplicaLink:
-        """Takes a replica into the mesh; raises InvalidInput for a stage that does not exist or an
-        address that is none or taken, and Exhausted."""
-        if stage_index >= self.num_stages:
-            raise InvalidInput("stage_index", stage_index, f"below {self.num_stages}")
+    def add(
+        self, stage_index: int, address: str, *, is_spare: bool, split: str = ""
+    ) -> ReplicaLink:
+        """Takes a replica into the mesh, as one of another cut where there is a `split`.
+
+        Raises InvalidInput for a stage that does not exist, no cut of the model, or an address that
+        is none or taken; Exhausted; Unavailable for another cut before the model is known.
+        """
+        cut = self.known_cut().at(split) if split else self.cut
+        num_stages = self.num_stages if cut is None else len(cut.parts)
+        if stage_index >= num_stages:
+            raise InvalidInput("stage_index", stage_index, f"below {num_stages}")
         _check_address(address)
         if any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
         if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
             raise Exhausted(f"stage {stage_index} has {MOST_REPLICAS} replicas already")
-        link = self._insert(stage_index, address, is_spare=is_spare)
+        place = Place(
+            stage_index=stage_index,
+            num_stages=num_stages,
+            number=self._free_number(stage_index),
+            address=address,
+            is_spare=is_spare,
+            layers=None if cut is None else cut.parts[stage_index].layers,
+        )
+        link = self._insert(place)
         if self._group is not None:
             self._start(link)
         self._listener.on_mesh_changed()
@@ -188,27 +222,60 @@ class Replicas:
             link.incarnation = None
         self._listener.on_mesh_changed()
 
-    def choose_weights(self, stage_index: int, weights_digest: str) -> None:
-        """Has new sequences take replicas with these weights; raises NotFound where none has."""
-        known = {
-            r.ready.weights_digest
-            for r in self._open.values()
-            if r.place.stage_index == stage_index
+    def known_cut(self) -> Cut:
+        """What new sequences take; raises Unavailable before the model is known."""
+        if self.cut is None:
+            raise Unavailable("no replica has told yet what the model is")
+        return self.cut
+
+    def part_with(self, stage_index: int, weights_digest: str) -> Part:
+        """What an open replica of a stage with these weights holds; raises NotFound where none has
+        them."""
+        parts = {
+            replica.ready.weights_digest: part_of(replica.ready)
+            for replica in self._open.values()
+            if replica.place.stage_index == stage_index
         }
-        if weights_digest not in known:
+        if weights_digest not in parts:
             raise NotFound(
                 f"no open replica of stage {stage_index} has weights {shown(weights_digest)}; "
-                f"there are {', '.join(sorted(known)) or 'none'}",
+                f"there are {', '.join(sorted(parts)) or 'none'}",
                 field="weights_digest",
             )
-        self._listener.post(WeightsChosen(stage_index=stage_index, weights=weights_digest))
+        return parts[weights_digest]
+
+    def choose(self, cut: Cut) -> None:
+        """Has new sequences take a cut; raises NotFound where no open replica holds a part."""
+        held = {part_of(replica.ready) for replica in self._open.values()}
+        for part in cut.parts:
+            if part not in held:
+                layers = "{}:{}".format(*part.layers)
+                raise NotFound(f"no open replica holds layers {layers} with the weights chosen")
+        self._take_cut(cut)
+        self._listener.on_mesh_changed()
+
+    def _take_cut(self, cut: Cut) -> None:
+        """Replicas of its parts belong to it from now on; others to the cut that they came with."""
+        self.cut = cut
+        stage_of = {part.layers: index for index, part in enumerate(cut.parts)}
+        for link in self.links:
+            place = link.place
+            if place.layers not in stage_of:
+                continue
+            stage_index, number = stage_of[place.layers], place.number
+            if stage_index != place.stage_index:
+                number = self._free_number(stage_index)
+            link.place = replace(
+                place, stage_index=stage_index, num_stages=len(cut.parts), number=number
+            )
+        self._sort()
+        self._listener.post(CutChosen(cut=cut))
 
     # --- replicas (ReplicaListener)
 
     def admit(self, link: ReplicaLink, ready: stage_pb2.StageReady) -> int:
-        newcomer = Manifest(link.place.name, link.place.stage_index, ready)
         others = [_manifest(replica) for replica in self._open.values()]
-        check_fit(newcomer, others, num_stages=self.num_stages, model=self._model)
+        check_fit(Manifest(link.place, ready), others, model=self._model)
         return next(self._ids)
 
     def on_open(self, incarnation: Incarnation) -> None:
@@ -257,22 +324,24 @@ class Replicas:
 
     def _introduce_all(self) -> None:
         """There is a replica of each stage: begins the life of the pipeline."""
-        self._model = _manifest(next(iter(self._open.values())))
-        facts = pipeline_facts(
-            self._model.ready,
-            num_stages=self.num_stages,
-            num_slots=self._settings.max_sequences,
-        )
+        replicas = list(self._open.values())
+        self._model = _manifest(replicas[0])
+        ready = self._model.ready
+        facts = pipeline_facts(ready, num_slots=self._settings.max_sequences)
         self._listener.post(PipelineKnown(facts=facts))
-        for incarnation in list(self._open.values()):
+        for incarnation in replicas:
             self._introduce(incarnation)
+        cut = find_cut((part_of(r.ready) for r in replicas), num_layers=ready.num_layers)
+        assert cut is not None, "replicas of neighbouring stages fit"
+        for link in self.links:
+            link.place = replace(link.place, layers=cut.parts[link.place.stage_index].layers)
+        self._take_cut(cut)
 
     def _introduce(self, incarnation: Incarnation) -> None:
         place = incarnation.place
         self._listener.post(
             ReplicaReady(
                 replica_id=incarnation.replica_id,
-                stage_index=place.stage_index,
                 facts=replica_facts(incarnation.ready, is_spare=place.is_spare),
             )
         )
@@ -285,16 +354,20 @@ class Replicas:
             replica_id = incarnation.replica_id
             self._listener.post(ReplicaLost(replica_id=replica_id, reason=reason))
 
-    def _insert(self, stage_index: int, address: str, *, is_spare: bool) -> ReplicaLink:
-        taken = {x.place.number for x in self.links if x.place.stage_index == stage_index}
-        number = next(n for n in itertools.count() if n not in taken)
-        place = Place(stage_index=stage_index, number=number, address=address, is_spare=is_spare)
+    def _insert(self, place: Place) -> ReplicaLink:
         link = ReplicaLink(
             place, settings=self._settings, listener=self, credentials=self._credentials
         )
         self.links.append(link)
-        self.links.sort(key=lambda link: (link.place.stage_index, link.place.number))
+        self._sort()
         return link
+
+    def _free_number(self, stage_index: int) -> int:
+        taken = {x.place.number for x in self.links if x.place.stage_index == stage_index}
+        return next(number for number in itertools.count() if number not in taken)
+
+    def _sort(self) -> None:
+        self.links.sort(key=lambda link: (link.place.stage_index, link.place.number))
 
     def _start(self, link: ReplicaLink) -> None:
         assert self._group is not None, "replicas are opened while they are kept open"
@@ -302,7 +375,7 @@ class Replicas:
 
 
 def _manifest(replica: Incarnation) -> Manifest:
-    return Manifest(replica.place.name, replica.place.stage_index, replica.ready)
+    return Manifest(replica.place, replica.ready)
 
 
 def _check_address(address: str) -> None:

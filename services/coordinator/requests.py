@@ -11,6 +11,7 @@ from penstock.v1 import coordinator_pb2
 from core import telemetry as names
 from core.errors import InvalidInput, PenstockError
 from core.pipeline.actions import EmitTokens, Refuse, Usage
+from core.pipeline.cut import Cut
 from core.pipeline.events import Event, RequestArrived, RequestCancelled
 from services.common.durations import seconds
 from services.common.telemetry import Telemetry
@@ -108,10 +109,10 @@ class Requests:
         gateway: GatewayStream,
         submission: coordinator_pb2.Submission,
         *,
-        probed_id: int | None = None,
+        probed: Cut | None = None,
     ) -> None:
-        """Hands a request to the scheduler; raises InvalidInput. One that probes a replica takes
-        its weights."""
+        """Hands a request to the scheduler; raises InvalidInput. One that probes a cut stays on
+        it."""
         if submission.request_id in gateway.request_ids:
             raise InvalidInput("request_id", submission.request_id, "unique within the stream")
         token_ids = list(submission.token_ids)
@@ -142,7 +143,7 @@ class Requests:
                 cache_salt=submission.cache_salt,
                 tenant=submission.tenant,
                 priority=submission.priority,
-                probed_id=probed_id,
+                probed=probed,
             )
         )
 

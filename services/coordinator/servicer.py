@@ -69,6 +69,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._administration.choose_weights(request, actor=context.peer())
         return coordinator_pb2.ChooseWeightsResponse()
 
+    async def ChooseCut(
+        self, request: coordinator_pb2.ChooseCutRequest, context: Any
+    ) -> coordinator_pb2.ChooseCutResponse:
+        self._administration.choose_cut(request, actor=context.peer())
+        return coordinator_pb2.ChooseCutResponse()
+
     async def DrainReplica(
         self, request: coordinator_pb2.DrainReplicaRequest, context: Any
     ) -> AsyncIterator[coordinator_pb2.DrainReplicaResponse]:

@@ -6,12 +6,12 @@ A layout is a value; a mesh that changes while it runs goes from one to the next
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, NotFound, shown
+from core.pipeline.plan import StageSlice
 from core.weights.sealed.sealing import OWNER
 from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
@@ -24,7 +24,7 @@ class ReplicaLayout:
     """One stage process. `model_path`: where its weights come from, once they are others than the
     mesh's."""
 
-    number: int  # within its stage, from 0
+    number: int  # in its name; from 0 within the stage that it began in
     address: str
     metrics_port: int
     is_spare: bool = False
@@ -116,10 +116,18 @@ class MeshLayout:
             raise InvalidInput("stage_index", stage_index, f"below {len(self.stages)}")
         return self.stages[stage_index]
 
-    def free_number(self, stage_index: int, *, besides: Iterable[int] = ()) -> int:
-        """The smallest that no replica of the stage has, and that is not among `besides`."""
-        taken = {one.number for one in self.stage(stage_index).replicas}.union(besides)
-        return next(number for number in range(len(taken) + 1) if number not in taken)
+    def slice_of(self, stage: StageLayout) -> StageSlice:
+        """Of the model."""
+        return StageSlice(
+            first_layer=stage.first_layer,
+            end_layer=stage.end_layer,
+            num_layers=self.stages[-1].end_layer,
+        )
+
+    @property
+    def stage_addresses(self) -> frozenset[str]:
+        """Of all stage processes."""
+        return frozenset(one.address for stage in self.stages for one in stage.replicas)
 
     def _with_replicas(self, stage_index: int, replicas: tuple[ReplicaLayout, ...]) -> MeshLayout:
         stages = list(self.stages)

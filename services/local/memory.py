@@ -69,6 +69,30 @@ def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
     return blocks
 
 
+@dataclass(frozen=True, kw_only=True)
+class FurtherNeeds:
+    """Of stage processes that are to run beside a mesh that runs already."""
+
+    available_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    packing_bytes: int
+    num_replicas: int
+
+
+def check_further(needs: FurtherNeeds) -> None:
+    """Raises PlanImpossible, with the numbers, unless they fit beside those that run."""
+    processes_bytes = needs.num_replicas * STAGE_BYTES + needs.packing_bytes
+    all_bytes = needs.weights_bytes + needs.kv_bytes + processes_bytes
+    if all_bytes > needs.available_bytes:
+        raise PlanImpossible(
+            f"too little memory: beside what runs, weights {gib(needs.weights_bytes)}, "
+            f"{needs.num_replicas} more processes {gib(processes_bytes)} "
+            f"and their KV caches {gib(needs.kv_bytes)} "
+            f"need {gib(all_bytes)}, and {gib(needs.available_bytes)} are available"
+        )
+
+
 def gib(size_bytes: int) -> str:
     """A size for messages: GiB, or KiB where that would be zero."""
     if size_bytes < 2**24:

@@ -125,6 +125,15 @@ class Mesh:
         keeper.add_done_callback(self._on_kept)
         self._keepers[process] = keeper
 
+    def keep_at(self, address: str) -> None:
+        """As `keep`, the process that listens there; raises NotFound where none does."""
+        self.keep(self._at(address))
+
+    def let_end(self, address: str) -> None:
+        """Has a process not be started again once it ends; raises NotFound where there is none."""
+        if keeper := self._keepers.pop(self._at(address), None):
+            keeper.cancel()
+
     async def remove(self, address: str) -> None:
         """Ends the process that listens there for good; raises NotFound where none does."""
         process = self._at(address)

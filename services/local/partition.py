@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from core.models.llama.config import LlamaConfig
 from core.pipeline.costs import DecoderShape, ModelCosts, estimate_costs
 from core.pipeline.partitioner import Node, parse_split, partition, plan_split
-from core.pipeline.plan import PipelinePlan
+from core.pipeline.plan import PipelinePlan, StageSlice
 from services.local.memory import POSITIONS_PER_BLOCK
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -43,14 +45,16 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     )
 
 
-def stage_block_bytes(config: LlamaConfig, plan: PipelinePlan, costs: ModelCosts) -> list[int]:
+def stage_block_bytes(
+    config: LlamaConfig, slices: Sequence[StageSlice], costs: ModelCosts
+) -> list[int]:
     """Bytes of one KV block in each stage; all but the last keep the rows beside it that they
     sent."""
     sent_bytes = POSITIONS_PER_BLOCK * config.hidden_size * _WIRE_ELEMENT_BYTES
     return [
         sum(costs.kv_block_bytes[part.first_layer : part.end_layer])
         + (0 if part.is_last else sent_bytes)
-        for part in plan.slices
+        for part in slices
     ]
 
 

@@ -165,7 +165,7 @@ def _choose_kv_blocks(
     blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
     fp32 = model_costs(config, number_format="fp32")
     processes = [settings.processes_of(index) for index in range(len(plan.stages))]
-    blocks = stage_block_bytes(config, plan, costs)
+    blocks = stage_block_bytes(config, plan.slices, costs)
     needs = MemoryNeeds(
         available_bytes=psutil.virtual_memory().available,
         weights_bytes=_sum_of_products(processes, [s.weights_bytes for s in plan.stages]),

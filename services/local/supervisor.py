@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from core.errors import InvalidInput, NotFound, shown
+from core.errors import Exhausted, InvalidInput, NotFound, shown
+from core.pipeline.plan import StageSlice
 from services.common.audit import AuditLog, Detail, this_user
 from services.common.identity import SUPERVISOR
 from services.local.identities import credentials_for
@@ -18,11 +19,20 @@ from services.local.mesh import Mesh
 from services.local.ports import HOST, free_ports
 from services.local.process import MeshProcess
 from services.local.progress import StageProgress, wait_until_ready
+from services.local.recut import NewReplica, Recut, free_number, plan_recut
 from services.local.run_folder import MeshRecord, RunFolder, record_process
 from services.local.supervisor_service import serve_supervisor
 from services.local.waiting import first_of, stop_on_signals
 
 _LONGEST_PATH_BYTES = 4096
+CheckRoom = Callable[[Sequence[StageSlice], MeshLayout], None]
+
+
+def _check_room(slices: Sequence[StageSlice], layout: MeshLayout) -> None:
+    # What reads models is imported when it is first needed: most meshes never change.
+    from services.local.room import check_room
+
+    check_room(slices, layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +97,35 @@ class Supervisor:
     """A mesh and what it is made of, as it changes."""
 
     def __init__(
-        self, layout: MeshLayout, *, run_folder: RunFolder, say: Callable[[str], None]
+        self,
+        layout: MeshLayout,
+        *,
+        run_folder: RunFolder,
+        say: Callable[[str], None],
+        check_room: CheckRoom = _check_room,
     ) -> None:
+        """`check_room` raises PlanImpossible where a process for each slice does not fit."""
         self.mesh = Mesh(layout.commands(), run_folder=run_folder, say=say)
         self._layout = layout
         self._run_folder = run_folder
+        self._check_room = check_room
         self._on_trial: dict[str, tuple[int, ReplicaLayout, MeshProcess]] = {}  # by address
+        self._recut: Recut | None = None  # the one on trial
+        self._leaving: set[str] = set()  # addresses of processes of an earlier cut
 
     async def try_replica(
         self, stage_index: int, *, model_path: str, is_spare: bool
     ) -> MeshProcess:
         """Starts one more replica; raises InvalidInput where there is no such stage, or where the
-        path could be no argument of a process."""
+        path could be no argument of a process, PlanImpossible where there is no room for it."""
         if "\0" in model_path or len(model_path.encode()) > _LONGEST_PATH_BYTES:
             allowed = f"a path of at most {_LONGEST_PATH_BYTES} bytes"
             raise InvalidInput("model_path", model_path, allowed)
+        stage = self._layout.stage(stage_index)
+        self._check_room([self._layout.slice_of(stage)], self._layout)
         listen, metrics = free_ports(2)
-        on_trial = {one.number for index, one, _ in self._on_trial.values() if index == stage_index}
         replica = ReplicaLayout(
-            number=self._layout.free_number(stage_index, besides=on_trial),
+            number=free_number(stage_index, self._names),
             address=f"{HOST}:{listen}",
             metrics_port=metrics,
             is_spare=is_spare,
@@ -132,10 +152,64 @@ class Supervisor:
         if self._on_trial.pop(address, None) is not None:
             await self.mesh.remove(address)
 
+    @property
+    def _names(self) -> set[str]:
+        return {process.name for process in self.mesh.processes}
+
+    # --- another cut
+
+    def begin_recut(self, split: str) -> Recut:
+        """Puts a cut on trial, and starts nothing yet.
+
+        Raises InvalidInput (no other cut of the model), PlanImpossible (several models in a stage,
+        no room for both cuts at once), Exhausted (another one is on trial).
+        """
+        if self._recut is not None:
+            raise Exhausted("layers are being moved already")
+        recut = plan_recut(self._layout, split, taken_names=self._names)
+        self._check_room([one.stage_slice for one in recut.new], self._layout)
+        self._recut = recut
+        return recut
+
+    async def start_new(self, recut: Recut, one: NewReplica) -> MeshProcess:
+        """Starts a process of a cut on trial."""
+        return await self.mesh.add(recut.layout.stage_command(one.stage_index, one.replica))
+
+    def is_recut_on_trial(self, recut: Recut) -> bool:
+        return self._recut is recut
+
+    def keep_recut(self, split: str) -> Recut:
+        """Makes the cut on trial that of the mesh; raises NotFound where it is not on trial. What
+        leaves is not started again any more."""
+        recut = self._recut
+        if recut is None or recut.split != split:
+            raise NotFound(f"no cut {shown(split)} is on trial", field="split")
+        self._recut, self._layout = None, recut.layout
+        self.mesh.change(recut.layout.coordinator_command())
+        for one in recut.new:
+            self.mesh.keep_at(one.replica.address)
+        for address in recut.leaving:
+            self.mesh.let_end(address)
+        self._leaving |= recut.leaving
+        return recut
+
+    async def end_recut(self, recut: Recut) -> None:
+        """Ends what was started for a cut, unless it is kept by now."""
+        if self._recut is not recut:
+            return
+        self._recut = None
+        running = {process.command.address for process in self.mesh.processes}
+        for one in recut.new:
+            if one.replica.address in running:
+                await self.mesh.remove(one.replica.address)
+
     async def stop_replica(self, address: str) -> None:
         """Ends a replica of the mesh for good; raises NotFound where none listens there."""
-        self._layout = self._layout.without_replica(address)
-        self.mesh.change(self._layout.coordinator_command())
+        if address in self._leaving:
+            self._leaving.remove(address)
+        else:
+            self._layout = self._layout.without_replica(address)
+            self.mesh.change(self._layout.coordinator_command())
         await self.mesh.remove(address)
 
     def write_record(self) -> None:

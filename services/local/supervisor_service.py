@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +70,49 @@ class SupervisorServicer(local_pb2_grpc.SupervisorServiceServicer):
         self._supervisor.keep_replica(request.address)
         return local_pb2.KeepReplicaResponse()
 
+    async def TryCut(
+        self, request: local_pb2.TryCutRequest, context: Any
+    ) -> AsyncIterator[local_pb2.TryCutResponse]:
+        recut = self._supervisor.begin_recut(request.split)
+        processes = []
+        try:
+            for one in recut.new:
+                process = await self._supervisor.start_new(recut, one)
+                processes.append(process)
+                yield local_pb2.TryCutResponse(
+                    stage_index=one.stage_index,
+                    address=one.replica.address,
+                    name=process.name,
+                    spare=one.replica.is_spare,
+                    num_processes=len(recut.new),
+                )
+            ended = await _first_to_end(processes)
+            if self._supervisor.is_recut_on_trial(recut):
+                raise Unavailable(_last_words(ended))
+        finally:
+            await self._supervisor.end_recut(recut)
+
+    async def KeepCut(
+        self, request: local_pb2.KeepCutRequest, context: Any
+    ) -> local_pb2.KeepCutResponse:
+        recut = self._supervisor.keep_recut(request.split)
+        return local_pb2.KeepCutResponse(leaving=sorted(recut.leaving))
+
     async def StopReplica(
         self, request: local_pb2.StopReplicaRequest, context: Any
     ) -> local_pb2.StopReplicaResponse:
         await self._supervisor.stop_replica(request.address)
         return local_pb2.StopReplicaResponse()
+
+
+async def _first_to_end(processes: Sequence[MeshProcess]) -> MeshProcess:
+    waits = {asyncio.create_task(process.wait()): process for process in processes}
+    try:
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return waits[done.pop()]
 
 
 def _last_words(process: MeshProcess) -> str:

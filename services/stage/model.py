@@ -62,6 +62,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
         use_kernel_cache(settings.kernel_cache)
     from core.engine.devices import choose_backend
     from core.engine.engine import Engine, EngineSettings
+    from core.models.llama.weight_names import layer_tensors
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
 
@@ -92,7 +93,10 @@ def load_model(settings: StageSettings) -> LoadedModel:
         make_backend=choose_backend(settings.device, number_format=settings.number_format),
     )
     note_compiled(settings.number_format)
-    weights = (checkpoint.read_digest, layers, engine.fingerprint, config)
+    digests = [
+        checkpoint.digest_of(layer_tensors(checkpoint, config, layer))
+        for layer in range(settings.first_layer, settings.end_layer)
+    ]
     manifest = stage_pb2.StageReady(
         model=settings.name,
         first_layer=stage_slice.first_layer,
@@ -113,7 +117,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
         load_duration=_duration(time.perf_counter_ns() - started),
         eos_token_ids=config.eos_token_ids,
         model_digest=_digest(config),
-        weights_digest=_digest(*weights),
+        weights_digest=_digest(digests, layers, engine.fingerprint, config),
+        layer_digests=digests,
     )
     return LoadedModel(
         engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),

@@ -9,6 +9,7 @@ from typing import Any
 from penstock.v1 import generation_pb2_grpc, local_pb2
 
 from services.common.channels import open_channel
+from services.local.running_mesh import RunningMesh
 from services.local.update import Update, Updater
 from tests.chaos.mesh import ChaosMesh, Replica
 
@@ -21,10 +22,13 @@ async def update(mesh: ChaosMesh, *, stage_index: int) -> None:
     async with open_channel(mesh.parts["gateway-0"].command.address) as gateway:
         updater = Updater(
             Update(stage_index=stage_index, model_path=Path(mesh.shape.models[version])),
-            coordinator=mesh.coordinator,
-            supervisor=supervisor,
-            gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
-            say=lambda line: None,
+            RunningMesh(
+                coordinator=mesh.coordinator,
+                supervisor=supervisor,
+                gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
+                key=None,
+                say=lambda line: None,
+            ),
         )
         await updater.run()
 

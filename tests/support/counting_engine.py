@@ -131,5 +131,6 @@ def counting_model(engine: CountingEngine, *, index: int, num_stages: int) -> Lo
         num_kv_blocks=100,
         max_rows=512,
         weights_bytes=12345,
+        layer_digests=[f"w{index}"],
     )
     return LoadedModel(engine=engine, manifest=manifest, codec="f32")

@@ -22,6 +22,7 @@ from core.pipeline.actions import (
     RunMicroBatch,
     Usage,
 )
+from core.pipeline.cut import Part
 from core.pipeline.events import (
     Event,
     LinkLost,
@@ -59,12 +60,16 @@ class Asked:
 
 
 class ExactPipeline:
-    """All replicas of neighbouring stages are linked, until a test cuts a link."""
+    """All replicas whose layers join up are linked, until a test cuts a link.
+
+    Stages have one layer each, or as many as `num_layers_S` says.
+    """
 
     def __init__(
         self,
         *num_replicas_S: int,
         num_stages: int = 0,
+        num_layers_S: Sequence[int] = (),
         num_kv_blocks: int = 64,
         block_size: int = 4,
         max_rows: int = 64,
@@ -83,11 +88,12 @@ class ExactPipeline:
         self.num_kv_blocks = num_kv_blocks
         self.max_rows = max_rows
         self.num_stages = num_stages or len(num_replicas_S)
+        self.num_layers_S = num_layers_S or (1,) * self.num_stages
         self.exact = ExactReplicas(
-            num_stages=self.num_stages, block_size=block_size, next_token=next_token
+            num_layers=sum(self.num_layers_S), block_size=block_size, next_token=next_token
         )
         facts = PipelineFacts(
-            num_stages=self.num_stages,
+            num_layers=sum(self.num_layers_S),
             num_slots=num_slots,
             context_length=context_length,
             kv_block_size=block_size,
@@ -106,25 +112,42 @@ class ExactPipeline:
 
     def of_stage(self, stage: int) -> list[int]:
         """Ids of the replicas of a stage that live."""
-        return [replica.id for replica in self.replicas if replica.stage_index == stage]
+        layers = self.part(stage).layers
+        return [replica.id for replica in self.replicas if replica.part.layers == layers]
 
-    def open(
-        self, stage: int, *, weights: str = "", is_spare: bool = False, num_kv_blocks: int = 0
-    ) -> int:
-        """Opens a replica, linked with all of the neighbouring stages."""
+    def part(self, stage: int, *, weights: str = "") -> Part:
+        """What a replica of a stage holds."""
+        first_layer = sum(self.num_layers_S[:stage])
+        return Part(first_layer, (weights,) * self.num_layers_S[stage])
+
+    def open(self, stage: int, *, weights: str = "", **options: Any) -> int:
+        """Opens a replica of a stage; `options` are `open_part`'s."""
+        return self.open_part(self.part(stage, weights=weights), **options)
+
+    def open_part(self, part: Part, *, is_spare: bool = False, num_kv_blocks: int = 0) -> int:
+        """Opens a replica, linked with all that hold the layers before and behind its own."""
         self._num_opened += 1
         replica_id = self._num_opened
-        blocks = num_kv_blocks or self.num_kv_blocks + stage
-        self.exact.add(replica_id, stage_index=stage, num_kv_blocks=blocks, weights=weights)
+        blocks = num_kv_blocks or self.num_kv_blocks + part.first_layer
+        self.exact.add(replica_id, part=part, num_kv_blocks=blocks)
         facts = ReplicaFacts(
-            num_kv_blocks=blocks, max_rows=self.max_rows, weights=weights, is_spare=is_spare
+            num_kv_blocks=blocks, max_rows=self.max_rows, part=part, is_spare=is_spare
         )
-        self.handle(ReplicaReady(replica_id=replica_id, stage_index=stage, facts=facts))
-        for upstream_id in self.of_stage(stage - 1):
-            self.connect(upstream_id, replica_id)
-        for downstream_id in self.of_stage(stage + 1):
-            self.connect(replica_id, downstream_id)
+        self.handle(ReplicaReady(replica_id=replica_id, facts=facts))
+        for upstream_id, downstream_id in self.broken_links():
+            if replica_id in (upstream_id, downstream_id):
+                self.connect(upstream_id, downstream_id)
         return replica_id
+
+    def broken_links(self) -> list[tuple[int, int]]:
+        """The links that should be there and are not."""
+        return [
+            (upstream.id, downstream.id)
+            for upstream in self.replicas
+            for downstream in self.replicas
+            if upstream.part.end_layer == downstream.part.first_layer
+            and (upstream.id, downstream.id) not in self.exact.links
+        ]
 
     def connect(self, upstream_id: int, downstream_id: int) -> None:
         """Opens a link, once the scheduler knows that the one before has broken."""
@@ -171,7 +194,7 @@ class ExactPipeline:
         num_before = fields.get("num_output_tokens", 0)
         own = prompt[: len(prompt) - num_before]
         self.asked[request_id] = Asked(list(own), max_tokens, num_before)
-        of_event = ("deadline_s", "cache_salt", "tenant", "priority", "num_output_tokens")
+        of_event = ("deadline_s", "cache_salt", "tenant", "priority", "num_output_tokens", "probed")
         event_fields = {name: fields.pop(name) for name in of_event if name in fields}
         sampling = SamplingParameters(max_tokens=max_tokens, ignore_eos=True, **fields)
         return RequestArrived(

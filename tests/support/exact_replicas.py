@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from core.pipeline.actions import AbandonMicroBatches, FlushUpdates, RunMicroBatch
 from core.pipeline.batch import MicroBatch, SequenceUpdates
+from core.pipeline.cut import Part
 from core.pipeline.events import StageReported, TokensSampled
 from tests.support.fake_engine import next_token
 
@@ -43,14 +44,14 @@ NOBODYS = Row(GARBAGE, (), 0)  # where nothing has been written
 
 
 def computed(row: Row, earlier: Sequence[Row], weights: str) -> Row:
-    """What a stage makes of `row` at the position behind `earlier`."""
+    """What a layer makes of `row` at the position behind `earlier`."""
     digest = hash((weights, row.digest, *(other.digest for other in earlier)))
     return Row(row.token_id, (*row.weights, weights), digest)
 
 
 @lru_cache(maxsize=100_000)
 def true_rows(token_ids: tuple[int, ...], weights: tuple[str, ...]) -> tuple[Row, ...]:
-    """What the stages with these weights must have made of each of `token_ids`."""
+    """What layers with these weights must have made of each of `token_ids`."""
     if not weights:
         return tuple(first_row(token_id) for token_id in token_ids)
     if not token_ids:
@@ -83,16 +84,17 @@ class ExactEngine:
         num_kv_blocks: int,
         block_size: int,
         is_last: bool,
-        weights: str = "",
+        weights: Sequence[str] = ("",),
         next_token: NextToken = next_token,
     ) -> None:
+        """`weights` of each layer."""
         self.sequences: dict[int, _Mirrored] = {}
         self._num_kv_blocks = num_kv_blocks
         self._block_size = block_size
         self._is_last = is_last
         self._weights = weights
         self._next_token = next_token
-        self._kv: dict[tuple[int, int], Row] = {}  # what went in
+        self._kv: dict[tuple[int, int], tuple[Row, ...]] = {}  # what went into each layer
         self._log: dict[tuple[int, int], Row] = {}  # what was sent
 
     def apply(self, updates: SequenceUpdates) -> None:
@@ -173,14 +175,18 @@ class ExactEngine:
 
     def _compute(self, sequence: _Mirrored, position: int, row: Row) -> Row:
         place = self._place(sequence, position)
-        self._kv[place] = row
-        made = computed(row, self._known_rows(sequence, position), self._weights)
+        earlier = self._known_rows(sequence, position)
+        inputs = []
+        for layer, weights in enumerate(self._weights):
+            inputs.append(row)
+            row = computed(row, [rows[layer] for rows in earlier], weights)
+        self._kv[place] = tuple(inputs)
         if not self._is_last:
-            self._log[place] = made
-        return made
+            self._log[place] = row
+        return row
 
     def _sample(self, sequence: _Mirrored, position: int, row: Row) -> int:
-        prefix = tuple(other.token_id for other in self._known_rows(sequence, position + 1))
+        prefix = tuple(rows[0].token_id for rows in self._known_rows(sequence, position + 1))
         is_true = row == true_rows(prefix, row.weights)[-1]
         token_id = self._next_token(prefix) if is_true else GARBAGE
         if sequence.counts_tokens:
@@ -189,8 +195,9 @@ class ExactEngine:
             sequence.sampled_at.append(position)
         return token_id
 
-    def _known_rows(self, sequence: _Mirrored, end: int) -> list[Row]:
-        return [self._kv.get(self._place(sequence, p), NOBODYS) for p in range(end)]
+    def _known_rows(self, sequence: _Mirrored, end: int) -> list[tuple[Row, ...]]:
+        nobodys = (NOBODYS,) * len(self._weights)
+        return [self._kv.get(self._place(sequence, p), nobodys) for p in range(end)]
 
     def _place(self, sequence: _Mirrored, position: int) -> tuple[int, int]:
         return sequence.block_ids[position // self._block_size], position % self._block_size
@@ -230,9 +237,9 @@ class Order:
 class ExactReplica:
     """A replica with its streams: messages wait in `inbox`, results in `outbox`."""
 
-    def __init__(self, replica_id: int, stage_index: int, engine: ExactEngine) -> None:
+    def __init__(self, replica_id: int, part: Part, engine: ExactEngine) -> None:
         self.id = replica_id
-        self.stage_index = stage_index
+        self.part = part
         self.engine = engine
         self.inbox: deque[Order | list[int]] = deque()  # orders, and ids to abandon
         self.outbox: deque[TokensSampled | StageReported] = deque()
@@ -320,26 +327,24 @@ class ExactReplica:
 class ExactReplicas:
     """All replicas of a pipeline, and the links between them. Performs the scheduler's orders."""
 
-    def __init__(self, *, num_stages: int, block_size: int, next_token: NextToken = next_token):
+    def __init__(self, *, num_layers: int, block_size: int, next_token: NextToken = next_token):
         self.replicas: dict[int, ExactReplica] = {}  # those that live
         self.links: dict[tuple[int, int], ExactLink] = {}  # those that stand
         self.num_replayed = 0  # micro-batches
-        self._num_stages = num_stages
+        self._num_layers = num_layers
         self._block_size = block_size
         self._next_token = next_token
 
-    def add(
-        self, replica_id: int, *, stage_index: int, num_kv_blocks: int, weights: str = ""
-    ) -> ExactReplica:
+    def add(self, replica_id: int, *, part: Part, num_kv_blocks: int) -> ExactReplica:
         """Opens a replica."""
         engine = ExactEngine(
             num_kv_blocks=num_kv_blocks,
             block_size=self._block_size,
-            is_last=stage_index == self._num_stages - 1,
-            weights=weights,
+            is_last=part.end_layer == self._num_layers,
+            weights=part.weights,
             next_token=self._next_token,
         )
-        replica = self.replicas[replica_id] = ExactReplica(replica_id, stage_index, engine)
+        replica = self.replicas[replica_id] = ExactReplica(replica_id, part, engine)
         return replica
 
     def connect(self, upstream_id: int, downstream_id: int) -> None:

@@ -158,7 +158,7 @@ class FakeSession:
     async def _rows_of(self, batch: stage_pb2.MicroBatch) -> list[Row] | None:
         """The micro-batch's activations, once they have come; None where it is abandoned."""
         if not batch.upstream_link:
-            assert batch.replays or self._stage.index == 0, "token ids are for the first stage"
+            assert batch.replays or self._stage.layers[0] == 0, "token ids are for the first stage"
             if not batch.replays:
                 return [Row(token_id, 0) for token_id in batch.token_ids]
             rows = self._own_rows(batch)

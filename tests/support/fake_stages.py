@@ -27,7 +27,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     """One replica of a stage. Change its fields to misbehave."""
 
     index: int
-    num_stages: int
+    num_stages: int  # with two layers each
     network: dict[str, FakeStage] = field(default_factory=dict)  # by address; all of a mesh
     num_kv_blocks: int = 64
     max_rows: int = 64
@@ -37,6 +37,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     fingerprint: str = "f"
     weights: str = "w"
     first_layer: int = -1  # -1: two layers a stage
+    end_layer: int = -1  # likewise
     seconds_a_batch: float = 0.0
     address: str = ""
     epochs: list[int] = field(default_factory=list)
@@ -55,7 +56,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
 
     @property
     def is_last(self) -> bool:
-        return self.index == self.num_stages - 1
+        return self.layers[1] == 2 * self.num_stages
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        first = 2 * self.index if self.first_layer < 0 else self.first_layer
+        return first, first + 2 if self.end_layer < 0 else self.end_layer
 
     async def start(self, port: int = 0) -> None:
         welcomed = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)
@@ -126,12 +132,12 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         return FakeSession(self, epoch)
 
     def ready(self) -> stage_pb2.StageReady:
-        first = 2 * self.index if self.first_layer < 0 else self.first_layer
+        first, end = self.layers
         return stage_pb2.StageReady(
             model=self.model,
             model_digest="d",
             first_layer=first,
-            end_layer=first + 2,
+            end_layer=end,
             num_layers=2 * self.num_stages,
             hidden_size=8,
             vocab_size=VOCAB_SIZE,
@@ -146,6 +152,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             numerics_fingerprint=self.fingerprint,
             eos_token_ids=[EOS],
             weights_digest=f"{self.weights}{self.index}",
+            layer_digests=[f"{self.weights}{layer}" for layer in range(first, end)],
         )
 
 

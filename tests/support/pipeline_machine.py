@@ -28,12 +28,14 @@ class PipelineMachine(RuleBasedStateMachine):
     next_token: ClassVar[NextToken] = staticmethod(next_token)
     num_prompt_ids = 100
     num_replicas_S: tuple[int, ...] = (1, 1, 1)
+    num_layers_S: tuple[int, ...] = (1, 1, 1)
     micro_batch_timeout_s = 1e9
 
     def __init__(self) -> None:
         super().__init__()
         self.pipeline = ExactPipeline(
             *self.num_replicas_S,
+            num_layers_S=self.num_layers_S,
             num_kv_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             max_rows=MAX_ROWS,

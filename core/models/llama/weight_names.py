@@ -259,6 +259,18 @@ def read_final_norm(checkpoint: Checkpoint, config: LlamaConfig) -> Array:
     return _read(checkpoint, NAMINGS[checkpoint.format].final_norm, (config.hidden_size,))
 
 
+def layer_tensors(checkpoint: Checkpoint, config: LlamaConfig, layer: int) -> tuple[str, ...]:
+    """Names of what whoever holds a layer reads: of the first one with the embedding, of the last
+    one with what follows it."""
+    naming = NAMINGS[checkpoint.format]
+    names = [naming.layer[field].format(layer=layer) for field in _layer_shapes(config)]
+    if layer == 0:
+        names.append(naming.embedding)
+    if layer == config.num_layers - 1:
+        names += [naming.final_norm, _head_name(checkpoint, config)]
+    return tuple(names)
+
+
 def model_sizes(checkpoint: Checkpoint, config: LlamaConfig) -> ModelSizes:
     """Measures all parts by the headers alone: no weights are read.
 

@@ -9,6 +9,7 @@ import pytest
 
 from core.pipeline.actions import EmitTokens, FlushUpdates, RunMicroBatch
 from core.pipeline.batch import PositionLogprobs
+from core.pipeline.cut import Part
 from core.pipeline.events import (
     Event,
     LinkReady,
@@ -89,11 +90,13 @@ class Served:
         self.logprobs: dict[int, list[PositionLogprobs]] = {}
         self.num_cached: dict[int, int] = {}
         num_stages = len(chain.engines)
-        facts = PipelineFacts(num_stages=num_stages, num_slots=8, context_length=256)
-        replica = ReplicaFacts(num_kv_blocks=60, max_rows=max_rows)
+        facts = PipelineFacts(num_layers=num_stages, num_slots=8, context_length=256)
         self._handle(PipelineKnown(facts=facts))
         for index in range(num_stages):
-            self._handle(ReplicaReady(replica_id=index, stage_index=index, facts=replica))
+            # One layer a stage, as far as the scheduler knows.
+            part = Part(index, ("",))
+            replica = ReplicaFacts(num_kv_blocks=60, max_rows=max_rows, part=part)
+            self._handle(ReplicaReady(replica_id=index, facts=replica))
         for index in range(num_stages - 1):
             self._handle(LinkReady(upstream_id=index, downstream_id=index + 1))
 

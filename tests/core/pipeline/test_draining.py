@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from core.errors import Unavailable
-from core.pipeline.events import ReplicaDraining, Tick, WeightsChosen
+from core.pipeline.cut import Cut
+from core.pipeline.events import CutChosen, ReplicaDraining, Tick
 from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
 
@@ -84,6 +85,11 @@ def test_a_spare_serves_only_while_no_other_replica_does() -> None:
 # --- weights
 
 
+def choose_new(pipeline: ExactPipeline) -> None:
+    cut = Cut((pipeline.part(0), pipeline.part(1, weights="new")))
+    pipeline.handle(CutChosen(cut=cut))
+
+
 def updating() -> tuple[ExactPipeline, int, int]:
     """A request on the old weights of stage 1, and one on the new."""
     pipeline = ExactPipeline(1, num_stages=2)
@@ -92,7 +98,7 @@ def updating() -> tuple[ExactPipeline, int, int]:
     pipeline.ask(PROMPT, max_tokens=20)
     for _ in range(9):
         pipeline.turn()
-    pipeline.handle(WeightsChosen(stage_index=1, weights="new"))
+    choose_new(pipeline)
     pipeline.ask(PROMPT, max_tokens=20)
     for _ in range(9):
         pipeline.turn()
@@ -141,7 +147,7 @@ def test_sequences_whose_weights_are_gone_for_good_end_while_others_go_on() -> N
 
 def test_without_a_replica_of_the_chosen_weights_new_requests_wait() -> None:
     pipeline = ExactPipeline(1, 1, settings=SchedulerSettings(lost_limit_s=1e9))
-    pipeline.handle(WeightsChosen(stage_index=1, weights="new"))
+    choose_new(pipeline)
     pipeline.ask(PROMPT)
     assert not pipeline.scheduler.is_ready
     pipeline.open(1, weights="new")

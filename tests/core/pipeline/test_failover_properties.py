@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from core.pipeline.events import ReplicaDraining, Tick
+from core.pipeline.cut import Cut, Part
+from core.pipeline.events import CutChosen, ReplicaDraining, Tick
 from tests.support.pipeline_machine import PipelineMachine, Repetitive
 
 MOST_REPLICAS = 7
+# Of four layers; the first one is that of the machines' stages.
+CUTS = tuple(
+    Cut(tuple(Part(first, ("",) * (end - first)) for first, end in pairwise(bounds)))
+    for bounds in ((0, 2, 3, 4), (0, 2, 4), (0, 1, 3, 4), (0, 4))
+)
 
 
 class FaultyMachine(PipelineMachine):
@@ -37,7 +45,7 @@ class FaultyMachine(PipelineMachine):
 
     @rule(data=st.data())
     def mend(self, data: st.DataObject) -> None:
-        if broken := self._broken():
+        if broken := self.pipeline.broken_links():
             self.pipeline.connect(*data.draw(st.sampled_from(broken)))
 
     @rule()
@@ -55,16 +63,6 @@ class FaultyMachine(PipelineMachine):
     def stop(self, data: st.DataObject) -> None:
         """It hangs, and is found out, sooner or later."""
         data.draw(st.sampled_from(self.replicas)).is_stopped = True
-
-    def _broken(self) -> list[tuple[int, int]]:
-        pipeline = self.pipeline
-        return [
-            (upstream_id, downstream_id)
-            for stage in range(pipeline.num_stages - 1)
-            for upstream_id in pipeline.of_stage(stage)
-            for downstream_id in pipeline.of_stage(stage + 1)
-            if (upstream_id, downstream_id) not in pipeline.exact.links
-        ]
 
     def _find_out_who_hangs(self) -> None:
         """Time passes until nobody is in the way any more."""
@@ -88,9 +86,46 @@ class FaultyMachine(PipelineMachine):
         pipeline.tell()
         for stage in range(pipeline.num_stages):
             pipeline.open(stage, num_kv_blocks=20)
-        for link in self._broken():
+        for link in pipeline.broken_links():
             pipeline.connect(*link)
         self._find_out_who_hangs()
+        super().teardown()
+
+
+class MovingMachine(FaultyMachine):
+    """The layers move between stages, too."""
+
+    num_layers_S = (2, 1, 1)
+
+    @rule(
+        cut=st.sampled_from(CUTS), number=st.integers(0, 2), num_kv_blocks=st.sampled_from([12, 20])
+    )
+    def open_part(self, cut: Cut, number: int, num_kv_blocks: int) -> None:
+        if len(self.replicas) < MOST_REPLICAS:
+            part = cut.parts[number % len(cut.parts)]
+            self.pipeline.open_part(part, num_kv_blocks=num_kv_blocks)
+
+    @rule(cut=st.sampled_from(CUTS))
+    def choose(self, cut: Cut) -> None:
+        """Whether there are replicas of its parts or not."""
+        self.pipeline.handle(CutChosen(cut=cut))
+
+    @rule(cut=st.sampled_from(CUTS), moves=st.booleans())
+    def move_layers(self, cut: Cut, moves: bool) -> None:
+        """The whole operation at once."""
+        pipeline = self.pipeline
+        if len(self.replicas) >= MOST_REPLICAS:
+            return
+        held = {replica.part for replica in self.replicas}
+        for part in set(cut.parts) - held:
+            pipeline.open_part(part, num_kv_blocks=20)
+        pipeline.handle(CutChosen(cut=cut))
+        for replica in self.replicas:
+            if replica.part not in cut.parts:
+                pipeline.handle(ReplicaDraining(replica_id=replica.id, moves=moves))
+
+    def teardown(self) -> None:
+        self.choose(CUTS[0])
         super().teardown()
 
 
@@ -101,5 +136,7 @@ class RepetitiveFaultyMachine(Repetitive, FaultyMachine):
 _SETTINGS = settings(max_examples=150, stateful_step_count=60, deadline=None)
 FaultyMachine.TestCase.settings = _SETTINGS
 RepetitiveFaultyMachine.TestCase.settings = _SETTINGS
+MovingMachine.TestCase.settings = _SETTINGS
 TestFaultyPipeline = FaultyMachine.TestCase
 TestRepetitiveFaultyPipeline = RepetitiveFaultyMachine.TestCase
+TestMovingPipeline = MovingMachine.TestCase

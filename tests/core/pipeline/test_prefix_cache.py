@@ -154,7 +154,7 @@ def test_lost_replicas_take_their_blocks_with_them() -> None:
     pipeline.answer(PROMPT)
     for replica in pipeline.replicas:
         pipeline.kill(replica.id)
-        pipeline.open(replica.stage_index)
+        pipeline.open_part(replica.part)
     assert pipeline.answer(PROMPT).cached_tokens == 0
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from core.errors import InvalidInput
 from core.pipeline.actions import EmitTokens, FinishReason
+from core.pipeline.cut import Part
 from core.pipeline.events import (
     LinkReady,
     PipelineFacts,
@@ -38,14 +39,16 @@ def test_the_rest_is_generated_and_the_whole_is_counted(penalties: dict[str, Any
 def resumed(tokens: list[int], num_output: int, **fields: Any) -> Any:
     """What comes of such a request in a context of 32 positions at once."""
     scheduler = Scheduler()
-    facts = PipelineFacts(num_stages=2, num_slots=4, context_length=32, eos_token_ids=(7,))
-    of_replica = ReplicaFacts(num_kv_blocks=9, max_rows=64)
+    facts = PipelineFacts(num_layers=2, num_slots=4, context_length=32, eos_token_ids=(7,))
+    of_layer = [
+        ReplicaFacts(num_kv_blocks=9, max_rows=64, part=Part(layer, ("",))) for layer in (0, 1)
+    ]
     sampling = SamplingParameters(**({"max_tokens": 10} | fields))
     *_, action = scheduler.handle_all(
         (
             PipelineKnown(facts=facts),
-            ReplicaReady(replica_id=1, stage_index=0, facts=of_replica),
-            ReplicaReady(replica_id=2, stage_index=1, facts=of_replica),
+            ReplicaReady(replica_id=1, facts=of_layer[0]),
+            ReplicaReady(replica_id=2, facts=of_layer[1]),
             LinkReady(upstream_id=1, downstream_id=2),
             RequestArrived(
                 request_id=1, token_ids=tokens, num_output_tokens=num_output, sampling=sampling

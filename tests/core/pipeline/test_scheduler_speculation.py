@@ -17,6 +17,7 @@ from core.pipeline.actions import (
 )
 from core.pipeline.batch import PositionLogprobs
 from core.pipeline.batch_time import Coefficients
+from core.pipeline.cut import Part
 from core.pipeline.events import (
     Event,
     LinkReady,
@@ -62,16 +63,17 @@ class Line:
         )
         self.now_s = 0.0
         facts = PipelineFacts(
-            num_stages=2,
+            num_layers=2,
             num_slots=4,
             context_length=1000,
             kv_block_size=4,
             eos_token_ids=(0,),
         )
         self.handle(PipelineKnown(facts=facts))
-        of_replica = ReplicaFacts(num_kv_blocks=num_kv_blocks, max_rows=64)
-        for stage in (0, 1):
-            self.handle(ReplicaReady(replica_id=stage, stage_index=stage, facts=of_replica))
+        for layer in (0, 1):
+            part = Part(layer, ("",))
+            of_replica = ReplicaFacts(num_kv_blocks=num_kv_blocks, max_rows=64, part=part)
+            self.handle(ReplicaReady(replica_id=layer, facts=of_replica))
         self.handle(LinkReady(upstream_id=0, downstream_id=1))
 
     @property

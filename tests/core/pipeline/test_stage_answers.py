@@ -7,6 +7,7 @@ import pytest
 from core.errors import NotFinite
 from core.pipeline.actions import Action, DropReplica, EmitTokens, Refuse, RunMicroBatch
 from core.pipeline.batch import NO_TOKEN, PositionLogprobs
+from core.pipeline.cut import Part
 from core.pipeline.events import (
     PipelineFacts,
     PipelineKnown,
@@ -25,10 +26,10 @@ LOGPROB = PositionLogprobs(token_id=1, logprob=-1.0)
 def two_requests() -> tuple[Scheduler, RunMicroBatch]:
     """A pipeline of one stage, and the micro-batch with the prompts of the requests 0 and 1."""
     scheduler = Scheduler(SchedulerSettings())
-    facts = PipelineFacts(num_stages=1, num_slots=4, context_length=64, vocab_size=VOCAB_SIZE)
+    facts = PipelineFacts(num_layers=1, num_slots=4, context_length=64, vocab_size=VOCAB_SIZE)
     scheduler.handle(PipelineKnown(facts=facts), 0.0)
-    replica = ReplicaFacts(num_kv_blocks=16, max_rows=64)
-    scheduler.handle(ReplicaReady(replica_id=7, stage_index=0, facts=replica), 0.1)
+    replica = ReplicaFacts(num_kv_blocks=16, max_rows=64, part=Part(0, ("",)))
+    scheduler.handle(ReplicaReady(replica_id=7, facts=replica), 0.1)
     sampling = SamplingParameters(max_tokens=9)
     arrivals = [
         RequestArrived(request_id=id, token_ids=[1, 2, 3], sampling=sampling) for id in (0, 1)

@@ -47,7 +47,7 @@ def test_an_unchanged_model_is_read_as_without_a_manifest(kind: str, tmp_path: P
     checked = open_checked(path, manifest)
     for name in plain.tensor_names:
         np.testing.assert_array_equal(checked.read(name), plain.read(name))
-    assert checked.read_digest == plain.read_digest
+    assert checked.digest_of(plain.tensor_names) == plain.digest_of(plain.tensor_names)
     assert verify(path, manifest) >= plain.bytes_read
 
 

@@ -48,6 +48,10 @@ class RpcMethod:
     num_at_once: int = 32
 
 
+# Never a cut that the mesh could have: its processes would be started.
+_SPLITS = ("0:1", "0:2,2:3", "0:1,1:1,1:4", "0:999999")
+
+
 def _generate(random: Random, world: World) -> list[Message]:
     request = generation_pb2.GenerateRequest(model=random.choice(("", world.model)))
     kind = random.randrange(3)
@@ -152,17 +156,23 @@ def _connect(random: Random, world: World) -> list[Message]:
 
 def _add_replica(random: Random, world: World) -> list[Message]:
     place = {"stage_index": random.randrange(2), "spare": random.random() < 0.5}
-    return [coordinator_pb2.AddReplicaRequest(address="127.0.0.1:1", **place)]
+    split = random.choice(("", *_SPLITS))
+    return [coordinator_pb2.AddReplicaRequest(address="127.0.0.1:1", split=split, **place)]
 
 
 def _probe_replica(random: Random, world: World) -> list[Message]:
     address = random.choice(world.stage_addresses)
     request = coordinator_pb2.ProbeReplicaRequest(address=address, token_ids=[5, 6], max_tokens=2)
+    request.split = random.choice(("", *_SPLITS))
     return [request]
 
 
 def _choose_weights(random: Random, world: World) -> list[Message]:
     return [coordinator_pb2.ChooseWeightsRequest(stage_index=1, weights_digest="d")]
+
+
+def _split(kind: type[Message], random: Random, world: World) -> list[Message]:
+    return [kind(split=random.choice(_SPLITS))]  # type: ignore[call-arg]
 
 
 def _drain(random: Random, world: World) -> list[Message]:
@@ -201,14 +211,17 @@ _SEQUENCES: Mapping[str, Sequences] = {
     "AddReplica": _add_replica,
     "ProbeReplica": _probe_replica,
     "ChooseWeights": _choose_weights,
+    "ChooseCut": lambda *at: _split(coordinator_pb2.ChooseCutRequest, *at),
     "DrainReplica": _drain,
     "TryReplica": _try_replica,
     "KeepReplica": lambda *at: _address(local_pb2.KeepReplicaRequest, *at),
+    "TryCut": lambda *at: _split(local_pb2.TryCutRequest, *at),
+    "KeepCut": lambda *at: _split(local_pb2.KeepCutRequest, *at),
     "StopReplica": lambda *at: _address(local_pb2.StopReplicaRequest, *at),
     "Control": lambda random, world: stage_sequences.orders(random),
     "Activate": lambda random, world: stage_sequences.frames(random),
 }
-_MAY_WAIT = frozenset({"Watch", "Connect", "DrainReplica", "TryReplica"})
+_MAY_WAIT = frozenset({"Watch", "Connect", "DrainReplica", "TryReplica", "TryCut"})
 # A stage has one Control stream at a time: others end it.
 _NUM_AT_ONCE = {"Control": 1, "TryReplica": 4}
 # An epoch that has not begun is waited for.

@@ -37,6 +37,7 @@ OPTIONS = {
     "stop": [],
     "status": [],
     "update": ["--stage", "--weights", "--key"],
+    "repartition": ["--split", "--stages", "--now", "--key"],
     "generate": [
         *("--raw", "--system", *SAMPLING, "--timeout"),
         *("--model", "--address", "--ca", "--key", "--usage"),

@@ -12,6 +12,7 @@ from penstock.v1 import stage_pb2
 
 from core.errors import InvalidInput, NotFound
 from core.pipeline.events import (
+    CutChosen,
     Event,
     LinkLost,
     LinkReady,
@@ -19,7 +20,6 @@ from core.pipeline.events import (
     ReplicaDraining,
     ReplicaLost,
     ReplicaReady,
-    WeightsChosen,
 )
 from services.coordinator.replica_link import Incarnation
 from services.coordinator.replicas import Replicas
@@ -105,11 +105,17 @@ async def test_the_scheduler_hears_of_the_model_then_of_all_replicas_and_their_l
         links = await mesh.listener.wait_for(LinkReady, 4)
         first = mesh.listener.events[0]
         assert isinstance(first, PipelineKnown)
-        assert (first.facts.num_stages, first.facts.context_length) == (3, 512)
+        assert (first.facts.num_layers, first.facts.context_length) == (6, 512)
         replicas = mesh.listener.of(ReplicaReady)
-        assert sorted(r.stage_index for r in replicas) == [0, 0, 1, 2, 2]
+        assert sorted(r.facts.part.first_layer for r in replicas) == [0, 0, 2, 4, 4]
         assert [r.facts.is_spare for r in replicas].count(True) == 1
-        assert {r.facts.weights for r in replicas} == {"w0", "w1", "w2"}
+        assert {r.facts.part.weights for r in replicas} == {
+            ("w0", "w1"),
+            ("w2", "w3"),
+            ("w4", "w5"),
+        }
+        (chosen,) = mesh.listener.of(CutChosen)
+        assert chosen.cut.split == "0:2,2:4,4:6"
         ids = [mesh.id_of(stage) for stage in stages]
         assert {(link.upstream_id, link.downstream_id) for link in links} == {
             *((ids[0], ids[2]), (ids[1], ids[2]), (ids[2], ids[3]), (ids[2], ids[4]))
@@ -192,7 +198,7 @@ async def test_a_link_that_breaks_is_followed_by_another_one() -> None:
     [
         ("fingerprint", "another", "numerics_fingerprint is 'another', not 'f'"),
         ("context_length", 1024, "context_length is 1024, not 512"),
-        ("first_layer", 3, "layers are 3:5, beside"),
+        ("first_layer", 3, "layers are 3:5, not 2:4"),
         ("num_kv_blocks", 0, "has 0 KV blocks"),
     ],
 )
@@ -231,10 +237,13 @@ async def test_weights_of_a_stage_may_differ() -> None:
         stages[2].weights = "v"
         async with running(stages) as mesh:
             await mesh.listener.wait_for(LinkReady, 2)
-            mesh.replicas.choose_weights(1, "v1")
-            assert mesh.listener.of(WeightsChosen) == [WeightsChosen(stage_index=1, weights="v1")]
+            changed = mesh.replicas.known_cut().with_part(mesh.replicas.part_with(1, "v1"))
+            assert changed is not None
+            mesh.replicas.choose(changed)
+            chosen = mesh.listener.of(CutChosen)[-1].cut
+            assert [part.weights for part in chosen.parts] == [("w0", "w1"), ("v2", "v3")]
             with pytest.raises(NotFound, match="there are v1, w1"):
-                mesh.replicas.choose_weights(1, "x")
+                mesh.replicas.part_with(1, "x")
 
 
 async def test_a_replica_can_be_added_and_let_go() -> None:

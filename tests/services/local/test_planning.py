@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from services.local.number_format import automatic_formats
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import free_ports
 from services.local.prepare import prepare, read_model
+from services.local.recut import plan_recut
+from services.local.room import check_room
 from services.local.settings import MeshSettings, parse_bytes, parse_counts, parse_factors
 from tests.support.models import TinyModel, write_gguf, write_servable
 
@@ -229,21 +232,18 @@ def test_a_head_of_more_bits_than_the_layers_leaves_its_stage_fewer_of_them() ->
 def test_the_rows_that_a_stage_sent_take_room_beside_its_cache() -> None:
     plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2)
     costs = model_costs(SMOLLM2, number_format="bf16")
-    first, last = stage_block_bytes(SMOLLM2, plan, costs)
+    first, last = stage_block_bytes(SMOLLM2, plan.slices, costs)
     layer = 16 * 2 * 192 * 2
     assert (first, last) == (18 * layer + 16 * 576 * 4, 12 * layer)
 
 
 def test_a_layout_changes_by_replicas(lay: Lay) -> None:
     layout = lay(replicas=(2,))
-    number = layout.free_number(1)
-    assert (number, layout.free_number(1, besides=[2])) == (2, 3)
-    added = ReplicaLayout(number=number, address="127.0.0.1:1", metrics_port=2, model_path="new")
+    added = ReplicaLayout(number=2, address="127.0.0.1:1", metrics_port=2, model_path="new")
     changed = layout.with_replica(1, added).without_replica(layout.stages[1].replicas[0].address)
     names = [command.name for command in changed.commands()]
     assert names[:4] == ["stage-0", "stage-0-b", "stage-1-b", "stage-1-c"]
     assert "new" in changed.commands()[3].arguments
-    assert changed.free_number(1) == 0
     with pytest.raises(NotFound, match="no replica listens"):
         layout.without_replica("127.0.0.1:1")
     with pytest.raises(InvalidInput, match="stage_index"):
@@ -323,3 +323,34 @@ def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{field} is "):
         MeshSettings(**changes)
+
+
+def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(lay: Lay) -> None:
+    layout = lay(split="0:2,2:4", replicas=(1, 2), spares=(1, 0))
+    names = {command.name for command in layout.commands()}
+    recut = plan_recut(layout, "0:1,1:2,2:4", taken_names=names)
+    assert [(one.stage_index, one.replica.number, one.replica.is_spare) for one in recut.new] == [
+        *((0, 2, False), (0, 3, True), (1, 2, False), (1, 3, True))
+    ]
+    assert recut.layout.stages[2] == layout.stages[1]
+    assert recut.leaving == {one.address for one in layout.stages[0].replicas}
+    assert recut.layout.coordinator_command().arguments != layout.coordinator_command().arguments
+
+
+def test_layers_of_several_models_are_not_put_into_one_stage(lay: Lay) -> None:
+    layout = lay(split="0:2,2:4")
+    added = ReplicaLayout(number=1, address="127.0.0.1:1", metrics_port=2, model_path="new")
+    old = layout.stages[1].replicas[0].address
+    layout = layout.with_replica(1, added).without_replica(old)
+    with pytest.raises(PlanImpossible, match="layers 1:4 have weights of several models"):
+        plan_recut(layout, "0:1,1:4", taken_names=())
+    recut = plan_recut(layout, "0:2,2:3,3:4", taken_names=())
+    assert [one.replica.model_path for one in recut.new] == ["new", "new"]
+
+
+def test_processes_that_do_not_fit_beside_a_mesh_are_refused_with_the_numbers(lay: Lay) -> None:
+    layout = lay(split="0:2,2:4", kv_memory_bytes=2**20)
+    slices = [layout.slice_of(stage) for stage in layout.stages]
+    check_room(slices, layout)
+    with pytest.raises(PlanImpossible, match=r"2 more processes .* need .* and .* are available"):
+        check_room(slices, replace(layout, kv_blocks=10**12))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,13 @@ import pytest
 from penstock.v1 import local_pb2
 from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
+from core.errors import PlanImpossible
+from core.pipeline.plan import StageSlice
 from services.common.channels import open_channel
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
 from services.local.process import ProcessCommand
 from services.local.run_folder import RunFolder, find_process
-from services.local.supervisor import Supervisor
+from services.local.supervisor import CheckRoom, Supervisor
 from services.local.supervisor_service import serve_supervisor
 
 DEADLINE_S = 30.0
@@ -65,14 +69,37 @@ class Running:
         trial = self.stub.TryReplica(local_pb2.TryReplicaRequest(stage_index=1, model_path=how))
         return trial, await trial.read()
 
+    async def try_cut(self, split: str) -> tuple[Any, list[local_pb2.TryCutResponse]]:
+        trial = self.stub.TryCut(local_pb2.TryCutRequest(split=split))
+        started = [await trial.read()]
+        while len(started) < started[0].num_processes:
+            started.append(await trial.read())
+        return trial, started
+
+    def pid(self, name: str) -> int | None:
+        """Of the process, if it lives."""
+        record = self.run_folder.read()
+        assert record is not None
+        (one,) = [process for process in record.processes if process.name == name]
+        return one.pid if find_process(one) else None
+
+    def kill(self, name: str) -> int:
+        """Ends a process by force; returns its id."""
+        pid = self.pid(name)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Running]:
+async def running(
+    folder: Path, *, check_room: CheckRoom = lambda slices, layout: None
+) -> AsyncIterator[Running]:
     run_folder = RunFolder(folder)
     stages = tuple(
         StageLayout(
             first_layer=index,
-            end_layer=index + 1,
+            end_layer=1 + 2 * index,
             replicas=(ReplicaLayout(number=0, address=f"stage:{index}", metrics_port=0),),
         )
         for index in range(2)
@@ -96,7 +123,9 @@ async def running(folder: Path) -> AsyncIterator[Running]:
         gateway_address="gateway:1",
         gateway_metrics_port=0,
     )
-    supervisor = Supervisor(layout, run_folder=run_folder, say=lambda _: None)
+    supervisor = Supervisor(
+        layout, run_folder=run_folder, say=lambda _: None, check_room=check_room
+    )
     async with asyncio.timeout(DEADLINE_S), supervisor.mesh.running():
         supervisor.write_record()
         tasks = [
@@ -158,10 +187,73 @@ async def test_a_replica_that_is_kept_takes_the_place_of_one_that_is_stopped(
         await until(lambda: f"stage:0,{started.address}" in log.read_text())
 
 
+async def test_a_cut_on_trial_that_nobody_keeps_ends_with_its_stream(tmp_path: Path) -> None:
+    async with running(tmp_path) as mesh:
+        before = mesh.names()
+        trial, started = await mesh.try_cut("0:1,1:2,2:3")
+        assert [(one.stage_index, one.name) for one in started] == [
+            (1, "stage-1-b"),
+            (2, "stage-2"),
+        ]
+        with pytest.raises(grpc.aio.AioRpcError, match="being moved already"):
+            await mesh.try_cut("0:3")
+        trial.cancel()
+        await until(lambda: mesh.names() == before)
+        trial, started = await mesh.try_cut("0:3")
+        assert [one.name for one in started] == ["stage-0-b"]
+        trial.cancel()
+
+
+async def test_a_cut_that_is_kept_is_kept_alive_and_what_leaves_is_not(tmp_path: Path) -> None:
+    async with running(tmp_path) as mesh:
+        trial, started = await mesh.try_cut("0:1,1:2,2:3")
+        kept = await mesh.stub.KeepCut(local_pb2.KeepCutRequest(split="0:1,1:2,2:3"))
+        trial.cancel()
+        assert list(kept.leaving) == ["stage:1"]
+        mesh.kill("stage-1")
+        new = mesh.kill("stage-2")
+        await until(lambda: mesh.pid("stage-2") not in (None, new))
+        assert mesh.pid("stage-1") is None
+        await mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="stage:1"))
+        assert sorted(mesh.names()) == [
+            *("coordinator", "gateway", "stage-0", "stage-1-b", "stage-2")
+        ]
+        mesh.kill("coordinator")
+        addresses = ",".join(one.address for one in started)
+        log = mesh.run_folder.log_path("coordinator")
+        await until(lambda: f"stage:0,{addresses}" in log.read_text())
+
+
+async def test_a_cut_one_of_whose_processes_dies_on_trial_ends(tmp_path: Path) -> None:
+    async with running(tmp_path) as mesh:
+        before = mesh.names()
+        trial, _ = await mesh.try_cut("0:1,1:2,2:3")
+        mesh.kill("stage-2")
+        with pytest.raises(grpc.aio.AioRpcError, match="stage-2 ended"):
+            await trial.read()
+        assert mesh.names() == before
+
+
+async def test_processes_that_do_not_fit_beside_the_others_are_not_started(tmp_path: Path) -> None:
+    def refuse(slices: Sequence[StageSlice], layout: MeshLayout) -> None:
+        raise PlanImpossible(f"too little memory for {len(slices)} more")
+
+    async with running(tmp_path, check_room=refuse) as mesh:
+        before = mesh.names()
+        for start in (mesh.try_cut("0:1,1:2,2:3"), mesh.try_replica("serve")):
+            with pytest.raises(grpc.aio.AioRpcError, match="too little memory") as caught:
+                await start
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert mesh.names() == before
+
+
 async def test_what_is_not_there_is_told_by_its_status(tmp_path: Path) -> None:
     async with running(tmp_path) as mesh:
         calls = (
             (mesh.stub.KeepReplica(local_pb2.KeepReplicaRequest(address="x")), "NOT_FOUND"),
+            (mesh.stub.KeepCut(local_pb2.KeepCutRequest(split="0:3")), "NOT_FOUND"),
+            (mesh.try_cut("0:1,1:3"), "INVALID_ARGUMENT"),
+            (mesh.try_cut("0:1"), "INVALID_ARGUMENT"),
             (mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="x")), "NOT_FOUND"),
             (
                 mesh.stub.TryReplica(local_pb2.TryReplicaRequest(stage_index=2)).read(),

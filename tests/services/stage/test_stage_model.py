@@ -64,6 +64,20 @@ def test_weights_are_named_stage_by_stage_and_the_model_by_its_configuration(
     assert load(wider, first).model_digest != load(one, first).model_digest
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_each_layer_has_the_same_digest_wherever_the_model_is_cut(
+    tmp_path: Path, is_tied: bool
+) -> None:
+    folder = write_hugging_face(tmp_path, TinyModel(tied_head=is_tied))
+
+    def digests(*cuts: tuple[int, int]) -> list[str]:
+        return [digest for layers in cuts for digest in load(folder, layers).layer_digests]
+
+    whole = digests((0, 4))
+    assert len(set(whole)) == 4
+    assert digests((0, 2), (2, 4)) == digests((0, 1), (1, 2), (2, 4)) == whole
+
+
 def test_weights_in_another_arithmetic_have_another_name(tmp_path: Path) -> None:
     folder = write_hugging_face(tmp_path, TinyModel())
     names = {

@@ -103,7 +103,7 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetMeshResponse(_message.Message):
-    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens", "tokens_guessed", "tokens_guessed_right", "sequences_moved", "positions_restored")
+    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens", "tokens_guessed", "tokens_guessed_right", "sequences_moved", "positions_restored", "split")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class GetMeshResponse(_message.Message):
     TOKENS_GUESSED_RIGHT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_MOVED_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_RESTORED_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages: _containers.RepeatedCompositeFieldContainer[StageState]
     requests_waiting: int
@@ -128,10 +129,11 @@ class GetMeshResponse(_message.Message):
     tokens_guessed_right: int
     sequences_moved: int
     positions_restored: int
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ..., sequences_moved: _Optional[int] = ..., positions_restored: _Optional[int] = ...) -> None: ...
+    split: str
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ..., sequences_moved: _Optional[int] = ..., positions_restored: _Optional[int] = ..., split: _Optional[str] = ...) -> None: ...
 
 class StageState(_message.Message):
-    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest")
+    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest", "passed_over")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +158,7 @@ class StageState(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PASSED_OVER_FIELD_NUMBER: _ClassVar[int]
     index: int
     address: str
     first_layer: int
@@ -180,31 +183,36 @@ class StageState(_message.Message):
     draining: bool
     sequences: int
     weights_digest: str
-    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ..., replica: _Optional[int] = ..., spare: _Optional[bool] = ..., draining: _Optional[bool] = ..., sequences: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...
+    passed_over: bool
+    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ..., replica: _Optional[int] = ..., spare: _Optional[bool] = ..., draining: _Optional[bool] = ..., sequences: _Optional[int] = ..., weights_digest: _Optional[str] = ..., passed_over: _Optional[bool] = ...) -> None: ...
 
 class AddReplicaRequest(_message.Message):
-    __slots__ = ("stage_index", "address", "spare")
+    __slots__ = ("stage_index", "address", "spare", "split")
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SPARE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     stage_index: int
     address: str
     spare: bool
-    def __init__(self, stage_index: _Optional[int] = ..., address: _Optional[str] = ..., spare: _Optional[bool] = ...) -> None: ...
+    split: str
+    def __init__(self, stage_index: _Optional[int] = ..., address: _Optional[str] = ..., spare: _Optional[bool] = ..., split: _Optional[str] = ...) -> None: ...
 
 class AddReplicaResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ProbeReplicaRequest(_message.Message):
-    __slots__ = ("address", "token_ids", "max_tokens")
+    __slots__ = ("address", "token_ids", "max_tokens", "split")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     address: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
-    def __init__(self, address: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    split: str
+    def __init__(self, address: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., split: _Optional[str] = ...) -> None: ...
 
 class ProbeReplicaResponse(_message.Message):
     __slots__ = ("token_ids", "logprobs")
@@ -223,6 +231,16 @@ class ChooseWeightsRequest(_message.Message):
     def __init__(self, stage_index: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...
 
 class ChooseWeightsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ChooseCutRequest(_message.Message):
+    __slots__ = ("split",)
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    split: str
+    def __init__(self, split: _Optional[str] = ...) -> None: ...
+
+class ChooseCutResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

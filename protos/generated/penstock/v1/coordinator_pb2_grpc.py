@@ -60,6 +60,11 @@ class CoordinatorServiceStub:
                 request_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.FromString,
                 _registered_method=True)
+        self.ChooseCut = channel.unary_unary(
+                '/penstock.v1.CoordinatorService/ChooseCut',
+                request_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseCutRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseCutResponse.FromString,
+                _registered_method=True)
         self.DrainReplica = channel.unary_stream(
                 '/penstock.v1.CoordinatorService/DrainReplica',
                 request_serializer=penstock_dot_v1_dot_coordinator__pb2.DrainReplicaRequest.SerializeToString,
@@ -90,8 +95,9 @@ class CoordinatorServiceServicer:
 
     def AddReplica(self, request, context):
         """Takes one more replica of a stage into the mesh, and keeps it open from now on. It gets
-        sequences once it is open and connected, if its weights are chosen. Errors: INVALID_ARGUMENT (no
-        such stage, or an address that is in use).
+        sequences once it is open and connected, if its layers and weights are chosen. Errors:
+        INVALID_ARGUMENT (no such stage, no cut of the model, or an address that is in use), UNAVAILABLE
+        (another cut, before any replica has told what the model is).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +115,16 @@ class CoordinatorServiceServicer:
     def ChooseWeights(self, request, context):
         """Has new sequences take replicas with these weights. Those that have begun end with the weights
         that they began with. Idempotent. Errors: NOT_FOUND (no open replica of the stage has them).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChooseCut(self, request, context):
+        """Has new sequences take another cut of the model, with the weights that they take now. Those that
+        have begun stay where they are until their replicas are drained or lost. Idempotent. Errors:
+        INVALID_ARGUMENT (no cut of the model), NOT_FOUND (a part of it that no open replica holds with
+        these weights).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +166,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ChooseWeights,
                     request_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.SerializeToString,
+            ),
+            'ChooseCut': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChooseCut,
+                    request_deserializer=penstock_dot_v1_dot_coordinator__pb2.ChooseCutRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_coordinator__pb2.ChooseCutResponse.SerializeToString,
             ),
             'DrainReplica': grpc.unary_stream_rpc_method_handler(
                     servicer.DrainReplica,
@@ -293,6 +314,33 @@ class CoordinatorService:
             '/penstock.v1.CoordinatorService/ChooseWeights',
             penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsRequest.SerializeToString,
             penstock_dot_v1_dot_coordinator__pb2.ChooseWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChooseCut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.CoordinatorService/ChooseCut',
+            penstock_dot_v1_dot_coordinator__pb2.ChooseCutRequest.SerializeToString,
+            penstock_dot_v1_dot_coordinator__pb2.ChooseCutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,8 +46,9 @@ class CoordinatorServiceStub:
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
     AddReplica: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AddReplicaRequest, _coordinator_pb2.AddReplicaResponse]
     """Takes one more replica of a stage into the mesh, and keeps it open from now on. It gets
-    sequences once it is open and connected, if its weights are chosen. Errors: INVALID_ARGUMENT (no
-    such stage, or an address that is in use).
+    sequences once it is open and connected, if its layers and weights are chosen. Errors:
+    INVALID_ARGUMENT (no such stage, no cut of the model, or an address that is in use), UNAVAILABLE
+    (another cut, before any replica has told what the model is).
     """
     ProbeReplica: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ProbeReplicaRequest, _coordinator_pb2.ProbeReplicaResponse]
     """Generates a few tokens greedily over a path through a replica, with its weights whether they
@@ -57,6 +58,12 @@ class CoordinatorServiceStub:
     ChooseWeights: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ChooseWeightsRequest, _coordinator_pb2.ChooseWeightsResponse]
     """Has new sequences take replicas with these weights. Those that have begun end with the weights
     that they began with. Idempotent. Errors: NOT_FOUND (no open replica of the stage has them).
+    """
+    ChooseCut: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ChooseCutRequest, _coordinator_pb2.ChooseCutResponse]
+    """Has new sequences take another cut of the model, with the weights that they take now. Those that
+    have begun stay where they are until their replicas are drained or lost. Idempotent. Errors:
+    INVALID_ARGUMENT (no cut of the model), NOT_FOUND (a part of it that no open replica holds with
+    these weights).
     """
     DrainReplica: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.DrainReplicaRequest, _coordinator_pb2.DrainReplicaResponse]
     """Gives a replica no new sequences, and forgets it once it holds none. A message comes now and
@@ -79,8 +86,9 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """Describes the mesh as it is now, for people and dashboards. Idempotent."""
     AddReplica: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AddReplicaRequest, _coordinator_pb2.AddReplicaResponse]  # type: ignore[assignment]
     """Takes one more replica of a stage into the mesh, and keeps it open from now on. It gets
-    sequences once it is open and connected, if its weights are chosen. Errors: INVALID_ARGUMENT (no
-    such stage, or an address that is in use).
+    sequences once it is open and connected, if its layers and weights are chosen. Errors:
+    INVALID_ARGUMENT (no such stage, no cut of the model, or an address that is in use), UNAVAILABLE
+    (another cut, before any replica has told what the model is).
     """
     ProbeReplica: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ProbeReplicaRequest, _coordinator_pb2.ProbeReplicaResponse]  # type: ignore[assignment]
     """Generates a few tokens greedily over a path through a replica, with its weights whether they
@@ -90,6 +98,12 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     ChooseWeights: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ChooseWeightsRequest, _coordinator_pb2.ChooseWeightsResponse]  # type: ignore[assignment]
     """Has new sequences take replicas with these weights. Those that have begun end with the weights
     that they began with. Idempotent. Errors: NOT_FOUND (no open replica of the stage has them).
+    """
+    ChooseCut: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ChooseCutRequest, _coordinator_pb2.ChooseCutResponse]  # type: ignore[assignment]
+    """Has new sequences take another cut of the model, with the weights that they take now. Those that
+    have begun stay where they are until their replicas are drained or lost. Idempotent. Errors:
+    INVALID_ARGUMENT (no cut of the model), NOT_FOUND (a part of it that no open replica holds with
+    these weights).
     """
     DrainReplica: _aio.UnaryStreamMultiCallable[_coordinator_pb2.DrainReplicaRequest, _coordinator_pb2.DrainReplicaResponse]  # type: ignore[assignment]
     """Gives a replica no new sequences, and forgets it once it holds none. A message comes now and
@@ -127,8 +141,9 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.AddReplicaResponse, _abc.Awaitable[_coordinator_pb2.AddReplicaResponse]]:
         """Takes one more replica of a stage into the mesh, and keeps it open from now on. It gets
-        sequences once it is open and connected, if its weights are chosen. Errors: INVALID_ARGUMENT (no
-        such stage, or an address that is in use).
+        sequences once it is open and connected, if its layers and weights are chosen. Errors:
+        INVALID_ARGUMENT (no such stage, no cut of the model, or an address that is in use), UNAVAILABLE
+        (another cut, before any replica has told what the model is).
         """
 
     @_abc_1.abstractmethod
@@ -150,6 +165,18 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.ChooseWeightsResponse, _abc.Awaitable[_coordinator_pb2.ChooseWeightsResponse]]:
         """Has new sequences take replicas with these weights. Those that have begun end with the weights
         that they began with. Idempotent. Errors: NOT_FOUND (no open replica of the stage has them).
+        """
+
+    @_abc_1.abstractmethod
+    def ChooseCut(
+        self,
+        request: _coordinator_pb2.ChooseCutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ChooseCutResponse, _abc.Awaitable[_coordinator_pb2.ChooseCutResponse]]:
+        """Has new sequences take another cut of the model, with the weights that they take now. Those that
+        have begun stay where they are until their replicas are drained or lost. Idempotent. Errors:
+        INVALID_ARGUMENT (no cut of the model), NOT_FOUND (a part of it that no open replica holds with
+        these weights).
         """
 
     @_abc_1.abstractmethod

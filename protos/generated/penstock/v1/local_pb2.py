@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/local.proto\x12\x0bpenstock.v1\"K\n\x11TryReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\"3\n\x12TryReplicaResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"%\n\x12KeepReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13KeepReplicaResponse\"%\n\x12StopReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse2\x88\x02\n\x11SupervisorService\x12O\n\nTryReplica\x12\x1e.penstock.v1.TryReplicaRequest\x1a\x1f.penstock.v1.TryReplicaResponse0\x01\x12P\n\x0bKeepReplica\x12\x1f.penstock.v1.KeepReplicaRequest\x1a .penstock.v1.KeepReplicaResponse\x12P\n\x0bStopReplica\x12\x1f.penstock.v1.StopReplicaRequest\x1a .penstock.v1.StopReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17penstock/v1/local.proto\x12\x0bpenstock.v1\"K\n\x11TryReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\"3\n\x12TryReplicaResponse\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"%\n\x12KeepReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13KeepReplicaResponse\"\x1e\n\rTryCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"j\n\x0eTryCutResponse\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05spare\x18\x04 \x01(\x08\x12\x15\n\rnum_processes\x18\x05 \x01(\r\"\x1f\n\x0eKeepCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"\"\n\x0fKeepCutResponse\x12\x0f\n\x07leaving\x18\x01 \x03(\t\"%\n\x12StopReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse2\x93\x03\n\x11SupervisorService\x12O\n\nTryReplica\x12\x1e.penstock.v1.TryReplicaRequest\x1a\x1f.penstock.v1.TryReplicaResponse0\x01\x12P\n\x0bKeepReplica\x12\x1f.penstock.v1.KeepReplicaRequest\x1a .penstock.v1.KeepReplicaResponse\x12\x43\n\x06TryCut\x12\x1a.penstock.v1.TryCutRequest\x1a\x1b.penstock.v1.TryCutResponse0\x01\x12\x44\n\x07KeepCut\x12\x1b.penstock.v1.KeepCutRequest\x1a\x1c.penstock.v1.KeepCutResponse\x12P\n\x0bStopReplica\x12\x1f.penstock.v1.StopReplicaRequest\x1a .penstock.v1.StopReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KEEPREPLICAREQUEST']._serialized_end=207
   _globals['_KEEPREPLICARESPONSE']._serialized_start=209
   _globals['_KEEPREPLICARESPONSE']._serialized_end=230
-  _globals['_STOPREPLICAREQUEST']._serialized_start=232
-  _globals['_STOPREPLICAREQUEST']._serialized_end=269
-  _globals['_STOPREPLICARESPONSE']._serialized_start=271
-  _globals['_STOPREPLICARESPONSE']._serialized_end=292
-  _globals['_SUPERVISORSERVICE']._serialized_start=295
-  _globals['_SUPERVISORSERVICE']._serialized_end=559
+  _globals['_TRYCUTREQUEST']._serialized_start=232
+  _globals['_TRYCUTREQUEST']._serialized_end=262
+  _globals['_TRYCUTRESPONSE']._serialized_start=264
+  _globals['_TRYCUTRESPONSE']._serialized_end=370
+  _globals['_KEEPCUTREQUEST']._serialized_start=372
+  _globals['_KEEPCUTREQUEST']._serialized_end=403
+  _globals['_KEEPCUTRESPONSE']._serialized_start=405
+  _globals['_KEEPCUTRESPONSE']._serialized_end=439
+  _globals['_STOPREPLICAREQUEST']._serialized_start=441
+  _globals['_STOPREPLICAREQUEST']._serialized_end=478
+  _globals['_STOPREPLICARESPONSE']._serialized_start=480
+  _globals['_STOPREPLICARESPONSE']._serialized_end=501
+  _globals['_SUPERVISORSERVICE']._serialized_start=504
+  _globals['_SUPERVISORSERVICE']._serialized_end=907
 # @@protoc_insertion_point(module_scope)

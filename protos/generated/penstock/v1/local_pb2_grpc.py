@@ -45,6 +45,16 @@ class SupervisorServiceStub:
                 request_serializer=penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.FromString,
                 _registered_method=True)
+        self.TryCut = channel.unary_stream(
+                '/penstock.v1.SupervisorService/TryCut',
+                request_serializer=penstock_dot_v1_dot_local__pb2.TryCutRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_local__pb2.TryCutResponse.FromString,
+                _registered_method=True)
+        self.KeepCut = channel.unary_unary(
+                '/penstock.v1.SupervisorService/KeepCut',
+                request_serializer=penstock_dot_v1_dot_local__pb2.KeepCutRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_local__pb2.KeepCutResponse.FromString,
+                _registered_method=True)
         self.StopReplica = channel.unary_unary(
                 '/penstock.v1.SupervisorService/StopReplica',
                 request_serializer=penstock_dot_v1_dot_local__pb2.StopReplicaRequest.SerializeToString,
@@ -59,8 +69,8 @@ class SupervisorServiceServicer:
     def TryReplica(self, request, context):
         """Starts one more replica of a stage on a free port, on trial: when the stream ends before
         KeepReplica, the process is ended. One message comes, once the process runs; it may still load
-        its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
-        message has its last words).
+        its weights. Errors: INVALID_ARGUMENT (no such stage), FAILED_PRECONDITION (too little memory),
+        UNAVAILABLE (the process ended; the message has its last words).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,6 +79,26 @@ class SupervisorServiceServicer:
     def KeepReplica(self, request, context):
         """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
         told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TryCut(self, request, context):
+        """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
+        TryReplica does. One message comes for each, once it runs. Errors: INVALID_ARGUMENT (no other cut
+        of the model), FAILED_PRECONDITION (layers of several models in one stage, or too little memory
+        for both cuts at once), RESOURCE_EXHAUSTED (another one is on trial), UNAVAILABLE (a process
+        ended; the message has its last words).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepCut(self, request, context):
+        """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
+        longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
+        cut is not on trial).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +123,16 @@ def add_SupervisorServiceServicer_to_server(servicer, server):
                     servicer.KeepReplica,
                     request_deserializer=penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.SerializeToString,
+            ),
+            'TryCut': grpc.unary_stream_rpc_method_handler(
+                    servicer.TryCut,
+                    request_deserializer=penstock_dot_v1_dot_local__pb2.TryCutRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_local__pb2.TryCutResponse.SerializeToString,
+            ),
+            'KeepCut': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepCut,
+                    request_deserializer=penstock_dot_v1_dot_local__pb2.KeepCutRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_local__pb2.KeepCutResponse.SerializeToString,
             ),
             'StopReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.StopReplica,
@@ -155,6 +195,60 @@ class SupervisorService:
             '/penstock.v1.SupervisorService/KeepReplica',
             penstock_dot_v1_dot_local__pb2.KeepReplicaRequest.SerializeToString,
             penstock_dot_v1_dot_local__pb2.KeepReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TryCut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.v1.SupervisorService/TryCut',
+            penstock_dot_v1_dot_local__pb2.TryCutRequest.SerializeToString,
+            penstock_dot_v1_dot_local__pb2.TryCutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepCut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.v1.SupervisorService/KeepCut',
+            penstock_dot_v1_dot_local__pb2.KeepCutRequest.SerializeToString,
+            penstock_dot_v1_dot_local__pb2.KeepCutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,12 +38,24 @@ class SupervisorServiceStub:
     TryReplica: _grpc.UnaryStreamMultiCallable[_local_pb2.TryReplicaRequest, _local_pb2.TryReplicaResponse]
     """Starts one more replica of a stage on a free port, on trial: when the stream ends before
     KeepReplica, the process is ended. One message comes, once the process runs; it may still load
-    its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
-    message has its last words).
+    its weights. Errors: INVALID_ARGUMENT (no such stage), FAILED_PRECONDITION (too little memory),
+    UNAVAILABLE (the process ended; the message has its last words).
     """
     KeepReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]
     """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
     told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+    """
+    TryCut: _grpc.UnaryStreamMultiCallable[_local_pb2.TryCutRequest, _local_pb2.TryCutResponse]
+    """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
+    TryReplica does. One message comes for each, once it runs. Errors: INVALID_ARGUMENT (no other cut
+    of the model), FAILED_PRECONDITION (layers of several models in one stage, or too little memory
+    for both cuts at once), RESOURCE_EXHAUSTED (another one is on trial), UNAVAILABLE (a process
+    ended; the message has its last words).
+    """
+    KeepCut: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepCutRequest, _local_pb2.KeepCutResponse]
+    """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
+    longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
+    cut is not on trial).
     """
     StopReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]
     """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
@@ -56,12 +68,24 @@ class SupervisorServiceAsyncStub(SupervisorServiceStub):
     TryReplica: _aio.UnaryStreamMultiCallable[_local_pb2.TryReplicaRequest, _local_pb2.TryReplicaResponse]  # type: ignore[assignment]
     """Starts one more replica of a stage on a free port, on trial: when the stream ends before
     KeepReplica, the process is ended. One message comes, once the process runs; it may still load
-    its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
-    message has its last words).
+    its weights. Errors: INVALID_ARGUMENT (no such stage), FAILED_PRECONDITION (too little memory),
+    UNAVAILABLE (the process ended; the message has its last words).
     """
     KeepReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]  # type: ignore[assignment]
     """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
     told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+    """
+    TryCut: _aio.UnaryStreamMultiCallable[_local_pb2.TryCutRequest, _local_pb2.TryCutResponse]  # type: ignore[assignment]
+    """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
+    TryReplica does. One message comes for each, once it runs. Errors: INVALID_ARGUMENT (no other cut
+    of the model), FAILED_PRECONDITION (layers of several models in one stage, or too little memory
+    for both cuts at once), RESOURCE_EXHAUSTED (another one is on trial), UNAVAILABLE (a process
+    ended; the message has its last words).
+    """
+    KeepCut: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepCutRequest, _local_pb2.KeepCutResponse]  # type: ignore[assignment]
+    """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
+    longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
+    cut is not on trial).
     """
     StopReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]  # type: ignore[assignment]
     """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
@@ -77,8 +101,8 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_local_pb2.TryReplicaResponse], _abc.AsyncIterator[_local_pb2.TryReplicaResponse]]:
         """Starts one more replica of a stage on a free port, on trial: when the stream ends before
         KeepReplica, the process is ended. One message comes, once the process runs; it may still load
-        its weights. Errors: INVALID_ARGUMENT (no such stage), UNAVAILABLE (the process ended; the
-        message has its last words).
+        its weights. Errors: INVALID_ARGUMENT (no such stage), FAILED_PRECONDITION (too little memory),
+        UNAVAILABLE (the process ended; the message has its last words).
         """
 
     @_abc_1.abstractmethod
@@ -89,6 +113,30 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_local_pb2.KeepReplicaResponse, _abc.Awaitable[_local_pb2.KeepReplicaResponse]]:
         """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
         told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+        """
+
+    @_abc_1.abstractmethod
+    def TryCut(
+        self,
+        request: _local_pb2.TryCutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_local_pb2.TryCutResponse], _abc.AsyncIterator[_local_pb2.TryCutResponse]]:
+        """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
+        TryReplica does. One message comes for each, once it runs. Errors: INVALID_ARGUMENT (no other cut
+        of the model), FAILED_PRECONDITION (layers of several models in one stage, or too little memory
+        for both cuts at once), RESOURCE_EXHAUSTED (another one is on trial), UNAVAILABLE (a process
+        ended; the message has its last words).
+        """
+
+    @_abc_1.abstractmethod
+    def KeepCut(
+        self,
+        request: _local_pb2.KeepCutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.KeepCutResponse, _abc.Awaitable[_local_pb2.KeepCutResponse]]:
+        """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
+        longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
+        cut is not on trial).
         """
 
     @_abc_1.abstractmethod
