@@ -106,8 +106,8 @@ def test_every_option_of_make_reaches_a_program() -> None:
     block = re.search(r"^OPTIONS := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
     assert block is not None
     options = block[1].replace("\\\n", " ").split()
-    rooms = (ROOT / "services", ROOT / "tests" / "benchmarks", ROOT / "tests" / "chaos")
-    sources = [source for room in rooms for source in room.rglob("*.py")]
+    programs = ("services", "tests/benchmarks", "tests/chaos", "tests/security")
+    sources = [source for room in programs for source in (ROOT / room).rglob("*.py")]
     read = set(
         re.findall(r"PENSTOCK_([A-Z_]+)", "".join(p.read_text() for p in sources) + MAKEFILE)
     )
