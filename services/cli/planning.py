@@ -86,12 +86,12 @@ def plan(
             stages=stages,
             dtype=dtype,
             split=split,
-            keys=keys or default_keys_folder(),
+            seal_keys=keys or default_keys_folder(),
         )
     )
     with fetch_display() as report:
         path = resolve_model(model, report)
-    facts = read_model(path, dtype=dtype, keys=seal_keys(path, settings.keys))
+    facts = read_model(path, dtype=dtype, keys=seal_keys(path, settings.seal_keys))
     planned = plan_stages(
         facts.config,
         number_format=facts.number_format,

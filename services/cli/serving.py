@@ -187,7 +187,7 @@ def mesh(
         dtype=dtype,
         device=device,
         split=split,
-        keys=keys or default_keys_folder(),
+        seal_keys=keys or default_keys_folder(),
         manifest=manifest,
         rehash_minutes=rehash_minutes,
         kv_memory_bytes=None if kv_memory is None else parse_bytes("kv_memory", kv_memory),

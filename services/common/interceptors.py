@@ -63,7 +63,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         return self._wrap(handler, handler_call_details)
 
     def _wrap(self, handler: Any, details: Any) -> grpc.RpcMethodHandler:
-        kind = _kind_of(handler)
+        kind = kind_of(handler)
         behaviour = getattr(handler, kind)
         run = _run_streaming if handler.response_streaming else _run_unary
 
@@ -204,7 +204,8 @@ def _tolerant(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], A
     return tolerant
 
 
-def _kind_of(handler: Any) -> str:
+def kind_of(handler: Any) -> str:
+    """What gRPC calls its sides: "unary_stream", say."""
     sides = ("stream" if streaming else "unary" for streaming in _streaming(handler))
     return "_".join(sides)
 

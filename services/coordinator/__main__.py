@@ -13,6 +13,7 @@ from services.common.credentials import load_credentials
 from services.common.health import HealthService, add_reflection
 from services.common.identity import COORDINATOR
 from services.common.logs import configure_logging
+from services.common.options import Certs, Insecure
 from services.common.servers import bind, create_server, exit_with, run_process, run_until_stopped
 from services.common.telemetry import start_telemetry
 from services.coordinator.conductor import Conductor
@@ -81,12 +82,8 @@ def main(
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
-    certs: Annotated[
-        Path | None, typer.Option(help="folder of its identity, which `penstock certs` makes")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
-    ] = False,
+    certs: Certs = None,
+    insecure: Insecure = False,
     audit: Annotated[Path | None, typer.Option(help="file of the audit log")] = None,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
     exit_with_parent: Annotated[

@@ -14,6 +14,7 @@ from services.common.credentials import load_credentials
 from services.common.data_folder import default_data_folder
 from services.common.identity import GATEWAY
 from services.common.logs import configure_logging
+from services.common.options import Certs, Insecure
 from services.common.servers import exit_with, run_process
 from services.common.telemetry import start_telemetry
 from services.gateway.gateway import Gateway
@@ -46,12 +47,8 @@ def main(
     resume_limit_s: Annotated[
         float, typer.Option(help="seconds requests wait for a coordinator when theirs was lost")
     ] = 30.0,
-    certs: Annotated[
-        Path | None, typer.Option(help="folder of its identity, which `penstock certs` makes")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="listen beyond loopback without certificates")
-    ] = False,
+    certs: Certs = None,
+    insecure: Insecure = False,
     require_keys: Annotated[
         bool | None,
         typer.Option(help="ask for API keys; by default if anybody beyond this machine can call"),

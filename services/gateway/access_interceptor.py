@@ -14,6 +14,7 @@ import grpc
 
 from core.errors import PenstockError, PermissionDenied, Unauthenticated
 from services.common.audit_trail import AuditTrail
+from services.common.interceptors import kind_of
 from services.gateway.access import OPEN_TO_ALL, Access
 from services.gateway.caller import set_caller
 
@@ -72,7 +73,5 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 self._refusals.note(method=method, peer=context.peer(), why=str(error))
             raise error
 
-        sides = (handler.request_streaming, handler.response_streaming)
-        kind = "_".join("stream" if is_stream else "unary" for is_stream in sides)
-        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        make: Any = getattr(grpc, f"{kind_of(handler)}_rpc_method_handler")
         return make(refuse, response_serializer=handler.response_serializer)

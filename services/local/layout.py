@@ -69,7 +69,7 @@ class MeshLayout:
     shortcuts: bool = True
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     # Folder with the keys of a sealed model; "": it is not sealed.
-    keys: str = ""
+    seal_keys: str = ""
     # Digests that stages hold the model to; "": none.
     manifest: str = ""
     rehash_minutes: float = 10.0
@@ -207,14 +207,14 @@ class MeshLayout:
 
     def _opening(self, stage_index: int) -> dict[str, str]:
         """What a stage opens a sealed model with."""
-        if not self.keys:
+        if not self.seal_keys:
             return {}
-        identity = private_key(Path(self.keys), stage_name(stage_index))
+        identity = private_key(Path(self.seal_keys), stage_name(stage_index))
         return {"--identity-key": str(identity)} | self._sealer()
 
     def _sealer(self) -> dict[str, str]:
         """Whose sealed model is believed."""
-        return {"--sealer": str(public_key(Path(self.keys), OWNER))} if self.keys else {}
+        return {"--sealer": str(public_key(Path(self.seal_keys), OWNER))} if self.seal_keys else {}
 
 
 def replica_name(stage_index: int, number: int) -> str:

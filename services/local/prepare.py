@@ -52,7 +52,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
     ports = _choose_ports(settings)
     path = resolve_model(settings.model, report)
     manifest = settings.manifest or catalogue_manifest(settings.model, path)
-    keys = seal_keys(path, settings.keys)
+    keys = seal_keys(path, settings.seal_keys)
     model = read_model(path, dtype=_chosen_dtype(settings), keys=keys)
     plan = plan_stages(
         model.config,
@@ -82,7 +82,7 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         gateway_metrics_port=ports.metrics[-1],
         shortcuts=settings.shortcuts,
         certs=settle_identities(settings),
-        keys="" if keys is None else str(settings.keys.absolute()),
+        seal_keys="" if keys is None else str(settings.seal_keys.absolute()),
         rehash_minutes=settings.rehash_minutes,
         manifest="" if manifest is None else str(manifest.absolute()),
     )

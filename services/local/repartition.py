@@ -51,7 +51,7 @@ def choose_split(record: MeshRecord, *, split: str | None, num_stages: int | Non
     if (split is None) == (num_stages is None):
         raise InvalidInput("split", split, "layers of the stages, or else a number of stages")
     path = Path(record.model_path)
-    keys = seal_keys(path, Path(record.keys))
+    keys = seal_keys(path, Path(record.seal_keys))
     model = read_model(path, dtype=record.number_format, keys=keys)
     plan = plan_stages(
         model.config,

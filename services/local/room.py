@@ -20,7 +20,7 @@ def check_room(slices: Sequence[StageSlice], layout: MeshLayout) -> None:
     """Raises PlanImpossible, with the numbers, unless a process for each slice of the mesh's model
     fits into the memory that is free now."""
     path = Path(layout.model_path)
-    keys = seal_keys(path, Path(layout.keys))
+    keys = seal_keys(path, Path(layout.seal_keys))
     config, number_format = read_model(path, dtype=layout.number_format, keys=keys)
     costs = model_costs(config, number_format=number_format)
     check_further(

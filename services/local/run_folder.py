@@ -46,7 +46,7 @@ class MeshRecord:
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
     # Folder with the keys of a sealed model; "": it is not sealed.
-    keys: str = ""
+    seal_keys: str = ""
 
     @property
     def supervisor(self) -> ProcessRecord:

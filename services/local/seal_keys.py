@@ -47,7 +47,7 @@ def follow_seal(settings: MeshSettings) -> MeshSettings:
     model = Path(settings.model).expanduser()
     if settings.split is not None or not is_sealed(model):
         return settings
-    sealer = read_seal_keys(public_key(settings.keys, OWNER)).sealer
+    sealer = read_seal_keys(public_key(settings.seal_keys, OWNER)).sealer
     holders = read_header(model, sealer=sealer).holders
     spans: list[tuple[int, int]] = []
     while (name := stage_name(len(spans))) in holders:

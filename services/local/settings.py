@@ -47,7 +47,7 @@ class MeshSettings:
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
     # Folder with the keys of sealed models.
-    keys: Path = field(default_factory=default_keys_folder)
+    seal_keys: Path = field(default_factory=default_keys_folder)
     # Digests of the model's bytes, for stages to check; None: those of the catalogue, if any.
     manifest: Path | None = None
     # How often stages hash their weights in memory again; 0: never.

@@ -225,7 +225,7 @@ class Supervisor:
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
                 certs=layout.certs,
-                keys=layout.keys,
+                seal_keys=layout.seal_keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),
             )
         )

@@ -64,10 +64,10 @@ async def update_stage(
 def check_shapes(model_path: Path, record: MeshRecord) -> None:
     """Raises InvalidInput unless both models have the same sizes, and are sealed or not."""
     old, new = (
-        read_model(path, dtype=record.number_format, keys=seal_keys(path, Path(record.keys)))
+        read_model(path, dtype=record.number_format, keys=seal_keys(path, Path(record.seal_keys)))
         for path in (Path(record.model_path), model_path)
     )
-    if bool(record.keys) != is_sealed(model_path):
+    if bool(record.seal_keys) != is_sealed(model_path):
         raise InvalidInput("model", str(model_path), "sealed if the mesh's model is, and only then")
     if new.config != old.config:
         allowed = f"weights of the same shapes as {record.model_path}"

@@ -9,6 +9,7 @@ import typer
 
 from core.errors import PenstockError
 from services.common.logs import configure_logging
+from services.common.options import Certs, Insecure
 from services.common.servers import exit_with, run_process
 from services.stage.dumps import forbid_dumps
 from services.stage.process import run_stage
@@ -55,12 +56,8 @@ def stage(
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")
     ] = False,
-    certs: Annotated[
-        Path | None, typer.Option(help="Folder of its identity, which `penstock certs` makes")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without certificates")
-    ] = False,
+    certs: Certs = None,
+    insecure: Insecure = False,
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR")] = "INFO",
 ) -> None:
     """Computes a run of a model's layers behind a gRPC service."""

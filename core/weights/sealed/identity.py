@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from core.errors import InvalidInput, NotFound
 
@@ -40,10 +40,6 @@ class PublicIdentity:
     @property
     def verifying_key(self) -> Ed25519PublicKey:
         return Ed25519PublicKey.from_public_bytes(self.signing)
-
-    @property
-    def wrapping_key(self) -> X25519PublicKey:
-        return X25519PublicKey.from_public_bytes(self.opening)
 
 
 @dataclass(frozen=True)

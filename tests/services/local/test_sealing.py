@@ -42,7 +42,7 @@ def layers_of(header: SealHeader, name: str) -> set[str]:
 
 
 def mesh_of(sealed: Path, keys: Path, **options: object) -> MeshSettings:
-    return MeshSettings(model=str(sealed), keys=keys, grpc_port=0, metrics_port=0, **options)  # type: ignore[arg-type]
+    return MeshSettings(model=str(sealed), seal_keys=keys, grpc_port=0, metrics_port=0, **options)  # type: ignore[arg-type]
 
 
 def test_a_sealed_model_is_cut_as_it_was_sealed(sealed: Path, keys: Path) -> None:

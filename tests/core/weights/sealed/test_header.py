@@ -13,40 +13,19 @@ from hypothesis import strategies as st
 from core.errors import SealBroken
 from core.weights.sealed.header import (
     HEADER_NAME,
-    Holder,
-    SealedFile,
-    SealedTensor,
-    SealHeader,
     parse_body,
     read_header,
     write_header,
 )
 from core.weights.sealed.identity import make_identity
+from tests.support.seal_headers import HEADER, header_body
 
 PATH = Path(HEADER_NAME)
-HEADER = SealHeader(
-    model="m",
-    version="1",
-    seal_id="0" * 32,
-    format="gguf",
-    files=(
-        SealedFile(
-            name="m.gguf",
-            prefix_bytes=10,
-            prefix_sha256="a" * 64,
-            tensors=(SealedTensor(name="t", size_bytes=5, part="layer-0"),),
-        ),
-    ),
-    companions={"tokenizer.json": "b" * 64},
-    holders={"owner": Holder(opening_key=bytes(32), wraps={"layer-0": bytes(80)})},
-)
 
 
 @pytest.fixture(scope="module")
-def body(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("header")
-    write_header(folder, HEADER, sealer=make_identity())
-    return (folder / HEADER_NAME).read_bytes()[16 + 64 :]
+def body() -> bytes:
+    return header_body()
 
 
 def test_a_header_is_read_as_it_was_written(tmp_path: Path) -> None:
