@@ -17,10 +17,11 @@ from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
-from services.local.ports import HOST, free_ports
+from services.local.ports import HOST
 from tests.chaos.parts import Part, PartCommand
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
+from tests.support.held_ports import HeldPorts
 
 START_TIMEOUT_S = 300.0  # kernels may have to be compiled first
 MODEL_NAME = "chaos"
@@ -74,6 +75,8 @@ class ChaosMesh:
         self._layers = _split(shape.models[0], shape.num_stages)
         self._folder = folder
         self._stack = AsyncExitStack()
+        # Parts listen seconds after they were told where, and again whenever they are started.
+        self._ports = self._stack.enter_context(HeldPorts())
 
     @property
     def gateway_names(self) -> list[str]:
@@ -94,7 +97,7 @@ class ChaosMesh:
             names = [f"coordinator-{index}" for index in range(shape.num_coordinators)]
             coordinators = [await self._add(name, self._coordinator_options()) for name in names]
             for index in range(shape.num_gateways):
-                self.metrics_ports[f"gateway-{index}"] = free_ports(1)[0]
+                self.metrics_ports[f"gateway-{index}"] = self._ports.take()
                 options = (
                     *("--metrics-port", str(self.metrics_ports[f"gateway-{index}"])),
                     *("--coordinator", ",".join(coordinators), "--model", str(shape.models[0])),
@@ -251,7 +254,7 @@ class ChaosMesh:
 
     async def _add(self, name: str, options: tuple[str, ...]) -> str:
         """Starts a part behind a wire; returns the wire's address."""
-        address = f"{HOST}:{free_ports(1)[0]}"
+        address = f"{HOST}:{self._ports.take()}"
         arguments = ("--listen", address, "--exit-with-parent", *options)
         module = f"services.{name.split('-')[0]}"
         command = PartCommand(name=name, module=module, arguments=arguments, address=address)
