@@ -92,7 +92,7 @@ quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 i
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages
 	@$(PYTHON) -m tests.benchmarks.simulated
 
-chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32 REPLICAS= SPARES= COORDINATORS= MODEL= DTYPE=
+chaos: $(DEV_STAMP) ## makes parts of a mesh fail, one at a time, and compares every answer: FAULTS=200 SEED=1 KINDS="killed" STREAMS=32 REPLICAS= SPARES= COORDINATORS= MODEL= DTYPE= DEVICE=cpu
 	@$(PYTHON) -m tests.chaos
 	@$(PYTHON) -m tests.chaos.overload
 

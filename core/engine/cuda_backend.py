@@ -210,13 +210,15 @@ class CudaBackend:
         """Those tables of the rows' sequences that differ from what the device has."""
         num_blocks = -(-longest // BLOCK_SIZE)
         slots_R = np.unique(rows.slots_T[: rows.num_rows])
-        wanted_RM = rows.block_tables_SB[slots_R]
-        known_RM = self._known_tables_RM[slots_R]
-        differs_R = (wanted_RM[:, :num_blocks] != known_RM[:, :num_blocks]).any(axis=1)
-        slots_R, wanted_RM = slots_R[differs_R], wanted_RM[differs_R]
+        used_RM, known_RM = (
+            tables[:, :num_blocks][slots_R]
+            for tables in (rows.block_tables_SB, self._known_tables_RM)
+        )
+        slots_R = slots_R[(used_RM != known_RM).any(axis=1)]
         count = len(slots_R)
         if not count:
             return
+        wanted_RM = rows.block_tables_SB[slots_R]
         self._known_tables_RM[slots_R] = wanted_RM
         self._pinned_slots_R.numpy()[:count] = slots_R
         self._pinned_tables_RM.numpy()[:count] = wanted_RM

@@ -69,6 +69,9 @@ def main(
         str, typer.Option(envvar="PENSTOCK_MODEL", help="A name or a path; default: a tiny one.")
     ] = "",
     dtype: Annotated[str, typer.Option(envvar="PENSTOCK_DTYPE")] = "bf16",
+    device: Annotated[
+        str, typer.Option(envvar="PENSTOCK_DEVICE", help="Of all stages: cpu or cuda.")
+    ] = "cpu",
     replicas: Annotated[
         int, typer.Option(envvar="PENSTOCK_REPLICAS", help="Of each stage; default: three meshes.")
     ] = 0,
@@ -91,6 +94,7 @@ def main(
                 shape=Shape(
                     models=models,
                     number_format=dtype,
+                    device=device,
                     num_replicas=num_replicas,
                     num_spares=num_spares,
                     num_coordinators=num_coordinators,

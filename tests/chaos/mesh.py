@@ -33,6 +33,7 @@ class Shape:
 
     models: tuple[Path, ...]
     number_format: str = "bf16"
+    device: str = "cpu"
     num_stages: int = 2
     num_replicas: int = 1
     num_spares: int = 0
@@ -199,6 +200,7 @@ class ChaosMesh:
         options = (
             *("--model", str(self.shape.models[version]), "--name", MODEL_NAME, "--no-shortcuts"),
             *("--layers", self._layers[stage_index], "--dtype", self.shape.number_format),
+            *("--device", self.shape.device),
             *("--kv-blocks", str(self.shape.kv_blocks)),
             *("--max-sequences", str(self.shape.max_sequences)),
             *("--slow-down-file", str(self.pace_file(name))),

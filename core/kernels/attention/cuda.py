@@ -26,12 +26,12 @@ from core.kernels.cuda_launch import Launch
 from core.kernels.cuda_numbers import number_format_of
 
 # Along words of a head, and along heads.
-THREADS = (32, 4)
+THREADS = (32, 8)
 MERGE_THREADS = 64
-SPLIT = 128
+SPLIT = 64
 # A score is summed in so many parts, by as many threads: whatever their number really is.
 PARTS = 4
-LONGEST_TILE = 32
+LONGEST_TILE = 64
 # What every device gives a block without being asked.
 SHARED_BYTES = 48 * 1024
 
@@ -126,28 +126,53 @@ def attend_kernel(
     unpack, per_word = number_format_of(number_format)[2:]
     num_x, num_y = threads
     num_threads = num_x * num_y
-    tile_size = tile_size_of(num_words, group_size, per_word)
+    # A tile lies within a split, so that it never is without any position to attend to.
+    tile_size = min(split, tile_size_of(num_words, group_size, per_word))
     width, part_words = num_words * per_word, _ceil_div(num_words, PARTS)
     # One word more than needed: the threads of a score step then read different banks.
     key_shape, value_shape = (tile_size, num_words + 1), (tile_size, num_words)
     part_shape, weight_shape = (PARTS, group_size, tile_size), (group_size, tile_size)
     query_shape = (group_size, width)
-    # Loops over these have a fixed number of turns, so that the sums stay in registers.
+    # Loops over these have a fixed number of turns, so that sums stay in registers, and that all
+    # loads of a thread are under way before the first one is waited for.
     num_i, num_k = _ceil_div(group_size, num_y), _ceil_div(num_words, num_x)
+    num_loads = _ceil_div(tile_size * num_words, num_threads)
     sum_shape = (num_i, num_k * per_word)
     scale = np.float32(head_dim**-0.5)
     least = -np.float32(np.inf)
 
     @cuda.jit(device=True)
-    def load_tile(cache_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_JW, thread):
-        """Reads a tile; positions outside of start and end become zero."""
-        for item in range(thread, tile_size * num_words, num_threads):
+    def load_tiles(
+        keys_BPKW,
+        values_BPKW,
+        block_tables_SM,
+        slot,
+        kv_head,
+        tile,
+        start,
+        end,
+        tile_keys,
+        tile_values,
+        thread,
+    ):
+        """Reads keys and values; positions outside of start and end become zero."""
+        key_words = cuda.local.array(num_loads, np.int64)
+        value_words = cuda.local.array(num_loads, np.int64)
+        for turn in range(num_loads):
+            item = thread + turn * num_threads
             j, w = item // num_words, item % num_words
-            word = np.int64(0)
-            if start <= tile + j < end:
+            key_words[turn] = value_words[turn] = np.int64(0)
+            if j < tile_size and start <= tile + j < end:
                 block = block_tables_SM[slot, (tile + j) // block_size]
-                word = cache_BPKW[block, (tile + j) % block_size, kv_head, w]
-            tile_JW[j, w] = word
+                place = (tile + j) % block_size
+                key_words[turn] = keys_BPKW[block, place, kv_head, w]
+                value_words[turn] = values_BPKW[block, place, kv_head, w]
+        for turn in range(num_loads):
+            item = thread + turn * num_threads
+            j, w = item // num_words, item % num_words
+            if j < tile_size:
+                tile_keys[j, w] = key_words[turn]
+                tile_values[j, w] = value_words[turn]
 
     @cuda.jit(device=True)
     def score_tile(queries_GD, tile_keys, scores_AGJ, thread):
@@ -227,13 +252,16 @@ def attend_kernel(
         if window > 0:
             start = max(start, position + 1 - window)
 
-        for g in range(y, group_size, num_y):
-            for d in range(x, width, num_x):
-                query = np.float32(0.0)
-                if d < head_dim:
-                    query = q_TND[row, first_head + g, d] * scale
-                queries_GD[g, d] = query
-            if x == 0:
+        for i in range(num_i):
+            g = y + i * num_y
+            for k in range(num_k * per_word):
+                d = x + k * num_x
+                if g < group_size and d < width:
+                    query = np.float32(0.0)
+                    if d < head_dim:
+                        query = q_TND[row, first_head + g, d] * scale
+                    queries_GD[g, d] = query
+            if x == 0 and g < group_size:
                 maxima_G[g] = least
         for i in range(num_i):
             totals[i] = np.float32(0.0)
@@ -242,11 +270,18 @@ def attend_kernel(
 
         for tile in range(start // tile_size * tile_size, end, tile_size):
             cuda.syncthreads()
-            load_tile(
-                keys_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_keys, thread
-            )
-            load_tile(
-                values_BPKW, block_tables_SM, slot, kv_head, tile, start, end, tile_values, thread
+            load_tiles(
+                keys_BPKW,
+                values_BPKW,
+                block_tables_SM,
+                slot,
+                kv_head,
+                tile,
+                start,
+                end,
+                tile_keys,
+                tile_values,
+                thread,
             )
             cuda.syncthreads()
             score_tile(queries_GD, tile_keys, scores_AGJ, thread)

@@ -30,7 +30,7 @@ from core.models.llama.cuda_weights import ELEMENT_TYPES, CudaLayer, CudaWeights
 from core.models.llama.packing import rotary_angles
 
 # (row, split) pairs whose partial results of attention have room at a time.
-MOST_PARTIALS = 4096
+MOST_PARTIALS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 
 from core.engine.devices import why_no_gpu
-from tests.benchmarks.gpu.report import Row, markdown
+from tests.benchmarks.gpu.report import Row, markdown, progress
 
 STAGES = (1, 2, 4)
 SEQUENCES = (1, 32, 128)
@@ -41,7 +42,11 @@ def main(
     from tests.benchmarks.gpu.models import SHAPES
 
     bytes_per_s = copy_bytes_per_s()
-    rows = [row for name in SHAPES for row in measure(name, bytes_per_s, num_steps=steps)]
+    rows = []
+    for name in SHAPES:
+        for row in measure(name, bytes_per_s, num_steps=steps):
+            typer.echo(progress(row), err=True)
+            rows.append(row)
     facts = device_facts() | {"copy_gb_per_s": round(bytes_per_s / 1e9)}
     typer.echo(f"{facts}\n\n{markdown(rows)}")
     if json_path is not None:
@@ -57,7 +62,7 @@ def run_tests() -> None:
         raise typer.Exit(code=done.returncode)
 
 
-def measure(name: str, bytes_per_s: float, *, num_steps: int) -> list[Row]:
+def measure(name: str, bytes_per_s: float, *, num_steps: int) -> Iterator[Row]:
     """All cuts and loads of one model; transformers beside the uncut one."""
     import torch
 
@@ -76,7 +81,6 @@ def measure(name: str, bytes_per_s: float, *, num_steps: int) -> list[Row]:
     del theirs_model
     checkpoint, weights = find_checkpoint(name)
     config = config_of(checkpoint)
-    rows: list[Row] = []
     uncut_s: dict[Load, float] = {}
     for num_stages in STAGES:
         gc.collect()
@@ -91,21 +95,18 @@ def measure(name: str, bytes_per_s: float, *, num_steps: int) -> list[Row]:
                 config, num_sequences=load.num_sequences, mean_context=load.mean_context
             )
             cuts = num_stages - 1
-            rows.append(
-                Row(
-                    model=name,
-                    weights=weights,
-                    stages=num_stages,
-                    sequences=load.num_sequences,
-                    step_ms=step_s * 1e3,
-                    limit_ms=read / bytes_per_s * 1e3,
-                    boundary_us=(step_s - uncut_s[load]) / cuts * 1e6 if cuts else None,
-                    generate_tokens_per_s=None if cuts else theirs[load].generate,
-                    continuous_tokens_per_s=None if cuts else theirs[load].continuous,
-                )
+            yield Row(
+                model=name,
+                weights=weights,
+                stages=num_stages,
+                sequences=load.num_sequences,
+                step_ms=step_s * 1e3,
+                limit_ms=read / bytes_per_s * 1e3,
+                boundary_us=(step_s - uncut_s[load]) / cuts * 1e6 if cuts else None,
+                generate_tokens_per_s=None if cuts else theirs[load].generate,
+                continuous_tokens_per_s=None if cuts else theirs[load].continuous,
             )
         del chain
-    return rows
 
 
 def device_facts() -> dict[str, object]:

@@ -58,6 +58,7 @@ class RandomCheckpoint:
         self.metadata: Mapping[str, Any] = hugging_face_config(model)
         self._shapes = _shapes(model)
         self._block = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
+        self._arrays: dict[tuple[int, ...], npt.NDArray[np.float32]] = {}
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -74,15 +75,20 @@ class RandomCheckpoint:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         shape = self._shapes[name]
-        if len(shape) == 1:
-            return np.ones(shape, np.float32)
-        return np.resize(self._block, shape) / np.float32(math.sqrt(shape[1]))
+        if shape not in self._arrays:
+            self._arrays[shape] = self._make(shape)
+        return self._arrays[shape]
 
     def read_rows(self, name: str, *, first: int, count: int) -> npt.NDArray[np.float32]:
         return self.read(name)[first : first + count]
 
     def close(self) -> None:
         return
+
+    def _make(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return np.resize(self._block, shape) / np.float32(math.sqrt(shape[1]))
 
 
 def find_checkpoint(name: str) -> tuple[Checkpoint, str]:

@@ -50,6 +50,13 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def progress(row: Row) -> str:
+    """A line for somebody who waits for the table."""
+    return ", ".join(
+        f"{name} {cell}" for name, cell in zip(COLUMNS, _cells(row), strict=True) if cell
+    )
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.model,

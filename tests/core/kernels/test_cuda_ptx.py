@@ -29,9 +29,9 @@ def norm_kernels(name: str, element: Any) -> list[tuple[Any, Any]]:
     rows, vector, out = array(FLOAT, 2), array(FLOAT, 1), array(element, 2)
     added = (rows, rows, vector, vector, FLOAT, out)
     return [
-        (norm.rms_norm_kernel(name, norm.THREADS), (rows, vector, FLOAT, out)),
-        (norm.add_rms_norm_kernel(name, norm.THREADS, False), added),
-        (norm.add_rms_norm_kernel(name, norm.THREADS, True), added),
+        (norm.rms_norm_kernel(name, norm.THREADS, 1536), (rows, vector, FLOAT, out)),
+        (norm.add_rms_norm_kernel(name, norm.THREADS, 1536, False), added),
+        (norm.add_rms_norm_kernel(name, norm.THREADS, 1536, True), added),
         (norm.add_kernel(True), (rows, rows, vector)),
     ]
 
