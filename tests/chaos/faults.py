@@ -31,10 +31,11 @@ class Fault:
     ends_streams: bool = False
 
     def choose_part(self, mesh: ChaosMesh, rng: random.Random) -> str:
-        """Of several coordinators the one that serves."""
+        """Of several coordinators the one that serves; a spare less often than what serves."""
         if self.room == "coordinator":
             return mesh.serving
-        return rng.choice([name for name in mesh.parts if name.startswith(self.room)])
+        names = [name for name in mesh.parts if name.startswith(self.room)]
+        return rng.choice(names + [name for name in names if name not in mesh.waiting] * 3)
 
 
 async def kill(mesh: ChaosMesh, part: str) -> None:

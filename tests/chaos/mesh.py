@@ -71,6 +71,7 @@ class ChaosMesh:
         self.metrics_ports: dict[str, int] = {}  # of gateways
         self.replicas: list[Replica] = []
         self.serving = ""  # the coordinator that served when it was last asked
+        self.waiting: set[str] = set()  # stages' replicas that were spare then
         self._coordinators: dict[str, Any] = {}  # stubs, by the part's name
         self._num_replicas = [0] * shape.num_stages  # ever
         self._layers = _split(shape.models[0], shape.num_stages)
@@ -141,6 +142,8 @@ class ChaosMesh:
                 continue
             if mesh.model.name:
                 self.serving = name
+                spares = {one.address for one in mesh.stages if one.spare}
+                self.waiting = {one.name for one in self.replicas if one.address in spares}
                 return mesh
         return None
 
