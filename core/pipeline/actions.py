@@ -12,6 +12,7 @@ import numpy as np
 
 from core.errors import PenstockError
 from core.pipeline.batch import MicroBatch, PositionLogprobs, SequenceUpdates
+from core.pipeline.cut import Cut
 
 
 class FinishReason(Enum):
@@ -98,6 +99,7 @@ class EmitTokens:
     logprobs: list[PositionLogprobs]  # as long as token_ids where asked for, else empty
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    began_on: Cut | None = None  # with the first ones: what computes them
 
 
 @dataclass(kw_only=True, slots=True)

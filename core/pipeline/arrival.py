@@ -15,6 +15,8 @@ def misfit(
     max_tokens = event.sampling.max_tokens
     if event.num_output_tokens < 0:
         return InvalidInput("num_output_tokens", event.num_output_tokens, "0 or more")
+    if event.began_on is not None and event.began_on.parts[-1].end_layer != facts.num_layers:
+        return InvalidInput("began_on", event.began_on.split, f"a cut of {facts.num_layers} layers")
     if num_prompt <= 0:
         return InvalidInput("token_ids", event.token_ids, "at least one token of the prompt")
     if max_tokens < 1:

@@ -120,6 +120,8 @@ class RequestArrived:
     priority: int = 0  # all of a higher one are admitted first
     # It takes this cut, whether it is chosen or not, and stays on it. None: the one chosen.
     probed: Cut | None = None
+    # Whose weights its output came from, where it has some: it goes on with these alone.
+    began_on: Cut | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

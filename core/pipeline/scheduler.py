@@ -225,8 +225,9 @@ class Scheduler:
         assert self._pipeline is not None
         order = next(self._orders)
         sequence = new_sequence(event, self._pipeline.facts, order=order, now_s=self._now_s)
-        if event.probed is not None:
-            sequence.cut, sequence.probes = event.probed, True
+        own_cut = event.probed or event.began_on
+        if own_cut is not None:
+            sequence.cut, sequence.probes = own_cut, event.probed is not None
             self._pipeline.failover.is_due = True  # for paths of this cut
         self._sequences[event.request_id] = sequence
         self._pipeline.admission.queue.add(sequence)
@@ -345,7 +346,8 @@ class Scheduler:
         count, reason = self._append(sequence, landed.token_ids, pipeline.facts.eos_token_ids)
         self.num_tokens += count
         sequence.last_token_s = self._now_s
-        if sequence.first_token_s is None:
+        is_first = sequence.first_token_s is None
+        if is_first:
             sequence.first_token_s = self._now_s
             self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_tokens += sequence.num_cached
@@ -358,6 +360,7 @@ class Scheduler:
             request_id=sequence.request_id,
             token_ids=list(landed.token_ids[:count]),
             logprobs=list(landed.logprobs[:count]),
+            began_on=sequence.cut if is_first else None,
         )
         self._actions.append(news)
         if reason is not None:

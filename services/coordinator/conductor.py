@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 
 from penstock.v1 import coordinator_pb2, stage_pb2
 
@@ -83,6 +84,8 @@ class Conductor:
         self._health_changed = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked = asyncio.Event()
+        self._taken_over_s = inf
+        self._resume_grace_s = settings.resume_grace_s
 
     # --- tasks of the process
 
@@ -109,6 +112,7 @@ class Conductor:
         """Opens the stages, whoever has them, unless it has them already."""
         if not self._asked.is_set():
             self._asked.set()
+            self._taken_over_s = self._clock()
             self.mesh.is_waiting = False
             self.on_mesh_changed()
 
@@ -132,6 +136,9 @@ class Conductor:
             self.requests.beat()
 
     def _let_drained_leave(self) -> None:
+        """What other coordinators' requests may have begun on stays until these have come."""
+        if self._clock() - self._taken_over_s < self._resume_grace_s:
+            return
         for link in list(self.replicas.links):
             incarnation = link.incarnation
             if link.is_draining and (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
 
@@ -17,6 +19,7 @@ from core.pipeline.actions import (
     Usage,
 )
 from core.pipeline.batch import PositionLogprobs, SequenceStart, SequenceUpdates
+from core.pipeline.cut import Cut, Part
 from core.pipeline.events import StageReported, TokensSampled
 from core.sampling.parameters import SamplingParameters
 from services.common.durations import duration
@@ -178,12 +181,38 @@ def sampling_parameters(message: generation_pb2.SamplingParameters) -> SamplingP
 def write_news(update: coordinator_pb2.RequestUpdate, action: EmitTokens) -> None:
     """Fills an update in."""
     update.token_ids.extend(action.token_ids)
+    if action.began_on is not None:
+        write_beginning(update, action.began_on)
     if action.logprobs:
         update.logprobs.extend(_logprobs_message(entry) for entry in action.logprobs)
     if action.finish_reason is not None:
         update.finish_reason = _FINISH_REASONS[action.finish_reason]
         if action.usage is not None:
             _write_usage(update.usage, action.usage)
+
+
+def write_beginning(update: coordinator_pb2.RequestUpdate, cut: Cut) -> None:
+    """Says what computes a request."""
+    update.began_on.CopyFrom(_cut_message(cut))
+
+
+@functools.lru_cache(maxsize=16)
+def _cut_message(cut: Cut) -> coordinator_pb2.Cut:
+    return coordinator_pb2.Cut(
+        end_layers=[part.end_layer for part in cut.parts],
+        layer_digests=[digest for part in cut.parts for digest in part.weights],
+    )
+
+
+def cut_from(message: coordinator_pb2.Cut) -> Cut | None:
+    """None where it says nothing; raises InvalidInput where it is no cut of a model."""
+    ends, digests = list(message.end_layers), tuple(message.layer_digests)
+    if not digests and not ends:
+        return None
+    edges = [0, *ends]
+    if sorted(set(edges)) != edges or edges[-1] != len(digests):
+        raise InvalidInput("began_on", ends, f"ends of stages, up to {len(digests)} layers")
+    return Cut(tuple(Part(first, digests[first:end]) for first, end in pairwise(edges)))
 
 
 def write_refusal(update: coordinator_pb2.RequestUpdate, action: Refuse) -> None:

@@ -107,6 +107,7 @@ class ReplicaLink:
         self.ready: stage_pb2.StageReady | None = None  # what it last said, kept when it is gone
         self.problem = "starting"
         self.is_draining = False
+        self.is_evacuated = False  # draining, and the sequences that it has leave it
         self._settings = settings
         self._listener = listener
         self._credentials = credentials

@@ -84,6 +84,7 @@ class Replicas:
         self._ids = itertools.count(1)
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
+        self._has_chosen = False  # an operator, since this coordinator began
         self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
@@ -204,11 +205,14 @@ class Replicas:
 
     def drain(self, link: ReplicaLink, *, moves: bool) -> None:
         """Gives a replica no new sequences. `moves`: those that it has leave it."""
-        link.is_draining = True
+        link.is_draining, link.is_evacuated = True, moves
         if link.incarnation is not None:
-            replica_id = link.incarnation.replica_id
-            self._listener.post(ReplicaDraining(replica_id=replica_id, moves=moves))
+            self._tell_draining(link.incarnation)
         self._listener.on_mesh_changed()
+
+    def _tell_draining(self, incarnation: Incarnation) -> None:
+        moves = incarnation.link.is_evacuated
+        self._listener.post(ReplicaDraining(replica_id=incarnation.replica_id, moves=moves))
 
     def remove(self, link: ReplicaLink) -> None:
         """Ends a replica's stream for good and forgets it. Idempotent."""
@@ -251,6 +255,7 @@ class Replicas:
             if part not in held:
                 layers = "{}:{}".format(*part.layers)
                 raise NotFound(f"no open replica holds layers {layers} with the weights chosen")
+        self._has_chosen = True
         self._take_cut(cut)
         self._listener.on_mesh_changed()
 
@@ -282,6 +287,7 @@ class Replicas:
         self._open[incarnation.replica_id] = incarnation
         if self._model is not None:
             self._introduce(incarnation)
+            self._prefer(incarnation)
         elif len({replica.place.stage_index for replica in self._open.values()}) == self.num_stages:
             self._introduce_all()
         self._listener.on_mesh_changed()
@@ -331,11 +337,34 @@ class Replicas:
         self._listener.post(PipelineKnown(facts=facts))
         for incarnation in replicas:
             self._introduce(incarnation)
-        cut = find_cut((part_of(r.ready) for r in replicas), num_layers=ready.num_layers)
+        latest_first = sorted(replicas, key=lambda replica: -replica.place.number)
+        cut = find_cut((part_of(r.ready) for r in latest_first), num_layers=ready.num_layers)
         assert cut is not None, "replicas of neighbouring stages fit"
         for link in self.links:
             link.place = replace(link.place, layers=cut.parts[link.place.stage_index].layers)
         self._take_cut(cut)
+
+    def _prefer(self, incarnation: Incarnation) -> None:
+        """Of the replicas that a coordinator begins with, later ones came with an update: they have
+        the weights that were chosen, also where they open later. An operator's choice ends that."""
+        cut, place = self.cut, incarnation.place
+        is_of_the_beginning = any(place.address in stage for stage in self._settings.stages)
+        if (
+            self._has_chosen
+            or cut is None
+            or not is_of_the_beginning
+            or incarnation.link.is_draining
+        ):
+            return
+        part = part_of(incarnation.ready)
+        changed = cut.with_part(part)
+        later = [
+            other
+            for other in self._open.values()
+            if other.place.number > place.number and other.layers == part.layers
+        ]
+        if changed is not None and changed != cut and not later:
+            self._take_cut(changed)
 
     def _introduce(self, incarnation: Incarnation) -> None:
         place = incarnation.place
@@ -345,6 +374,8 @@ class Replicas:
                 facts=replica_facts(incarnation.ready, is_spare=place.is_spare),
             )
         )
+        if incarnation.link.is_draining:
+            self._tell_draining(incarnation)
         self.neighbours.add(incarnation)
 
     def _forget(self, incarnation: Incarnation, *, reason: str) -> None:

@@ -144,6 +144,7 @@ class Requests:
                 tenant=submission.tenant,
                 priority=submission.priority,
                 probed=probed,
+                began_on=messages.cut_from(submission.began_on) if num_output_tokens else None,
             )
         )
 
@@ -155,6 +156,10 @@ class Requests:
         gateway = request.gateway
         self._touched.add(gateway)
         if action.finish_reason is None and not action.logprobs:
+            if action.began_on is not None:
+                # Apart from the tokens, which more may follow in the same message.
+                update = gateway.add_update(request.gateway_request_id)
+                messages.write_beginning(update, action.began_on)
             gateway.add_tokens(request.gateway_request_id, action.token_ids)
             return
         messages.write_news(gateway.add_update(request.gateway_request_id), action)

@@ -35,7 +35,7 @@ class OpenRequest:
     """
 
     __slots__ = (
-        *("_error", "_first_token_at", "_lost_output", "_on_cancel", "_output_ids"),
+        *("_began_on", "_error", "_first_token_at", "_lost_output", "_on_cancel", "_output_ids"),
         *("_resumed_at", "_retry", "_submission", "_submitted_at", "_token_ids", "_updates"),
         *("_waiter", "ended", "is_cancelled", "is_resumed"),
     )
@@ -53,6 +53,7 @@ class OpenRequest:
         self._retry: asyncio.TimerHandle | None = None
         self._submission = submission
         self._on_cancel = on_cancel
+        self._began_on: coordinator_pb2.Cut | None = None  # known with its first token
         self._submitted_at = self._resumed_at = time.monotonic()
         self._first_token_at = 0.0  # none yet
         self._lost_output = False  # its latest coordinator did not see all of it
@@ -97,6 +98,10 @@ class OpenRequest:
     def deliver(self, update: coordinator_pb2.RequestUpdate) -> None:
         if not self._first_token_at and update.token_ids:
             self._first_token_at = time.monotonic()
+        if update.HasField("began_on"):
+            self._began_on = update.began_on
+            if not update.token_ids and not update.finish_reason:
+                return  # nothing for its reader
         if self.is_resumed and update.finish_reason:
             self._complete(update.usage)
         self._updates.append(update)
@@ -126,6 +131,8 @@ class OpenRequest:
         submission.CopyFrom(self._submission)
         submission.token_ids.extend(output_ids)
         submission.num_output_tokens = len(output_ids)
+        if self._began_on is not None:
+            submission.began_on.CopyFrom(self._began_on)
         if submission.HasField("timeout"):
             left_s = seconds(submission.timeout) - (time.monotonic() - self._submitted_at)
             submission.timeout.CopyFrom(positive_duration(left_s))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from penstock.v1 import generation_pb2 as pb
 from services.common.audit_check import read_lines, verify
 from services.common.data_folder import AUDIT_NAME
 from tests.support.client import Client, connect, make_request
-from tests.support.local_mesh import LocalMesh, until
+from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
 from tests.support.models import TinyModel, random_weights, write_safetensors, write_servable
 
 MODEL = TinyModel(context_length=8192)
@@ -122,7 +124,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
         call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
         begun = [*next(call).token_ids]
         loads = [pool.submit(keep_asking, number) for number in range(8)]
-        long = pool.submit(lambda: [token for message in call for token in message.token_ids])
+        long = pool.submit(rest_of, call)
         try:
             done = mesh.run("update", "--stage", "1", "--weights", str(folder / "new"))
         finally:
@@ -142,8 +144,34 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
     assert audited(mesh)[-4:] == expected
 
 
+def rest_of(call: Iterable[pb.GenerateResponse]) -> list[int]:
+    return [token for message in call for token in message.token_ids]
+
+
 def audited(mesh: LocalMesh) -> list[str]:
     """What the audit log holds, which is whole."""
     path = mesh.runtime / "data" / "penstock" / AUDIT_NAME
     verify(path)
     return [line.event for line in read_lines(path)]
+
+
+def test_a_coordinator_killed_in_mid_update_mixes_no_weights(
+    folder: Path, tmp_path: Path, of_new_weights: list[list[int]]
+) -> None:
+    """A long answer has begun on the old weights, and holds the update up, when it is killed."""
+    for mesh in started(tmp_path, folder / "old"):
+        for client in connected(mesh):
+            long_before = client.send(request(1, LONG_TOKENS)).token_ids
+            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+            begun = [*next(call).token_ids]
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                long = pool.submit(rest_of, call)
+                update = mesh.popen("update", "--stage", "1", "--weights", str(folder / "new"))
+                client.wait_for_mesh(lambda mesh: any(one.draining for one in mesh.stages))
+                (coordinator,) = [one for one in mesh.record.processes if one.name == "coordinator"]
+                os.kill(coordinator.pid, signal.SIGKILL)
+                assert begun + long.result() == long_before
+                output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
+            assert update.returncode == 0, output
+            assert tokens(client) == of_new_weights
+            assert len(client.mesh().stages) == 2

@@ -194,7 +194,10 @@ class ExactPipeline:
         num_before = fields.get("num_output_tokens", 0)
         own = prompt[: len(prompt) - num_before]
         self.asked[request_id] = Asked(list(own), max_tokens, num_before)
-        of_event = ("deadline_s", "cache_salt", "tenant", "priority", "num_output_tokens", "probed")
+        of_event = (
+            *("deadline_s", "cache_salt", "tenant", "priority"),
+            *("num_output_tokens", "probed", "began_on"),
+        )
         event_fields = {name: fields.pop(name) for name in of_event if name in fields}
         sampling = SamplingParameters(max_tokens=max_tokens, ignore_eos=True, **fields)
         return RequestArrived(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from core.errors import Unavailable
+from core.pipeline.actions import EmitTokens
 from core.pipeline.cut import Cut
 from core.pipeline.events import CutChosen, ReplicaDraining, Tick
 from core.pipeline.settings import SchedulerSettings
 from tests.support.exact_pipeline import ExactPipeline
+from tests.support.fake_engine import completion
 
 PROMPT = list(range(100, 122))
 
@@ -143,6 +145,46 @@ def test_sequences_whose_weights_are_gone_for_good_end_while_others_go_on() -> N
     pipeline.handle(Tick())
     assert isinstance(pipeline.asked[0].ends[0], Unavailable)
     assert pipeline.asked[1].is_open
+
+
+def resumed(pipeline: ExactPipeline, *, weights: str) -> None:
+    """A request with five tokens of output, which another coordinator had of these weights."""
+    cut = Cut((pipeline.part(0), pipeline.part(1, weights=weights)))
+    begun = PROMPT + completion(PROMPT, 5)
+    pipeline.ask(begun, num_output_tokens=5, max_tokens=12, began_on=cut)
+
+
+@pytest.mark.parametrize("weights", ["old", "new"])
+def test_output_of_another_coordinator_goes_on_with_the_weights_it_came_from(weights: str) -> None:
+    pipeline = ExactPipeline(1, num_stages=2)
+    replica_of = {name: pipeline.open(1, weights=name) for name in ("old", "new")}
+    choose_new(pipeline)
+    pipeline.handle(ReplicaDraining(replica_id=replica_of["old"], moves=False))
+    resumed(pipeline, weights=weights)
+    pipeline.finish()
+    assert pipeline.answers() == [True]
+    assert {batch.path[1] for batch in pipeline.batches} == {replica_of[weights]}
+
+
+def test_output_whose_weights_are_gone_waits_for_them_and_then_ends() -> None:
+    pipeline = ExactPipeline(1, 1)
+    resumed(pipeline, weights="gone")
+    pipeline.ask(PROMPT)
+    pipeline.finish()
+    assert pipeline.answers() == [False, True]
+    pipeline.now_s += 1e10
+    pipeline.handle(Tick())
+    assert isinstance(pipeline.asked[0].ends[0], Unavailable)
+
+
+def test_first_tokens_and_no_others_tell_what_computed_them() -> None:
+    pipeline = ExactPipeline(1, 1)
+    pipeline.ask(PROMPT, max_tokens=4)
+    told = []
+    while pipeline.open_requests:
+        pipeline.turn()
+        told += [action.began_on for action in pipeline.actions if isinstance(action, EmitTokens)]
+    assert told == [Cut((pipeline.part(0), pipeline.part(1))), None, None, None]
 
 
 def test_without_a_replica_of_the_chosen_weights_new_requests_wait() -> None:

@@ -201,7 +201,7 @@ async def coordinator(
             listen="127.0.0.1:0",
             stages=by_stage(stages),
             spares=frozenset(stage.address for stage in spares),
-            **settings,
+            **({"resume_grace_s": 0.0} | settings),
         ),
         telemetry,
         health,

@@ -6,7 +6,11 @@ import asyncio
 
 from penstock.v1 import coordinator_pb2
 
+from core.pipeline.actions import EmitTokens
+from core.pipeline.cut import Cut, Part
+from services.common.telemetry import start_telemetry
 from services.coordinator.gateway_stream import GatewayStream
+from services.coordinator.requests import Requests
 
 
 async def next_message(stream: GatewayStream) -> coordinator_pb2.ConnectResponse | None:
@@ -54,3 +58,23 @@ async def test_a_beat_sends_an_empty_message_once() -> None:
     message = await next_message(stream)
     assert message is not None
     assert list(message.token_ids) == [1]
+
+
+async def test_what_computes_a_request_is_told_beside_its_first_tokens() -> None:
+    """Tokens that follow before the message leaves come behind the first ones."""
+    telemetry = start_telemetry("test", metrics_port=None, environment={})
+    requests = Requests(telemetry, post=lambda event: None, clock=lambda: 0.0)
+    gateway = requests.connect(coordinator_pb2.MeshState())
+    submission = coordinator_pb2.Submission(request_id=7, token_ids=[1])
+    submission.sampling.max_tokens = 9
+    requests.submit(gateway, submission)
+    cut = Cut((Part(0, ("a",)),))
+    requests.emit(EmitTokens(request_id=1, token_ids=[5], logprobs=[], began_on=cut))
+    requests.emit(EmitTokens(request_id=1, token_ids=[6], logprobs=[]))
+    message = await gateway.next_message()
+    assert message is not None
+    assert list(message.token_ids) == [5, 6]
+    (update,) = message.updates
+    assert (update.request_id, list(update.token_ids)) == (7, [])
+    assert list(update.began_on.layer_digests) == ["a"]
+    telemetry.shutdown()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from penstock.v1 import coordinator_pb2
 
-from core.pipeline.actions import RunMicroBatch
+from core.errors import InvalidInput
+from core.pipeline.actions import EmitTokens, RunMicroBatch
 from core.pipeline.batch import SequenceUpdates
-from services.coordinator.messages import micro_batch_requests
+from core.pipeline.cut import Cut, Part
+from services.coordinator.messages import cut_from, micro_batch_requests, write_news
 
 
 def run(path: tuple[int, ...], *, first_stage: int = 0, replays: bool = False) -> RunMicroBatch:
@@ -50,3 +53,20 @@ def test_a_part_of_the_path_replays_at_its_head_only(first_stage: int) -> None:
 def test_a_replica_alone_has_no_links() -> None:
     (request,) = micro_batch_requests(run((4,)), link_id)
     assert (request.micro_batch.upstream_link, request.micro_batch.downstream_link) == (0, 0)
+
+
+def test_what_a_request_began_on_comes_back_as_it_was() -> None:
+    cut = Cut((Part(0, ("a", "b")), Part(2, ("c",))))
+    update = coordinator_pb2.RequestUpdate()
+    write_news(update, EmitTokens(request_id=1, token_ids=[5], logprobs=[], began_on=cut))
+    assert cut_from(update.began_on) == cut
+    assert cut_from(coordinator_pb2.Cut()) is None
+
+
+@pytest.mark.parametrize(
+    ("ends", "digests"),
+    [([2, 3], "ab"), ([3, 2, 3], "abc"), ([0, 3], "abc"), ([], "a"), ([1], ""), ([2**32 - 1], "a")],
+)
+def test_what_is_no_cut_is_refused(ends: list[int], digests: str) -> None:
+    with pytest.raises(InvalidInput, match="began_on"):
+        cut_from(coordinator_pb2.Cut(end_layers=ends, layer_digests=list(digests)))

@@ -246,6 +246,39 @@ async def test_weights_of_a_stage_may_differ() -> None:
                 mesh.replicas.part_with(1, "x")
 
 
+async def test_of_the_weights_that_it_begins_with_the_latest_replica_s_are_taken() -> None:
+    """Also where that opens later; once an operator has chosen, what he chose."""
+    async with fake_stages(2, replicas=[1, 2]) as stages:
+        stages[2].weights = "v"
+        stages[2].may_load.clear()
+        async with running(stages) as mesh:
+            await mesh.listener.wait_for(LinkReady)
+            assert mesh.replicas.known_cut().parts[1].weights == ("w2", "w3")
+            stages[2].may_load.set()
+            await mesh.listener.wait_for(LinkReady, 2)
+            assert mesh.replicas.known_cut().parts[1].weights == ("v2", "v3")
+            old = mesh.replicas.known_cut().with_part(mesh.replicas.part_with(1, "w1"))
+            assert old is not None
+            mesh.replicas.choose(old)
+            await stages[2].stop()
+            await mesh.listener.wait_for(ReplicaLost)
+            await stages[2].restart()
+            await mesh.listener.wait_for(LinkReady, 3)
+            assert mesh.replicas.known_cut() == old
+
+
+async def test_a_replica_that_opens_while_it_is_let_go_gets_nothing_new() -> None:
+    """As when the coordinator that was asked first has died, and the next one opens it."""
+    async with fake_stages(2, replicas=[1, 2]) as stages:
+        stages[2].may_load.clear()
+        async with running(stages) as mesh:
+            await mesh.listener.wait_for(LinkReady)
+            mesh.replicas.drain(mesh.replicas.by_address(stages[2].address), moves=True)
+            stages[2].may_load.set()
+            (told,) = await mesh.listener.wait_for(ReplicaDraining)
+            assert told == ReplicaDraining(replica_id=mesh.id_of(stages[2]), moves=True)
+
+
 async def test_a_replica_can_be_added_and_let_go() -> None:
     async with fake_stages(2, replicas=[1, 2]) as stages, running(stages[:2]) as mesh:
         await mesh.listener.wait_for(LinkReady)

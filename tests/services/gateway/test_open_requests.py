@@ -132,3 +132,22 @@ async def test_a_cancelled_request_that_loses_its_coordinator_fails() -> None:
     with pytest.raises(Unavailable):
         await request.receive()
     requests.give_up()
+
+
+async def test_the_next_coordinator_is_told_with_whose_weights_a_request_began() -> None:
+    requests = OpenRequests(resume_limit_s=600.0)
+    requests.accept()
+    request = requests.submit(make_submission())
+    assert not requests.next_message().submissions[0].HasField("began_on")
+    began_on = coordinator_pb2.Cut(end_layers=[1], layer_digests=["a"])
+    update = coordinator_pb2.RequestUpdate(request_id=request.request_id, began_on=began_on)
+    requests.deliver(
+        coordinator_pb2.ConnectResponse(
+            updates=[update], token_request_ids=[request.request_id], token_ids=[5]
+        )
+    )
+    assert await request.receive() == ([5], [])
+    requests.lose([])
+    requests.accept()
+    requests.resume()
+    assert requests.next_message().submissions[0].began_on == began_on
