@@ -101,9 +101,11 @@ class Servers:
             return [f"a right call fails: {error!r}"[:400]]
 
     def errors_logged(self) -> list[str]:
-        """Lines that say of themselves that they are errors, or end a traceback."""
+        """Lines that say of themselves that they are errors, or begin a traceback, or that the
+        coordinator has lost a stage: no message to it is a reason for that."""
         logs = {one.log for one in [*self._mesh_processes, *(x.serving for x in self.stages)]}
-        return [line for log in sorted(logs) for line in _error_lines(log)]
+        own = self.world.stage_addresses
+        return [line for log in sorted(logs) for line in _bad_lines(log, own_stages=own)]
 
     def _wrong_answers(self, server: str) -> Iterator[str]:
         if server == "supervisor":
@@ -209,6 +211,10 @@ def _lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def _error_lines(log: Path) -> list[str]:
-    lines = log.read_text(errors="replace").splitlines()
-    return [line[-600:] for line in lines if '"level": "ERROR"' in line or "Traceback" in line]
+def _bad_lines(log: Path, *, own_stages: Sequence[str]) -> list[str]:
+    return [
+        line[-600:]
+        for line in log.read_text(errors="replace").splitlines()
+        if any(word in line for word in ('"level": "ERROR"', "Traceback"))
+        or ('"replica lost"' in line and any(f"({address})" in line for address in own_stages))
+    ]

@@ -120,9 +120,9 @@ class _Trial:
             self._note(f"the status shows our insides: {outcome.details[:300]}", messages)
 
     def _may_last(self, outcome: Outcome) -> bool:
-        """Whether the deadline ended what goes on by its nature, and did end it."""
-        has_reason = self._method.may_wait or self._method.deadline_s > 0
-        return has_reason and outcome.details != NOT_AT_DEADLINE
+        """Whether the deadline ended what waits for what may never come, and did end it. A stream
+        that goes on for as long as its client likes is left by the client, once it is silent."""
+        return self._method.deadline_s > 0 and outcome.details != NOT_AT_DEADLINE
 
     def _note_logs(self) -> None:
         logged = self._servers.errors_logged()
