@@ -44,6 +44,13 @@ PROMISES = (
         says="A damaged file of a model is refused, and costs no more than its size",
         parsers=("gguf", "safetensors", "llama2c", "tokenizer-json", "chat-template", "archives"),
     ),
+    Promise(
+        says="No text that a model's tokenizer is slow for stops a gateway",
+        tests=(
+            f"{GATEWAY}/test_encoding_threads.py",
+            "tests/core/tokens/test_hostile_vocabularies.py",
+        ),
+    ),
     Promise(says="No frame breaks whoever reads it", parsers=("frames",)),
     Promise(says="No request to the gateway breaks or stops it", rpcs=("gateway",)),
     Promise(

@@ -78,6 +78,15 @@ def test_a_tokenizer_that_lacks_its_own_unknown_token_says_so(tmp_path: Path) ->
         tokenizer.encode("h")
 
 
+def test_a_pattern_that_takes_too_many_steps_fails_as_the_tokenizer(tmp_path: Path) -> None:
+    folder = write_tiny_tokenizer(tmp_path)
+    pattern = {"type": "Split", "pattern": {"Regex": "(h+)+$"}, "behavior": "Isolated"}
+    change(folder / "tokenizer.json", pre_tokenizer=pattern | {"invert": False})
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(CorruptWeights, match="retry-limit"):
+        tokenizer.encode("h" * 30 + "e")
+
+
 def test_a_template_that_writes_half_a_character_fails_as_a_template(tmp_path: Path) -> None:
     folder = write_tiny_tokenizer(tmp_path, chat_template="{{ '\\ud800' }}")
     tokenizer = load_tokenizer(folder)
