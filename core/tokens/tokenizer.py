@@ -134,7 +134,8 @@ class Tokenizer:
 
 def _encode(backend: Backend, text: str, *, add_bos: bool) -> list[int]:
     try:
-        return backend.encode(text, add_special_tokens=add_bos).ids
+        # Unlike `encode`, a batch lets other Python threads run meanwhile.
+        return backend.encode_batch_fast([text], add_special_tokens=add_bos)[0].ids
     except BaseException as error:  # the library raises nothing narrower
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
