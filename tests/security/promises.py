@@ -1,7 +1,7 @@
 """What SECURITY.md promises, as data: one line a promise, with what tries to break it.
 
 `tests` are files or node ids of pytest; `parsers` are targets of `tests/fuzz`; `rpcs` are servers
-whose every RPC is fuzzed.
+whose every RPC is fuzzed; `callers` are those who fuzz RPCs of a mesh with certificates and keys.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Promise:
     tests: tuple[str, ...] = ()
     parsers: tuple[str, ...] = ()
     rpcs: tuple[str, ...] = ()
+    callers: tuple[str, ...] = ()
 
 
 PROMISES = (
@@ -73,6 +74,7 @@ PROMISES = (
             f"{STAGE}/test_identities.py",
             f"{END_TO_END}/test_mutual_tls.py",
         ),
+        callers=("wrong-role", "neighbour"),
     ),
     Promise(
         says="Only the peer of a stream enters the shortcut beside it",
@@ -81,6 +83,7 @@ PROMISES = (
     Promise(
         says="No public RPC without a key that allows it, where keys are required",
         tests=(f"{GATEWAY}/test_keys.py", f"{COMMON}/test_keys.py", f"{COMMON}/test_store.py"),
+        callers=("wrong-key", "right-key"),
     ),
     Promise(
         says="A key takes no more than its limits",
