@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from tests.chaos.mesh import ChaosMesh
+from tests.chaos.moving import move_layers
 from tests.chaos.updates import update
 from tests.support.fault_proxy import Faults
 
@@ -23,18 +24,21 @@ Deed = Callable[[ChaosMesh, str], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`room`: kind of the parts that it can befall. Streams outlive it, unless `ends_streams`."""
+    """`room`: kind of the parts that it can befall. Streams outlive it, unless `ends_streams`; with
+    `repeats_streams` they are sent again and again until the deed, which takes long, is done."""
 
     name: str
     room: str
     deed: Deed
     ends_streams: bool = False
+    repeats_streams: bool = False
 
     def choose_part(self, mesh: ChaosMesh, rng: random.Random) -> str:
-        """Of several coordinators the one that serves."""
+        """Of several coordinators the one that serves; a spare less often than what serves."""
         if self.room == "coordinator":
             return mesh.serving
-        return rng.choice([name for name in mesh.parts if name.startswith(self.room)])
+        names = [name for name in mesh.parts if name.startswith(self.room)]
+        return rng.choice(names + [name for name in names if name not in mesh.waiting] * 3)
 
 
 async def kill(mesh: ChaosMesh, part: str) -> None:
@@ -74,6 +78,14 @@ async def give_other_weights(mesh: ChaosMesh, part: str) -> None:
     await update(mesh, stage_index=int(part.split("-")[1]))
 
 
+async def recut(mesh: ChaosMesh, part: str) -> None:
+    await move_layers(mesh, moves=False)
+
+
+async def recut_at_once(mesh: ChaosMesh, part: str) -> None:
+    await move_layers(mesh, moves=True)
+
+
 async def cut(mesh: ChaosMesh, part: str) -> None:
     mesh.wires[part].cut()
 
@@ -109,7 +121,9 @@ FAULTS = (
     Fault(name="stage frozen, then killed", room="stage", deed=freeze_and_kill),
     Fault(name="stage stops computing", room="stage", deed=hang),
     Fault(name="stage 10 times slower", room="stage", deed=slow),
-    Fault(name="stage updated", room="stage", deed=give_other_weights),
+    Fault(name="stage updated", room="stage", deed=give_other_weights, repeats_streams=True),
+    Fault(name="layers moved", room="stage", deed=recut, repeats_streams=True),
+    Fault(name="layers moved at once", room="stage", deed=recut_at_once, repeats_streams=True),
     Fault(name="stage's links cut", room="stage", deed=cut),
     Fault(name="stage's links stall", room="stage", deed=STALL),
     Fault(name="link between stages stalls", room="stage-1", deed=STALL_BETWEEN_STAGES),

@@ -39,12 +39,20 @@ def footprints(mesh: ChaosMesh) -> dict[str, Footprint]:
 
 
 def excesses(mesh: ChaosMesh, baselines: dict[str, Footprint]) -> list[str]:
-    """What every part holds too much of, against its baseline."""
+    """What every part holds too much of, against its baseline; one that came later has that of the
+    largest of its kind."""
+    largest: dict[str, Footprint] = {}
+    for name, one in sorted(baselines.items(), key=lambda item: item[1].memory_bytes):
+        largest[_kind(name)] = one
     return [
         f"{name}: {what}"
         for name, now in footprints(mesh).items()
-        for what in now.excess_over(baselines[name])
+        for what in now.excess_over(baselines.get(name, largest[_kind(name)]))
     ]
+
+
+def _kind(name: str) -> str:
+    return name.split("-")[0]
 
 
 def _footprint(mesh: ChaosMesh, name: str) -> Footprint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -52,6 +54,7 @@ class Replica:
     name: str
     address: str
     stage_index: int
+    layers: str
     version: int
     is_spare: bool
 
@@ -70,9 +73,14 @@ class ChaosMesh:
         self.metrics_ports: dict[str, int] = {}  # of gateways
         self.replicas: list[Replica] = []
         self.serving = ""  # the coordinator that served when it was last asked
+        self.waiting: set[str] = set()  # stages' replicas that were spare then
         self._coordinators: dict[str, Any] = {}  # stubs, by the part's name
-        self._num_replicas = [0] * shape.num_stages  # ever
-        self._layers = _split(shape.models[0], shape.num_stages)
+        self._num_replicas: Counter[int] = Counter()  # of each stage, ever
+        self.num_layers = _num_layers(shape.models[0])
+        ends = [
+            self.num_layers * index // shape.num_stages for index in range(shape.num_stages + 1)
+        ]
+        self.cut = [f"{first}:{end}" for first, end in pairwise(ends)]  # layers of each stage
         self._folder = folder
         self._stack = AsyncExitStack()
         # Parts listen seconds after they were told where, and again whenever they are started.
@@ -85,8 +93,8 @@ class ChaosMesh:
     @property
     def versions(self) -> tuple[int, ...]:
         """Whose weights each stage has; between updates all replicas of a stage have the same."""
-        version_of = {one.stage_index: one.version for one in self.replicas}
-        return tuple(version_of[index] for index in range(self.shape.num_stages))
+        version_of = {one.layers: one.version for one in self.replicas}
+        return tuple(version_of[layers] for layers in self.cut)
 
     async def __aenter__(self) -> ChaosMesh:
         shape = self.shape
@@ -140,6 +148,8 @@ class ChaosMesh:
                 continue
             if mesh.model.name:
                 self.serving = name
+                spares = {one.address for one in mesh.stages if one.spare}
+                self.waiting = {one.name for one in self.replicas if one.address in spares}
                 return mesh
         return None
 
@@ -158,7 +168,7 @@ class ChaosMesh:
         replica = next((one for one in self.replicas if one.name == part), None)
         if replica is None:
             return False  # it has been replaced
-        if len([one for one in self.replicas if one.stage_index == replica.stage_index]) == 1:
+        if len([one for one in self.replicas if one.layers == replica.layers]) == 1:
             return not await self._is_healthy(f"{MODEL_NAME}/stage/{replica.stage_index}")
         mesh = await self.mesh()
         return mesh is None or any(
@@ -191,14 +201,21 @@ class ChaosMesh:
     # --- replicas come and go
 
     async def add_replica(
-        self, stage_index: int, *, is_spare: bool = False, version: int = 0
+        self,
+        stage_index: int,
+        *,
+        is_spare: bool = False,
+        version: int = 0,
+        layers: str = "",
     ) -> Replica:
-        """Starts one. Coordinators that start later know it; the one that serves must be told."""
+        """Starts one. Coordinators that start later know it, where its layers are those of a stage
+        then; the one that serves must be told."""
+        layers = layers or self.cut[stage_index]
         name = f"stage-{stage_index}-{self._num_replicas[stage_index]}"
         self._num_replicas[stage_index] += 1
         options = (
             *("--model", str(self.shape.models[version]), "--name", MODEL_NAME, "--no-shortcuts"),
-            *("--layers", self._layers[stage_index], "--dtype", self.shape.number_format),
+            *("--layers", layers, "--dtype", self.shape.number_format),
             *("--device", self.shape.device),
             *("--kv-blocks", str(self.shape.kv_blocks)),
             *("--max-sequences", str(self.shape.max_sequences)),
@@ -208,12 +225,20 @@ class ChaosMesh:
             name=name,
             address=await self._add(name, options),
             stage_index=stage_index,
+            layers=layers,
             version=version,
             is_spare=is_spare,
         )
         self.replicas.append(replica)
-        self._tell_coordinators()
+        if layers in self.cut:
+            self._tell_coordinators()
         return replica
+
+    def keep_cut(self, cut: Sequence[str]) -> list[Replica]:
+        """What the stages are from now on; returns the replicas whose layers are none of them."""
+        self.cut = list(cut)
+        self._tell_coordinators()
+        return [one for one in self.replicas if one.layers not in self.cut]
 
     async def remove_replica(self, address: str) -> None:
         """Ends one for good; likewise."""
@@ -236,14 +261,18 @@ class ChaosMesh:
             if name != self.serving:
                 part.terminate()
 
+    @property
+    def _staying(self) -> list[Replica]:
+        return [one for one in self.replicas if one.layers in self.cut]
+
     def _coordinator_options(self) -> tuple[str, ...]:
         stages = [
-            "|".join(one.address for one in self.replicas if one.stage_index == index)
-            for index in range(self.shape.num_stages)
+            "|".join(one.address for one in self.replicas if one.layers == layers)
+            for layers in self.cut
         ]
         return (
             *("--stages", ",".join(stages)),
-            *("--spares", ",".join(one.address for one in self.replicas if one.is_spare)),
+            *("--spares", ",".join(one.address for one in self._staying if one.is_spare)),
             *("--max-sequences", str(self.shape.max_sequences)),
             *("--max-waiting", str(self.shape.max_waiting)),
         )
@@ -266,12 +295,9 @@ class ChaosMesh:
         return (await self._stack.enter_async_context(wire)).address
 
 
-def _split(model: Path, num_stages: int) -> list[str]:
-    """Layers of each stage, as many for each as can be."""
+def _num_layers(model: Path) -> int:
     checkpoint = open_checkpoint(model)
     try:
-        num_layers = load_config(checkpoint).num_layers
+        return load_config(checkpoint).num_layers
     finally:
         checkpoint.close()
-    ends = [num_layers * index // num_stages for index in range(num_stages + 1)]
-    return [f"{first}:{end}" for first, end in pairwise(ends)]

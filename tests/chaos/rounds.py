@@ -65,7 +65,8 @@ class Rounds:
         """What the streams bring on the mesh as it is."""
         versions = self._mesh.versions
         if versions not in self._usual:
-            self._usual[versions] = await self._run_streams(_Trigger(0))
+            runs = await self._run_streams(_Trigger(0), _is_over())
+            self._usual[versions] = [outcome for [outcome] in runs]
             errors = [outcome.error for outcome in self._usual[versions] if outcome.error]
             assert not errors, f"an undisturbed mesh failed: {errors}"
         return self._usual[versions]
@@ -85,29 +86,34 @@ class Rounds:
         usual = await self._find_usual()
         num_tokens = sum(len(outcome.token_ids) for outcome in usual)
         trigger = _Trigger(rng.randrange(num_tokens * 9 // 10))
-        running = asyncio.create_task(self._run_streams(trigger))
+        is_over = asyncio.Event() if fault is not None and fault.repeats_streams else _is_over()
+        running = asyncio.create_task(self._run_streams(trigger, is_over))
         await trigger.reached.wait()
         began_s = time.monotonic()
         watching = asyncio.create_task(self._watch(part))
         if fault is not None:
             await fault.deed(self._mesh, part)
+        is_over.set()
         over_s = time.monotonic()
         whole_s = await self._wait_until_whole(running)
         red_s = await _end(watching)
-        outcomes = await running
+        runs = await running
+        outcomes = [outcome for run in runs for outcome in run]
         resumed_s = max((outcome.resumed_s(began_s) for outcome in outcomes), default=0.0)
         if fault is not None and fault.ends_streams:
             outcomes = await self._repeat(outcomes)
+        answers = [usual]
         if whole_s is not None:
             await self._mesh.wait_until_idle()
-            references = [usual, await self._find_usual()]
-        else:
-            references = [usual]
+            answers.append(await self._find_usual())
+        references = [
+            [one for one, run in zip(answer, runs, strict=True) for _ in run] for answer in answers
+        ]
         return Round(
             fault=fault.name if fault is not None else "none",
             part=part,
             seed=seed,
-            num_streams=len(self._streams),
+            num_streams=len(outcomes),
             lost=tuple(one.error.name for one in outcomes if one.error is not None),
             changed=_changed(outcomes, references),
             pauses_s=_pauses_s(outcomes, began_s),
@@ -121,13 +127,22 @@ class Rounds:
             await asyncio.sleep(_POLL_S)
         return time.monotonic()
 
-    async def _run_streams(self, trigger: _Trigger) -> list[Outcome]:
+    async def _run_streams(self, trigger: _Trigger, is_over: asyncio.Event) -> list[list[Outcome]]:
+        """What came of each stream; one that has ended is sent again until it is over."""
+
+        async def keep_asking(
+            channel: grpc.aio.Channel, request: pb.GenerateRequest
+        ) -> list[Outcome]:
+            outcomes = [await follow(channel, request, on_tokens=trigger.count)]
+            while not is_over.is_set() and outcomes[-1].error is None:
+                outcomes.append(await follow(channel, request))
+            return outcomes
+
         tasks = []
         async with asyncio.TaskGroup() as group:
             for index, request in enumerate(self._streams):
                 channel = self._channels[index % len(self._channels)]
-                work = follow(channel, request, on_tokens=trigger.count)
-                tasks.append(group.create_task(work))
+                tasks.append(group.create_task(keep_asking(channel, request)))
                 await asyncio.sleep(_START_GAP_S)
         trigger.reached.set()
         return [task.result() for task in tasks]
@@ -174,6 +189,12 @@ class _Trigger:
         self._left -= num_tokens
         if self._left < 0:
             self.reached.set()
+
+
+def _is_over() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
 
 
 def _changed(

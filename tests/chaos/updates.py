@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,23 @@ async def update(mesh: ChaosMesh, *, stage_index: int) -> None:
     """Gives a stage the weights of the next model; returns when all its replicas have them."""
     version = (mesh.versions[stage_index] + 1) % len(mesh.shape.models)
     supervisor = _Supervisor(mesh, version=version)
+    change = Update(stage_index=stage_index, model_path=Path(mesh.shape.models[version]))
+    async with running(mesh, supervisor) as it:
+        await Updater(change, it).run()
+
+
+@asynccontextmanager
+async def running(mesh: ChaosMesh, supervisor: Any) -> AsyncIterator[RunningMesh]:
+    """The mesh as those see it who change it while it runs."""
     await mesh.mesh()
     async with open_channel(mesh.parts["gateway-0"].command.address) as gateway:
-        updater = Updater(
-            Update(stage_index=stage_index, model_path=Path(mesh.shape.models[version])),
-            RunningMesh(
-                coordinator=mesh.coordinator,
-                supervisor=supervisor,
-                gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
-                key=None,
-                say=lambda line: None,
-            ),
+        yield RunningMesh(
+            coordinator=mesh.coordinator,
+            supervisor=supervisor,
+            gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
+            key=None,
+            say=lambda line: None,
         )
-        await updater.run()
 
 
 class _Supervisor:

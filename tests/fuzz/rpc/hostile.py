@@ -21,6 +21,8 @@ _TEXTS = (
     *("<|end|>", "-1", "NaN", '{"temperature": 1e999}', "[" * 500, "127.0.0.1:1", "unix:/tmp/x"),
 )
 _LONG = (1_000, 70_000, 600_000)
+# Of a field's repeated texts; more than any service takes.
+_MOST_TEXT = 20_000_000
 # Not UTF-8: cut short, overlong, a surrogate, beyond Unicode.
 _BAD_TEXTS = (b"\xff\xfe", b"\xc3", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80")
 _SIZES = {
@@ -117,7 +119,9 @@ def _set(message: Message, field: FieldDescriptor, random: Random, *, depth: int
         if random.random() < 0.5:
             del values[:]
         count = random.choice((1, 1, 2, 3, 64, 65, 5000)) if depth == 0 else 1
-        values.extend([_value(field, random)] * count)
+        value = _value(field, random)
+        size = len(value) if isinstance(value, str | bytes) else 0
+        values.extend([value] * min(count, _MOST_TEXT // max(size, 1)))
     else:
         setattr(message, field.name, _value(field, random))
 

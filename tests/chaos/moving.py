@@ -1,0 +1,91 @@
+"""`penstock repartition` of a mesh under test: the mover, and what stands for a supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import Any
+
+from penstock.v1 import local_pb2
+
+from services.local.repartition import Mover, Repartition
+from tests.chaos.mesh import ChaosMesh, Replica
+from tests.chaos.updates import running, update
+
+
+async def move_layers(mesh: ChaosMesh, *, moves: bool) -> None:
+    """Gives the mesh its next cut: two equal stages, three with the first as it is, two others.
+
+    A stage has the weights of one model, so updates come first where stages have those of several.
+    `moves`: running sequences leave the old stages at once; else they end there.
+    """
+    for index, version in enumerate(mesh.versions):
+        if version != mesh.versions[0]:
+            await update(mesh, stage_index=index)
+    change = Repartition(split=",".join(_next_cut(mesh)), moves=moves)
+    async with running(mesh, _Supervisor(mesh)) as it:
+        await Mover(change, it).run()
+
+
+def _next_cut(mesh: ChaosMesh) -> list[str]:
+    most, half = mesh.num_layers, mesh.num_layers // 2
+    edges = ([0, half, most], [0, half, (half + most) // 2, most], [0, max(1, most // 3), most])
+    cuts = [[f"{first}:{end}" for first, end in pairwise(ends)] for ends in edges]
+    at = cuts.index(mesh.cut) if mesh.cut in cuts else -1
+    return cuts[(at + 1) % len(cuts)]
+
+
+class _Supervisor:
+    """As the stub of a supervisor's service that starts parts of the mesh."""
+
+    def __init__(self, mesh: ChaosMesh) -> None:
+        self._mesh = mesh
+
+    def TryCut(self, request: local_pb2.TryCutRequest) -> _Trial:
+        return _Trial(asyncio.create_task(self._start(request.split.split(","))))
+
+    async def KeepCut(
+        self, request: local_pb2.KeepCutRequest, **_: Any
+    ) -> local_pb2.KeepCutResponse:
+        leaving = self._mesh.keep_cut(request.split.split(","))
+        return local_pb2.KeepCutResponse(leaving=[one.address for one in leaving])
+
+    async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
+        await self._mesh.remove_replica(request.address)
+
+    async def _start(self, cut: list[str]) -> list[Replica]:
+        """As many processes of each new stage as the mesh began with."""
+        shape, version = self._mesh.shape, self._mesh.versions[0]
+        return [
+            await self._mesh.add_replica(
+                index, is_spare=number >= shape.num_replicas, version=version, layers=layers
+            )
+            for index, layers in enumerate(cut)
+            if layers not in self._mesh.cut
+            for number in range(shape.num_replicas + shape.num_spares)
+        ]
+
+
+class _Trial:
+    """As the call that goes on for as long as the trial."""
+
+    def __init__(self, starting: asyncio.Task[list[Replica]]) -> None:
+        self._starting = starting
+        self._num_told = 0
+
+    async def read(self) -> Any:
+        replicas = await self._starting
+        if self._num_told == len(replicas):
+            await asyncio.Event().wait()
+        replica = replicas[self._num_told]
+        self._num_told += 1
+        return local_pb2.TryCutResponse(
+            stage_index=replica.stage_index,
+            address=replica.address,
+            name=replica.name,
+            spare=replica.is_spare,
+            num_processes=len(replicas),
+        )
+
+    def cancel(self) -> None:
+        """Nothing is left to do: replicas that failed stay, and the round fails."""
