@@ -24,6 +24,9 @@ from core.weights.sealed.opening import is_sealed
 
 # A noncharacter (Unicode 15, section 23.7), so in no real text.
 _BREAK = "\ufdd0"
+# What the library raises where a regular expression takes too many steps, say. It has no name that
+# could be imported, and is no Exception.
+_PANIC = "PanicException"
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
@@ -131,8 +134,11 @@ class Tokenizer:
 
 def _encode(backend: Backend, text: str, *, add_bos: bool) -> list[int]:
     try:
-        return backend.encode(text, add_special_tokens=add_bos).ids
-    except Exception as error:  # the library raises nothing narrower
+        # Unlike `encode`, a batch lets other Python threads run meanwhile.
+        return backend.encode_batch_fast([text], add_special_tokens=add_bos)[0].ids
+    except BaseException as error:  # the library raises nothing narrower
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         raise CorruptWeights(f"the model's tokenizer fails: {error}") from None
 
 

@@ -28,6 +28,7 @@ from services.local.background import stop as stop_mesh
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.identities import authority_of, credentials_for
 from services.local.layout import MeshLayout
+from services.local.ports import HeldPorts
 from services.local.prepare import prepare
 from services.local.run_folder import MeshRecord, RunFolder, default_folder
 from services.local.settings import (
@@ -201,9 +202,10 @@ def mesh(
         makes_certs=certs == "auto",
     )
     run_folder.refuse_if_claimed()
-    with fetch_display() as report:
-        layout = prepare(settings, report=report)
-    asyncio.run(_start(layout, run_folder=run_folder, key=key or None, detach=detach))
+    with HeldPorts() as ports:
+        with fetch_display() as report:
+            layout = prepare(settings, ports=ports, report=report)
+        asyncio.run(_start(layout, run_folder=run_folder, key=key or None, detach=detach))
 
 
 def stop() -> None:

@@ -13,11 +13,14 @@ from core.errors import InvalidInput, PenstockError
 from core.pipeline.actions import EmitTokens, Refuse, Usage
 from core.pipeline.cut import Cut
 from core.pipeline.events import Event, RequestArrived, RequestCancelled
+from core.sampling.validation import validate_parameters
 from services.common.durations import seconds
 from services.common.telemetry import Telemetry
 from services.coordinator import messages
 from services.coordinator.gateway_stream import GatewayStream
 from services.coordinator.spans import RequestSpans
+
+_ANY_VOCAB_SIZE = 2**32  # while it is not known: ids have 32 bits
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +126,8 @@ class Requests:
             allowed = f"below the number of token ids, {len(token_ids)}"
             raise InvalidInput("num_output_tokens", num_output_tokens, allowed)
         sampling = messages.sampling_parameters(submission.sampling)
+        # A stage would refuse it too, but its whole stream with it, and again after each restart.
+        validate_parameters(sampling, vocab_size=self.vocab_size or _ANY_VOCAB_SIZE)
         deadline_s = None
         if submission.HasField("timeout"):
             deadline_s = self._clock() + seconds(submission.timeout)

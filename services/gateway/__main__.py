@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,8 @@ def main(
 ) -> None:
     """Serves the public API of a mesh: generation, Open Inference Protocol, health, reflection."""
     configure_logging("gateway", level=log_level)
+    # Each text is tokenised on the thread that asks; one that hangs must not keep the library's.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         settings = GatewaySettings(
             coordinators=tuple(address.strip() for address in coordinator.split(",")),

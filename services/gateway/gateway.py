@@ -10,6 +10,7 @@ from oip import grpc_service_pb2 as oip
 from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
 
+from core.errors import Unavailable
 from core.tokens.tokenizer import Tokenizer
 from services.common.audit_trail import AuditTrail
 from services.common.credentials import Credentials
@@ -20,6 +21,7 @@ from services.common.telemetry import Telemetry
 from services.gateway.access import Access, KeyAccess, OpenAccess
 from services.gateway.access_interceptor import AccessInterceptor, Refusals
 from services.gateway.coordinator_link import CoordinatorLink
+from services.gateway.encoding_threads import EncodingThreads
 from services.gateway.generation import TextGenerator
 from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.key_ring import KeyRing
@@ -43,6 +45,7 @@ class Gateway:
         telemetry: Telemetry,
         *,
         credentials: Credentials | None = None,
+        threads: EncodingThreads | None = None,
     ) -> None:
         self._settings = settings
         self._credentials = credentials
@@ -57,7 +60,10 @@ class Gateway:
         self.link = CoordinatorLink(
             settings.coordinators, self.requests, on_mesh=mesh.update, credentials=credentials
         )
-        self._generator = TextGenerator(tokenizer, mesh, self.requests, telemetry)
+        self._threads = threads or EncodingThreads()
+        self._generator = TextGenerator(
+            tokenizer, mesh, self.requests, telemetry, threads=self._threads
+        )
         self._trail = _audit_trail(settings)
         self._server = create_server(
             telemetry,
@@ -94,11 +100,14 @@ class Gateway:
         return port
 
     async def run(self) -> None:
-        """Serves until SIGINT or SIGTERM, then drains and closes. To be called after `start`."""
+        """Serves until SIGINT or SIGTERM, then drains and closes. To be called after `start`.
+
+        Raises Unavailable where no text can be tokenised any more.
+        """
         try:
             await run_until_stopped(
                 self._server,
-                tasks=[self.link.run()],
+                tasks=[self.link.run(), self._watch_threads()],
                 drain=self.drain,
                 grace_s=_WRITE_GRACE_S,
                 exit_with_parent=self._settings.exit_with_parent,
@@ -116,10 +125,16 @@ class Gateway:
         except TimeoutError:
             _LOG.warning("requests were cut off", extra={"open": self.requests.num_open})
 
+    async def _watch_threads(self) -> None:
+        await self._threads.wait_until_all_hang()
+        await self.health.stop_serving()
+        raise Unavailable("all encoding threads have hung; another process must take its place")
+
     async def close(self) -> None:
         """Cuts off what is still open and lets go of everything."""
         await self._server.stop(_WRITE_GRACE_S)
         self._tokenizer.close()
+        self._threads.close()
         self._trail.close()
 
 

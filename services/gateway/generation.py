@@ -27,6 +27,7 @@ from services.common.statuses import status_from_error
 from services.common.telemetry import Telemetry, traceparent_of
 from services.gateway.caller import Caller
 from services.gateway.completion import Completion
+from services.gateway.encoding_threads import EncodingThreads
 from services.gateway.mesh_view import MeshView
 from services.gateway.open_request import OpenRequest
 from services.gateway.open_requests import OpenRequests
@@ -48,9 +49,17 @@ class TextGenerator:
     """Generates text for the servicers. Owns no state beyond its open requests."""
 
     def __init__(
-        self, tokenizer: Tokenizer, mesh: MeshView, requests: OpenRequests, telemetry: Telemetry
+        self,
+        tokenizer: Tokenizer,
+        mesh: MeshView,
+        requests: OpenRequests,
+        telemetry: Telemetry,
+        *,
+        threads: EncodingThreads,
     ) -> None:
+        """`threads` are those that tokenise."""
         self.tokenizer = tokenizer
+        self.threads = threads
         self.mesh = mesh
         self._requests = requests
         self._telemetry = telemetry
@@ -99,7 +108,9 @@ class TextGenerator:
             model = self.model(request.model, caller)
             record.model = model.name
             with caller.quota.request() as taken:
-                prepared = await prepare(request, model, self.tokenizer, limits=caller.limits)
+                prepared = await prepare(
+                    request, model, self.tokenizer, threads=self.threads, limits=caller.limits
+                )
                 record.describe(prepared)
                 completion = Completion(prepared, self.tokenizer)
                 taken.reserve(len(prepared.token_ids), max_tokens=prepared.sampling.max_tokens)

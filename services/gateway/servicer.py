@@ -42,6 +42,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             request.prompt,
             request.messages,
             self._generator.tokenizer,
+            threads=self._generator.threads,
             context_length=model.context_length,
         )
         return generation_pb2.TokenizeResponse(token_ids=token_ids)

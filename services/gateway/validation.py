@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from penstock.v1 import generation_pb2
 
@@ -14,13 +14,12 @@ from core.errors import InvalidInput
 from core.tokens.chat_template import ChatMessage
 from core.tokens.tokenizer import Tokenizer
 from services.common.keys import KeyLimits
+from services.gateway.encoding_threads import EncodingThreads
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
-# Longer texts would hold up the event loop for more than about a millisecond.
-_INLINE_CHARS = 2048
 _TEXT_OR_IDS = "exactly one of prompt, messages and token_ids"
 
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -64,6 +63,7 @@ async def prepare(
     model: generation_pb2.Model,
     tokenizer: Tokenizer,
     *,
+    threads: EncodingThreads,
     limits: KeyLimits,
 ) -> PreparedRequest:
     """Checks and tokenises a request for `model`; raises InvalidInput.
@@ -80,7 +80,7 @@ async def prepare(
         check_token_ids(token_ids, vocab_size=model.vocab_size)
     else:
         token_ids = await tokenise(
-            request.prompt, request.messages, tokenizer, context_length=limit
+            request.prompt, request.messages, tokenizer, threads=threads, context_length=limit
         )
     if not 1 <= len(token_ids) < limit:
         raise InvalidInput(field, f"{len(token_ids)} tokens", f"1 to {limit - 1} tokens")
@@ -111,6 +111,7 @@ async def tokenise(
     messages: Iterable[generation_pb2.ChatMessage],
     tokenizer: Tokenizer,
     *,
+    threads: EncodingThreads,
     context_length: int,
 ) -> list[int]:
     """Token ids of a prompt, or of messages where there is no prompt; raises InvalidInput.
@@ -118,19 +119,15 @@ async def tokenise(
     Texts that cannot fit `context_length` tokens are refused before they cost anything.
     """
     chat = [ChatMessage(message.role, message.content) for message in messages]
-    texts = [prompt, *(message.content for message in chat)]
-    size = sum(map(len, texts))
+    field = "messages" if chat else "prompt"
+    size = len(prompt) + sum(len(message.content) for message in chat)
     longest = max(1, context_length * tokenizer.longest_token_bytes)
     if size > longest:
-        field = "prompt" if prompt else "messages"
-        allowed = f"at most {context_length - 1} tokens"
-        raise InvalidInput(field, f"{size} characters", allowed)
-    if chat:  # rendering waits for another process
+        raise InvalidInput(field, f"{size} characters", f"at most {context_length - 1} tokens")
+    if chat:
         now = datetime.now().astimezone()
-        return await asyncio.to_thread(tokenizer.encode_chat, chat, now=now)
-    if size > _INLINE_CHARS:
-        return await asyncio.to_thread(tokenizer.encode, prompt)
-    return tokenizer.encode(prompt)
+        return await threads.run(field, partial(tokenizer.encode_chat, chat, now=now))
+    return await threads.run(field, partial(tokenizer.encode, prompt))
 
 
 def check_token_ids(token_ids: list[int], *, vocab_size: int, field: str = "token_ids") -> None:

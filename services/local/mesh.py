@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from core.errors import NotFound, Unavailable, shown
 from services.common.logs import COMPILING
+from services.local.ports import HeldPorts
 from services.local.process import MeshProcess, ProcessCommand, describe_exit
 from services.local.run_folder import RunFolder
 
@@ -52,6 +53,7 @@ class Mesh:
     ) -> None:
         self._say = say
         self._patience = patience
+        self.ports = HeldPorts()  # of its processes, until they are removed
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._run_folder = run_folder
         self._keepers: dict[MeshProcess, asyncio.Task[None]] = {}  # once it serves
@@ -68,13 +70,17 @@ class Mesh:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Starts all processes; ends them all on the way out, whatever the reason."""
+        """Starts all processes; ends them all on the way out, whatever the reason. Raises
+        Unavailable where a stranger has one of their ports."""
         try:
+            for process in self.processes:
+                self.ports.hold(process.command.ports)
             for process in self.processes:
                 await _start_afresh(process)
             yield
         finally:
             await self._stop()
+            self.ports.close()
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
 
@@ -141,6 +147,7 @@ class Mesh:
         if process in self._keepers:
             self._keepers.pop(process).cancel()
         await process.stop(grace_s=self._patience.stop_grace_s)
+        self.ports.release(process.command.ports)
         self._restarted()
 
     def change(self, command: ProcessCommand) -> None:

@@ -1,22 +1,76 @@
-"""Ports of the local machine: which are taken, and free ones for the inner parts."""
+"""Ports of the local machine: which are taken, and such as are kept for parts of a mesh."""
 
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterable
+from types import TracebackType
 
-from core.errors import InvalidInput
+from core.errors import InvalidInput, Unavailable
 
 HOST = "127.0.0.1"
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((HOST, 0))
-        return [one.getsockname()[1] for one in sockets]
+class HeldPorts:
+    """Keeps ports for processes of ours until they listen, and while they are started again.
+
+    A socket that is bound and never listens keeps a port from all who ask for any free one, and
+    from connections; servers that name the port, and allow its reuse as ours do, get it (Linux).
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, socket.socket] = {}
+
+    def __enter__(self) -> HeldPorts:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.release(list(self._sockets))
+
+    def take(self) -> int:
+        """A port that was free, and is held from now on."""
+        return self._bind(0)
+
+    def hold(self, ports: Iterable[int]) -> None:
+        """Holds ports that were chosen before, but for 0, which is any; raises Unavailable where a
+        stranger has one."""
+        for port in filter(None, ports):
+            try:
+                self._bind(port)
+            except OSError as error:
+                raise Unavailable(f"another process has taken the port {port}") from error
+
+    def release(self, ports: Iterable[int]) -> None:
+        """Lets ports go; those that are not held are let be."""
+        for port in ports:
+            if one := self._sockets.pop(port, None):
+                one.close()
+
+    def take_over(self, others: HeldPorts) -> None:
+        """Holds from now on what `others` did."""
+        self._sockets |= others._sockets
+        others._sockets = {}
+
+    def _bind(self, port: int) -> int:
+        one = socket.socket()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((HOST, port))
+        except OSError:
+            one.close()
+            raise
+        held = int(one.getsockname()[1])
+        self.release([held])
+        self._sockets[held] = one
+        return held
 
 
 def is_free(port: int) -> bool:

@@ -29,7 +29,7 @@ from services.local.memory import (
 )
 from services.local.number_format import choose_number_format
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
-from services.local.ports import HOST, free_ports, require_free
+from services.local.ports import HOST, HeldPorts, require_free
 from services.local.seal_keys import follow_seal, seal_keys
 from services.local.settings import MeshSettings
 
@@ -42,14 +42,17 @@ class _Ports(NamedTuple):
     metrics: list[int]  # likewise
 
 
-def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayout:
-    """Finds or fetches the model, cuts it, sizes the KV cache and chooses ports.
+def prepare(
+    settings: MeshSettings, *, ports: HeldPorts, report: Report | None = None
+) -> MeshLayout:
+    """Finds or fetches the model, cuts it, sizes the KV cache and takes ports, which are to be held
+    until the mesh holds them itself.
 
     Raises NotFound (model, certificates), InvalidInput (an option, a port), PlanImpossible (the
     cut, the memory), CorruptWeights, Unavailable or Exhausted (the fetch).
     """
     settings = follow_seal(settings)
-    ports = _choose_ports(settings)
+    chosen = _choose_ports(settings, ports)
     path = resolve_model(settings.model, report)
     manifest = settings.manifest or catalogue_manifest(settings.model, path)
     keys = seal_keys(path, settings.seal_keys)
@@ -75,11 +78,11 @@ def prepare(settings: MeshSettings, *, report: Report | None = None) -> MeshLayo
         drain_s=DRAIN_S,
         require_keys=settings.require_keys,
         data_folder=str(default_data_folder()),
-        stages=_stages(settings, plan, ports),
-        coordinator_address=f"{HOST}:{ports.listen[-2]}",
-        coordinator_metrics_port=ports.metrics[-2],
-        gateway_address=f"{HOST}:{ports.listen[-1]}",
-        gateway_metrics_port=ports.metrics[-1],
+        stages=_stages(settings, plan, chosen),
+        coordinator_address=f"{HOST}:{chosen.listen[-2]}",
+        coordinator_metrics_port=chosen.metrics[-2],
+        gateway_address=f"{HOST}:{chosen.listen[-1]}",
+        gateway_metrics_port=chosen.metrics[-1],
         shortcuts=settings.shortcuts,
         certs=settle_identities(settings),
         seal_keys="" if keys is None else str(settings.seal_keys.absolute()),
@@ -141,12 +144,11 @@ def model_name(spec: str, path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _choose_ports(settings: MeshSettings) -> _Ports:
+def _choose_ports(settings: MeshSettings, held: HeldPorts) -> _Ports:
     """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards."""
     num_replicas = sum(map(settings.processes_of, range(settings.num_stages)))
     num_processes = num_replicas + 2
-    free = free_ports(2 * num_processes)
-    listen, metrics = free[:num_processes], free[num_processes:]
+    listen, metrics = ([held.take() for _ in range(num_processes)] for _ in range(2))
     if settings.grpc_port:
         require_free("grpc_port", settings.grpc_port)
         listen[-1] = settings.grpc_port

@@ -40,6 +40,10 @@ class ProcessCommand:
     metrics_port: int
     stop_turn: int = 0
 
+    @property
+    def ports(self) -> tuple[int, int]:
+        return int(self.address.rpartition(":")[2]), self.metrics_port
+
 
 class MeshProcess:
     """A process of the mesh, which may be started again after it has ended."""

@@ -10,7 +10,7 @@ from core.errors import InvalidInput, PlanImpossible
 from core.pipeline.partitioner import parse_split
 from core.pipeline.plan import StageSlice
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout, replica_name
-from services.local.ports import HOST, free_ports
+from services.local.ports import HOST, HeldPorts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,12 @@ class Recut:
     leaving: frozenset[str]  # addresses
 
 
-def plan_recut(layout: MeshLayout, split: str, *, taken_names: Collection[str]) -> Recut:
+def plan_recut(
+    layout: MeshLayout, split: str, *, taken_names: Collection[str], ports: HeldPorts
+) -> Recut:
     """A new stage has as many processes, and of these as many spares, as the old one that holds its
     first layer. Where certificates name the stages, one that would become another stage is new.
+    What is new listens on ports that `ports` holds.
 
     Raises InvalidInput where `split` is no cut of the model, PlanImpossible where the layers of a
     stage come from several models.
@@ -48,7 +51,7 @@ def plan_recut(layout: MeshLayout, split: str, *, taken_names: Collection[str]) 
         kept = of_layers.get(f"{one.first_layer}:{one.end_layer}")
         if layout.certs and kept not in layout.stages[index : index + 1]:
             kept = None
-        stage = kept or _new_stage(layout, one, index, names)
+        stage = kept or _new_stage(layout, one, index, names, ports)
         stages.append(stage)
         if kept is None:
             new += [
@@ -72,9 +75,9 @@ def free_number(stage_index: int, names: Collection[str]) -> int:
 
 
 def _new_stage(
-    layout: MeshLayout, stage_slice: StageSlice, index: int, names: set[str]
+    layout: MeshLayout, stage_slice: StageSlice, index: int, names: set[str], ports: HeldPorts
 ) -> StageLayout:
-    """Adds the names of its processes to `names`."""
+    """Adds the names of its processes to `names`, and takes their `ports`."""
     first, end = stage_slice.first_layer, stage_slice.end_layer
     sources = [
         stage for stage in layout.stages if stage.first_layer < end and first < stage.end_layer
@@ -82,14 +85,13 @@ def _new_stage(
     model_path = _common_model(sources, layers=f"{first}:{end}")
     replicas = []
     for old in sources[0].replicas:
-        listen, metrics = free_ports(2)
         number = free_number(index, names)
         names.add(replica_name(index, number))
         replicas.append(
             ReplicaLayout(
                 number=number,
-                address=f"{HOST}:{listen}",
-                metrics_port=metrics,
+                address=f"{HOST}:{ports.take()}",
+                metrics_port=ports.take(),
                 is_spare=old.is_spare,
                 model_path=model_path,
             )

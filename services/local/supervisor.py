@@ -16,7 +16,7 @@ from services.common.identity import SUPERVISOR
 from services.local.identities import credentials_for
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
-from services.local.ports import HOST, free_ports
+from services.local.ports import HOST, HeldPorts
 from services.local.process import MeshProcess
 from services.local.progress import StageProgress, wait_until_ready
 from services.local.recut import NewReplica, Recut, free_number, plan_recut
@@ -123,11 +123,10 @@ class Supervisor:
             raise InvalidInput("model_path", model_path, allowed)
         stage = self._layout.stage(stage_index)
         self._check_room([self._layout.slice_of(stage)], self._layout)
-        listen, metrics = free_ports(2)
         replica = ReplicaLayout(
             number=free_number(stage_index, self._names),
-            address=f"{HOST}:{listen}",
-            metrics_port=metrics,
+            address=f"{HOST}:{self.mesh.ports.take()}",
+            metrics_port=self.mesh.ports.take(),
             is_spare=is_spare,
             model_path=model_path,
         )
@@ -166,8 +165,10 @@ class Supervisor:
         """
         if self._recut is not None:
             raise Exhausted("layers are being moved already")
-        recut = plan_recut(self._layout, split, taken_names=self._names)
-        self._check_room([one.stage_slice for one in recut.new], self._layout)
+        with HeldPorts() as ports:
+            recut = plan_recut(self._layout, split, taken_names=self._names, ports=ports)
+            self._check_room([one.stage_slice for one in recut.new], self._layout)
+            self.mesh.ports.take_over(ports)
         self._recut = recut
         return recut
 
@@ -202,6 +203,9 @@ class Supervisor:
         for one in recut.new:
             if one.replica.address in running:
                 await self.mesh.remove(one.replica.address)
+            else:
+                command = recut.layout.stage_command(one.stage_index, one.replica)
+                self.mesh.ports.release(command.ports)
 
     async def stop_replica(self, address: str) -> None:
         """Ends a replica of the mesh for good; raises NotFound where none listens there."""

@@ -24,7 +24,7 @@ from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
 from services.cli.console import out as console
 from services.common.channels import open_channel
-from services.local.ports import HOST, free_ports
+from services.local.ports import HOST, HeldPorts
 from services.local.run_folder import record_process
 from tests.benchmarks.measurements import Plan, mesh_bench
 from tests.benchmarks.report import Figures, latency_table, process_table
@@ -57,7 +57,8 @@ def _started() -> Iterator[System]:
         stages = stack.enter_context(_running("tests.support.quick_stages", str(NUM_STAGES)))
         assert stages.stdout is not None
         addresses = stages.stdout.readline().decode().strip()
-        ports = free_ports(4)
+        held = stack.enter_context(HeldPorts())
+        ports = [held.take() for _ in range(4)]
         inner, outer = f"{HOST}:{ports[0]}", f"{HOST}:{ports[1]}"
         options = ["--listen", inner, "--metrics-port", str(ports[2]), "--log-level", "WARNING"]
         options += ["--stages", addresses]

@@ -19,11 +19,10 @@ from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
-from services.local.ports import HOST
+from services.local.ports import HOST, HeldPorts
 from tests.chaos.parts import Part, PartCommand
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
-from tests.support.held_ports import HeldPorts
 
 START_TIMEOUT_S = 300.0  # kernels may have to be compiled first
 MODEL_NAME = "chaos"

@@ -1,7 +1,7 @@
 """What SECURITY.md promises, as data: one line a promise, with what tries to break it.
 
 `tests` are files or node ids of pytest; `parsers` are targets of `tests/fuzz`; `rpcs` are servers
-whose every RPC is fuzzed.
+whose every RPC is fuzzed; `callers` are those who fuzz RPCs of a mesh with certificates and keys.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Promise:
     tests: tuple[str, ...] = ()
     parsers: tuple[str, ...] = ()
     rpcs: tuple[str, ...] = ()
+    callers: tuple[str, ...] = ()
 
 
 PROMISES = (
@@ -43,6 +44,13 @@ PROMISES = (
     Promise(
         says="A damaged file of a model is refused, and costs no more than its size",
         parsers=("gguf", "safetensors", "llama2c", "tokenizer-json", "chat-template", "archives"),
+    ),
+    Promise(
+        says="No text that a model's tokenizer is slow for stops a gateway",
+        tests=(
+            f"{GATEWAY}/test_encoding_threads.py",
+            "tests/core/tokens/test_hostile_vocabularies.py",
+        ),
     ),
     Promise(says="No frame breaks whoever reads it", parsers=("frames",)),
     Promise(says="No request to the gateway breaks or stops it", rpcs=("gateway",)),
@@ -66,6 +74,7 @@ PROMISES = (
             f"{STAGE}/test_identities.py",
             f"{END_TO_END}/test_mutual_tls.py",
         ),
+        callers=("wrong-role", "neighbour"),
     ),
     Promise(
         says="Only the peer of a stream enters the shortcut beside it",
@@ -74,6 +83,7 @@ PROMISES = (
     Promise(
         says="No public RPC without a key that allows it, where keys are required",
         tests=(f"{GATEWAY}/test_keys.py", f"{COMMON}/test_keys.py", f"{COMMON}/test_store.py"),
+        callers=("wrong-key", "right-key"),
     ),
     Promise(
         says="A key takes no more than its limits",

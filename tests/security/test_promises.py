@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.registry import TARGETS
+from tests.fuzz.rpc.guarded import CALLERS
 from tests.fuzz.rpc.methods import METHODS
 from tests.security.promises import NOT_PROMISED, PROMISES, Promise
 from tests.security.trying import Effort, steps
@@ -19,12 +20,13 @@ by_words = pytest.mark.parametrize("promise", ALL, ids=lambda promise: promise.s
 
 @by_words
 def test_whoever_tries_a_promise_exists(promise: Promise) -> None:
-    assert promise.tests or promise.parsers or promise.rpcs
+    assert promise.tests or promise.parsers or promise.rpcs or promise.callers
     for test in promise.tests:
         path, _, name = test.partition("::")
         assert (ROOT / path).is_file()
         assert f"def {name.partition('[')[0]}" in (ROOT / path).read_text()
     assert set(promise.parsers) <= TARGETS.keys()
+    assert set(promise.callers) <= CALLERS.keys()
     assert set(promise.rpcs) <= {method.server for method in METHODS.values()}
 
 
@@ -37,10 +39,13 @@ def test_the_page_names_each_promise_and_who_tries_it(promise: Promise) -> None:
         assert f"`fuzz {target}`" in PAGE
     for server in promise.rpcs:
         assert f"`{server}`" in PAGE
+    for who in promise.callers:
+        assert f"`fuzz as {who}`" in PAGE
 
 
 def test_every_fuzz_target_is_behind_some_promise() -> None:
     assert {target for promise in ALL for target in promise.parsers} == TARGETS.keys()
+    assert {who for promise in ALL for who in promise.callers} == CALLERS.keys()
     assert {server for promise in ALL for server in promise.rpcs} == {
         method.server for method in METHODS.values()
     }

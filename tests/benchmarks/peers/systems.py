@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.local.fetch import cache_folder
-from services.local.ports import free_ports
+from services.local.ports import HeldPorts
 from tests.benchmarks.peers.export import export
 from tests.benchmarks.peers.trace_contest import Server, ServerCommand, openai_server
 from tests.benchmarks.peers.turns import Child, PeerFailed, Turn, child_turn, mesh_turn
@@ -139,7 +139,8 @@ def vllm_server(model: Path, contestant: str, logs: Path) -> Server:
     number_format = contestant.split()[1]
     folders = export(model, peers_folder() / "exports" / model.stem)
     folder = _vllm_folder(folders, number_format)
-    (port,) = free_ports(1)
+    with HeldPorts() as held:
+        port = held.take()
     sizes = {
         "dtype": _vllm_dtype(number_format),
         "max-model-len": config.context_length,

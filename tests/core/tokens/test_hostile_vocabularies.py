@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,31 @@ def test_a_tokenizer_that_lacks_its_own_unknown_token_says_so(tmp_path: Path) ->
     tokenizer = load_tokenizer(folder)
     with pytest.raises(CorruptWeights, match="nowhere"):
         tokenizer.encode("h")
+
+
+def tokenizer_with(pattern: str, folder: Path) -> Tokenizer:
+    """One that splits texts by a regular expression."""
+    write_tiny_tokenizer(folder)
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    change(folder / "tokenizer.json", pre_tokenizer=split | {"invert": False})
+    return load_tokenizer(folder)
+
+
+def test_a_pattern_that_takes_too_many_steps_fails_as_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("(h+)+$", tmp_path)
+    with pytest.raises(CorruptWeights, match="retry-limit"):
+        tokenizer.encode("h" * 30 + "e")
+
+
+def test_a_pattern_that_takes_long_lets_other_threads_run(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("(?:h|hh)+c", tmp_path)
+    encoding = threading.Thread(target=tokenizer.encode, args=(("h" * 28 + "e") * 4,))
+    encoding.start()
+    num_turns = 0
+    while encoding.is_alive():
+        num_turns += 1
+        encoding.join(0.001)
+    assert num_turns > 10
 
 
 def test_a_template_that_writes_half_a_character_fails_as_a_template(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,20 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=OPTIONS)
 
 
-async def call(channel: grpc.aio.Channel, method: RpcMethod, messages: Sequence[bytes]) -> Outcome:
+async def call(
+    channel: grpc.aio.Channel,
+    method: RpcMethod,
+    messages: Sequence[bytes],
+    *,
+    metadata: Metadata = (),
+) -> Outcome:
     """Sends the messages, reads what comes, and says how it ended."""
     started_s = time.monotonic()
     responses: list[bytes] = []
     try:
         # The client's own deadline, for a client that does not end at the RPC's.
         async with asyncio.timeout(DEADLINE_S + 10):
-            ended = await _send(channel, method, messages, responses)
+            ended = await _send(channel, method, messages, metadata, responses)
         code, details = (grpc.StatusCode.OK, "") if ended else (None, "")
     except grpc.aio.AioRpcError as error:
         code, details = error.code(), error.details() or ""
@@ -63,12 +70,20 @@ async def call(channel: grpc.aio.Channel, method: RpcMethod, messages: Sequence[
 
 
 async def _send(
-    channel: grpc.aio.Channel, method: RpcMethod, messages: Sequence[bytes], responses: list[bytes]
+    channel: grpc.aio.Channel,
+    method: RpcMethod,
+    messages: Sequence[bytes],
+    metadata: Metadata,
+    responses: list[bytes],
 ) -> bool:
     """Returns whether the RPC ended by itself."""
-    deadline_s = method.deadline_s or DEADLINE_S
+    how: dict[str, Any] = {
+        "timeout": method.deadline_s or DEADLINE_S,
+        "metadata": metadata,
+        "wait_for_ready": True,
+    }
     if method.request_streaming:
-        stream = channel.stream_stream(method.path)(timeout=deadline_s, wait_for_ready=True)
+        stream = channel.stream_stream(method.path)(**how)
         writing = asyncio.create_task(_write(stream, messages, ends=not method.may_wait))
         try:
             return await _read(stream, responses, may_wait=method.may_wait)
@@ -76,12 +91,10 @@ async def _send(
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
     if method.response_streaming:
-        stream = channel.unary_stream(method.path)(
-            messages[0], timeout=deadline_s, wait_for_ready=True
-        )
+        stream = channel.unary_stream(method.path)(messages[0], **how)
         return await _read(stream, responses, may_wait=method.may_wait)
     unary = channel.unary_unary(method.path)
-    responses.append(await unary(messages[0], timeout=deadline_s, wait_for_ready=True))
+    responses.append(await unary(messages[0], **how))
     return True
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import grpc
 import psutil
@@ -21,7 +22,9 @@ from penstock.v1.local_pb2 import KeepReplicaRequest
 from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from services.local.process import ONE_THREAD
-from tests.fuzz.rpc.methods import World
+from services.local.run_folder import MeshRecord
+from tests.fuzz.rpc.calls import Metadata, open_channel
+from tests.fuzz.rpc.methods import RpcMethod, World
 from tests.fuzz.rpc.stage_sequences import next_epoch
 from tests.support.client import connect
 from tests.support.local_mesh import LocalMesh
@@ -68,10 +71,7 @@ class Servers:
             "coordinator": self._coordinator,
             "supervisor": self._supervisor,
         }
-        self._mesh_processes = [
-            Serving(name=one.name, process=psutil.Process(one.pid), log=Path(one.log))
-            for one in record.processes
-        ]
+        self._mesh_processes = mesh_processes(record)
         stage_addresses = [one.address for one in record.processes if "stage" in one.name]
         self.world = World(model=record.model, stage_addresses=tuple(stage_addresses))
         self._right_answers = {server: self._ask(server) for server in ("gateway", "stage")}
@@ -86,13 +86,25 @@ class Servers:
             )
         ]
 
+    def open_channel(self, method: RpcMethod) -> grpc.aio.Channel:
+        """A channel on which calls of the method go."""
+        return open_channel(self.addresses(method.server)[0])
+
+    def metadata(self, random: Random) -> Metadata:
+        return ()
+
+    @property
+    def must_end_with(self) -> grpc.StatusCode | None:
+        """What every call must end with; None: with anything right."""
+        return None
+
     def processes(self, server: str) -> list[Serving]:
         """The processes that calls to the server reach."""
         return [one.serving for one in self.stages] if server == "stage" else self._mesh_processes
 
     def complaints(self, server: str) -> list[str]:
         """What is wrong after calls to the server: deaths, wrong answers, what was not freed."""
-        dead = [one.name for one in self.processes(server) if not _lives(one.process)]
+        dead = [one.name for one in self.processes(server) if not lives(one.process)]
         if dead:
             return [f"{', '.join(dead)} died"]
         try:
@@ -101,9 +113,11 @@ class Servers:
             return [f"a right call fails: {error!r}"[:400]]
 
     def errors_logged(self) -> list[str]:
-        """Lines that say of themselves that they are errors, or end a traceback."""
+        """Lines that say of themselves that they are errors, or begin a traceback, or that the
+        coordinator has lost a stage: no message to it is a reason for that."""
         logs = {one.log for one in [*self._mesh_processes, *(x.serving for x in self.stages)]}
-        return [line for log in sorted(logs) for line in _error_lines(log)]
+        own = self.world.stage_addresses
+        return [line for log in sorted(logs) for line in bad_lines(log, own_stages=own)]
 
     def _wrong_answers(self, server: str) -> Iterator[str]:
         if server == "supervisor":
@@ -205,10 +219,21 @@ def _wait_for_port(log: Path, process: subprocess.Popen[bytes]) -> int:
     raise RuntimeError(log.read_text())
 
 
-def _lives(process: psutil.Process) -> bool:
+def mesh_processes(record: MeshRecord) -> list[Serving]:
+    return [
+        Serving(name=one.name, process=psutil.Process(one.pid), log=Path(one.log))
+        for one in record.processes
+    ]
+
+
+def lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def _error_lines(log: Path) -> list[str]:
-    lines = log.read_text(errors="replace").splitlines()
-    return [line[-600:] for line in lines if '"level": "ERROR"' in line or "Traceback" in line]
+def bad_lines(log: Path, *, own_stages: Sequence[str]) -> list[str]:
+    return [
+        line[-600:]
+        for line in log.read_text(errors="replace").splitlines()
+        if any(word in line for word in ('"level": "ERROR"', "Traceback"))
+        or ('"replica lost"' in line and any(f"({address})" in line for address in own_stages))
+    ]

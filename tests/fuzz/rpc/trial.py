@@ -12,7 +12,8 @@ import psutil
 
 from tests.chaos.footprint import Footprint
 from tests.fuzz.rpc.activations import ActivateCaller
-from tests.fuzz.rpc.calls import CLIENTS_OWN, NOT_AT_DEADLINE, Outcome, call, open_channel
+from tests.fuzz.rpc.calls import CLIENTS_OWN, NOT_AT_DEADLINE, Outcome, call
+from tests.fuzz.rpc.guarded import GuardedServers
 from tests.fuzz.rpc.hostile import serialise
 from tests.fuzz.rpc.methods import METHODS, RpcMethod
 from tests.fuzz.rpc.servers import Servers
@@ -28,7 +29,7 @@ Messages = Sequence[bytes]
 
 
 def fuzz_rpc(
-    servers: Servers,
+    servers: Servers | GuardedServers,
     name: str,
     *,
     executions: int,
@@ -48,10 +49,11 @@ def fuzz_rpc(
 
 
 class _Trial:
-    def __init__(self, servers: Servers, method: RpcMethod, *, seed: int) -> None:
+    def __init__(self, servers: Servers | GuardedServers, method: RpcMethod, *, seed: int) -> None:
         self._servers = servers
         self._method = method
         self._seed = seed
+        self._random = Random(f"metadata {seed}")
         self._num_tried = 0
         self._slowest_s = 0.0
         self._findings: dict[str, Finding] = {}
@@ -97,21 +99,25 @@ class _Trial:
         return serialise(right, random)
 
     async def _send(self, batch: Sequence[Messages]) -> list[Outcome]:
-        if self._method.name == "StageService.Activate":
+        if self._servers.stages and self._method.name == "StageService.Activate":
             async with ActivateCaller(self._servers.stages[-1].address) as caller:
                 return [await caller.call(self._method, messages) for messages in batch]
         places = asyncio.Semaphore(self._method.num_at_once)
-        address = self._servers.addresses(self._method.server)[0]
-        async with open_channel(address) as channel:
+        async with self._servers.open_channel(self._method) as channel:
 
             async def send(messages: Messages) -> Outcome:
+                metadata = self._servers.metadata(self._random)
                 async with places:
-                    return await call(channel, self._method, messages)
+                    return await call(channel, self._method, messages, metadata=metadata)
 
             return list(await asyncio.gather(*map(send, batch)))
 
     def _judge(self, messages: Messages, outcome: Outcome) -> None:
         self._slowest_s = max(self._slowest_s, outcome.seconds)
+        wanted = self._servers.must_end_with
+        if wanted not in (None, outcome.code) and outcome.details != CLIENTS_OWN:
+            ended = "waits" if outcome.code is None else f"{outcome.code.name}: {outcome.details}"
+            self._note(f"not {wanted}, but {ended[:300]}", messages)
         if outcome.code in _OUR_FAULT and outcome.details != CLIENTS_OWN:
             self._note(f"{outcome.code.name}: {outcome.details[:300]}", messages)
         if outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._may_last(outcome):
@@ -120,9 +126,9 @@ class _Trial:
             self._note(f"the status shows our insides: {outcome.details[:300]}", messages)
 
     def _may_last(self, outcome: Outcome) -> bool:
-        """Whether the deadline ended what goes on by its nature, and did end it."""
-        has_reason = self._method.may_wait or self._method.deadline_s > 0
-        return has_reason and outcome.details != NOT_AT_DEADLINE
+        """Whether the deadline ended what waits for what may never come, and did end it. A stream
+        that goes on for as long as its client likes is left by the client, once it is silent."""
+        return self._method.deadline_s > 0 and outcome.details != NOT_AT_DEADLINE
 
     def _note_logs(self) -> None:
         logged = self._servers.errors_logged()

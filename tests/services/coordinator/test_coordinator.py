@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from penstock.v1 import generation_pb2
 
@@ -100,6 +103,29 @@ async def test_wrong_requests_are_refused_and_others_go_on() -> None:
             assert refusal.code == INVALID_ARGUMENT
             assert not refusal.HasField("retry_delay")
         assert await m.gateway.generate([1], 5) == completion([1], 5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_p": -0.0},
+        {"temperature": -1.0},
+        {"min_p": 1e38},
+        {"repetition_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logprobs": 21},
+        {"stop_token_ids": [1000]},
+        {"stop_token_ids": [1] * 65},
+    ],
+)
+async def test_sampling_that_a_stage_would_refuse_reaches_none(sampling: dict[str, Any]) -> None:
+    async with mesh(1) as m:
+        running = await m.gateway.submit([1], 8)
+        refused = await m.gateway.submit([2], 8, **sampling)
+        _, last = await m.gateway.finish(refused)
+        assert last.refusal.code == INVALID_ARGUMENT
+        assert next(iter(sampling)) in last.refusal.message
+        assert (await m.gateway.finish(running))[0] == completion([1], 8)
 
 
 async def test_a_full_queue_refuses_with_a_retry_delay() -> None:

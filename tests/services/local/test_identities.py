@@ -11,6 +11,7 @@ from services.common.certificates import issue
 from services.common.credentials import Credentials
 from services.local.identities import settle_identities
 from services.local.layout import MeshLayout
+from services.local.ports import HeldPorts
 from services.local.prepare import prepare
 from services.local.settings import MeshSettings
 from tests.support.certificates import write_mesh
@@ -21,7 +22,9 @@ INNER = ("supervisor", "operator", "coordinator", "gateway")
 
 def layout(folder: Path, **settings: object) -> MeshLayout:
     model = str(write_servable(folder / "model", TinyModel()))
-    return prepare(MeshSettings(model=model, grpc_port=0, metrics_port=0, **settings))
+    with HeldPorts() as ports:
+        made = MeshSettings(model=model, grpc_port=0, metrics_port=0, **settings)
+        return prepare(made, ports=ports)
 
 
 def identity_of(arguments: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ def part(name: str, *arguments: str, stop_turn: int = 0) -> ProcessCommand:
         name=name,
         module="tests.support.part",
         arguments=arguments,
-        address="127.0.0.1:1",
+        address="first:0",
         metrics_port=0,
         stop_turn=stop_turn,
     )
@@ -180,7 +180,7 @@ async def test_a_process_can_be_added_and_is_kept_alive_only_when_told_so(tmp_pa
     async with mesh.running():
         keeping = asyncio.create_task(mesh.keep_alive(restarted=changed.set))
         await said_something(mesh.processes[0])
-        added = await mesh.add(replace(part("stage-0-b", "serve"), address="127.0.0.1:2"))
+        added = await mesh.add(replace(part("stage-0-b", "serve"), address="second:0"))
         await said_something(added)
         os.kill(added.record().pid, signal.SIGKILL)
         assert await added.wait() == -signal.SIGKILL
@@ -189,7 +189,7 @@ async def test_a_process_can_be_added_and_is_kept_alive_only_when_told_so(tmp_pa
         await changed.wait()
         before = added.record()
         assert find_process(before) is not None
-        await mesh.remove("127.0.0.1:2")
+        await mesh.remove("second:0")
         assert find_process(before) is None
         assert [process.name for process in mesh.processes] == ["stage-0"]
         assert not keeping.done()

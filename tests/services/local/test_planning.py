@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from services.local.memory import (
 )
 from services.local.number_format import automatic_formats
 from services.local.partition import model_costs, plan_stages, stage_block_bytes
-from services.local.ports import free_ports
+from services.local.ports import HeldPorts
 from services.local.prepare import prepare, read_model
 from services.local.recut import plan_recut
 from services.local.room import check_room
@@ -153,13 +153,19 @@ Lay = Callable[..., MeshLayout]
 
 
 @pytest.fixture
-def lay(tmp_path: Path) -> Lay:
+def ports() -> Iterator[HeldPorts]:
+    with HeldPorts() as held:
+        yield held
+
+
+@pytest.fixture
+def lay(tmp_path: Path, ports: HeldPorts) -> Lay:
     """Prepares meshes of a tiny model of four layers."""
     folder = write_servable(tmp_path / "tiny")
 
     def prepare_tiny(**changes: object) -> MeshLayout:
         fields: dict[str, object] = {"model": str(folder), "grpc_port": 0, "metrics_port": 0}
-        return prepare(MeshSettings(**(fields | changes)))
+        return prepare(MeshSettings(**(fields | changes)), ports=ports)
 
     return prepare_tiny
 
@@ -182,7 +188,8 @@ def test_every_part_listens_somewhere_else(lay: Lay) -> None:
 
 
 def test_metrics_ports_count_upwards_from_the_gateway(lay: Lay) -> None:
-    (base,) = free_ports(1)
+    with HeldPorts() as held:
+        base = held.take()
     layout = lay(metrics_port=base)
     ports = {command.name: command.metrics_port for command in layout.commands()}
     assert ports == {
@@ -325,10 +332,12 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], fie
         MeshSettings(**changes)
 
 
-def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(lay: Lay) -> None:
+def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(
+    lay: Lay, ports: HeldPorts
+) -> None:
     layout = lay(split="0:2,2:4", replicas=(1, 2), spares=(1, 0))
     names = {command.name for command in layout.commands()}
-    recut = plan_recut(layout, "0:1,1:2,2:4", taken_names=names)
+    recut = plan_recut(layout, "0:1,1:2,2:4", taken_names=names, ports=ports)
     assert [(one.stage_index, one.replica.number, one.replica.is_spare) for one in recut.new] == [
         *((0, 2, False), (0, 3, True), (1, 2, False), (1, 3, True))
     ]
@@ -337,14 +346,14 @@ def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(lay: 
     assert recut.layout.coordinator_command().arguments != layout.coordinator_command().arguments
 
 
-def test_layers_of_several_models_are_not_put_into_one_stage(lay: Lay) -> None:
+def test_layers_of_several_models_are_not_put_into_one_stage(lay: Lay, ports: HeldPorts) -> None:
     layout = lay(split="0:2,2:4")
     added = ReplicaLayout(number=1, address="127.0.0.1:1", metrics_port=2, model_path="new")
     old = layout.stages[1].replicas[0].address
     layout = layout.with_replica(1, added).without_replica(old)
     with pytest.raises(PlanImpossible, match="layers 1:4 have weights of several models"):
-        plan_recut(layout, "0:1,1:4", taken_names=())
-    recut = plan_recut(layout, "0:2,2:3,3:4", taken_names=())
+        plan_recut(layout, "0:1,1:4", taken_names=(), ports=ports)
+    recut = plan_recut(layout, "0:2,2:3,3:4", taken_names=(), ports=ports)
     assert [one.replica.model_path for one in recut.new] == ["new", "new"]
 
 

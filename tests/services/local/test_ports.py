@@ -4,14 +4,54 @@ import socket
 
 import pytest
 
-from core.errors import InvalidInput
-from services.local.ports import free_ports, is_free, require_free
+from core.errors import InvalidInput, Unavailable
+from services.common.servers import bind, create_server
+from services.common.telemetry import no_telemetry
+from services.local.ports import HOST, HeldPorts, require_free
 
 
-def test_free_ports_are_different_and_free() -> None:
-    ports = free_ports(5)
-    assert len(set(ports)) == 5
-    assert all(is_free(port) for port in ports)
+def test_nobody_gets_a_held_port_by_chance() -> None:
+    with HeldPorts() as held, socket.socket() as other:
+        port = held.take()
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind((HOST, port))
+
+
+async def test_a_server_that_names_it_gets_it_again_and_again() -> None:
+    with HeldPorts() as held:
+        port = held.take()
+        for _ in range(2):
+            server = create_server(no_telemetry())
+            assert bind(server, f"{HOST}:{port}") == port
+            await server.start()
+            await server.stop(None)
+
+
+def test_a_port_is_free_once_its_last_holder_lets_it_go() -> None:
+    with HeldPorts() as first, HeldPorts() as second, socket.socket() as other:
+        port = first.take()
+        second.hold([port, port])
+        first.close()
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind((HOST, port))
+        second.release([port])
+        other.bind((HOST, port))
+
+
+def test_ports_taken_over_outlive_whoever_took_them() -> None:
+    with HeldPorts() as last, socket.socket() as other:
+        with HeldPorts() as first:
+            port = first.take()
+            last.take_over(first)
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind((HOST, port))
+
+
+def test_a_port_that_a_stranger_has_cannot_be_held() -> None:
+    with HeldPorts() as held, socket.create_server((HOST, 0)) as stranger:
+        port = stranger.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"port {port}"):
+            held.hold([port])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

@@ -10,6 +10,8 @@ import pytest
 from core.errors import InvalidInput, NotFound, SealBroken
 from core.weights.sealed.header import SealHeader, read_header
 from core.weights.sealed.identity import PublicIdentity, read_public_identity, write_identity
+from services.local.layout import MeshLayout
+from services.local.ports import HeldPorts
 from services.local.prepare import prepare
 from services.local.seal_keys import follow_seal
 from services.local.sealing import SealWishes, parse_holder, rewrap_model, seal_model
@@ -45,13 +47,18 @@ def mesh_of(sealed: Path, keys: Path, **options: object) -> MeshSettings:
     return MeshSettings(model=str(sealed), seal_keys=keys, grpc_port=0, metrics_port=0, **options)  # type: ignore[arg-type]
 
 
+def laid_out(settings: MeshSettings) -> MeshLayout:
+    with HeldPorts() as ports:
+        return prepare(settings, ports=ports)
+
+
 def test_a_sealed_model_is_cut_as_it_was_sealed(sealed: Path, keys: Path) -> None:
     assert follow_seal(mesh_of(sealed, keys)).split == "0:1,1:4"
     assert follow_seal(mesh_of(sealed, keys, split="0:2,2:4")).split == "0:2,2:4"
 
 
 def test_processes_are_told_where_their_keys_are(sealed: Path, keys: Path) -> None:
-    layout = prepare(mesh_of(sealed, keys))
+    layout = laid_out(mesh_of(sealed, keys))
     stages = [layout.stage_command(index, layout.stages[index].replicas[0]) for index in range(2)]
     for index, command in enumerate(stages):
         assert str(keys / f"stage-{index}.key") in command.arguments
@@ -63,7 +70,7 @@ def test_processes_are_told_where_their_keys_are(sealed: Path, keys: Path) -> No
 
 def test_without_the_keys_a_sealed_model_is_not_served(sealed: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"owner\.pub"):
-        prepare(mesh_of(sealed, tmp_path / "no-keys"))
+        laid_out(mesh_of(sealed, tmp_path / "no-keys"))
 
 
 def test_a_model_that_another_owner_sealed_is_not_served(sealed: Path, tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def test_a_model_that_another_owner_sealed_is_not_served(sealed: Path, tmp_path:
     write_identity(others, "owner")
     write_identity(others, "stage-0")
     with pytest.raises(SealBroken):
-        prepare(mesh_of(sealed, others))
+        laid_out(mesh_of(sealed, others))
 
 
 def test_a_second_holder_of_a_stage_gets_the_same_layers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from core.errors import PlanImpossible
 from core.pipeline.plan import StageSlice
 from services.common.channels import open_channel
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
+from services.local.ports import HOST
 from services.local.process import ProcessCommand
 from services.local.run_folder import RunFolder, find_process
 from services.local.supervisor import CheckRoom, Supervisor
@@ -100,7 +102,7 @@ async def running(
         StageLayout(
             first_layer=index,
             end_layer=1 + 2 * index,
-            replicas=(ReplicaLayout(number=0, address=f"stage:{index}", metrics_port=0),),
+            replicas=(ReplicaLayout(number=0, address=f"stage-{index}:0", metrics_port=0),),
         )
         for index in range(2)
     )
@@ -118,9 +120,9 @@ async def running(
         require_keys=False,
         data_folder=str(run_folder.path),
         stages=stages,
-        coordinator_address="coordinator:1",
+        coordinator_address="coordinator:0",
         coordinator_metrics_port=0,
-        gateway_address="gateway:1",
+        gateway_address="gateway:0",
         gateway_metrics_port=0,
     )
     supervisor = Supervisor(
@@ -145,6 +147,16 @@ async def running(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def can_be_taken(address: str) -> bool:
+    """Whether a stranger could listen there."""
+    with socket.socket() as stranger:
+        try:
+            stranger.bind((HOST, int(address.rpartition(":")[2])))
+        except OSError:
+            return False
+        return True
+
+
 async def until(is_so: Callable[[], bool]) -> None:
     while not is_so():  # noqa: ASYNC110 (nothing announces a record's change)
         await asyncio.sleep(0.01)
@@ -156,8 +168,10 @@ async def test_a_trial_that_nobody_keeps_ends_with_its_stream(tmp_path: Path) ->
         trial, started = await mesh.try_replica("serve")
         assert started.name == "stage-1-b"
         assert "stage-1-b" in mesh.names()
+        assert not can_be_taken(started.address)
         trial.cancel()
         await until(lambda: mesh.names() == before)
+        await until(lambda: can_be_taken(started.address))
 
 
 async def test_a_trial_tells_the_last_words_of_a_process_that_fails(tmp_path: Path) -> None:
@@ -175,7 +189,7 @@ async def test_a_replica_that_is_kept_takes_the_place_of_one_that_is_stopped(
         trial, started = await mesh.try_replica("serve")
         await mesh.stub.KeepReplica(local_pb2.KeepReplicaRequest(address=started.address))
         trial.cancel()
-        await mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="stage:1"))
+        await mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="stage-1:0"))
         assert sorted(mesh.names()) == ["coordinator", "gateway", "stage-0", "stage-1-b"]
         record = mesh.run_folder.read()
         assert record is not None
@@ -184,7 +198,7 @@ async def test_a_replica_that_is_kept_takes_the_place_of_one_that_is_stopped(
         assert process is not None
         process.kill()
         log = mesh.run_folder.log_path("coordinator")
-        await until(lambda: f"stage:0,{started.address}" in log.read_text())
+        await until(lambda: f"stage-0:0,{started.address}" in log.read_text())
 
 
 async def test_a_cut_on_trial_that_nobody_keeps_ends_with_its_stream(tmp_path: Path) -> None:
@@ -209,19 +223,19 @@ async def test_a_cut_that_is_kept_is_kept_alive_and_what_leaves_is_not(tmp_path:
         trial, started = await mesh.try_cut("0:1,1:2,2:3")
         kept = await mesh.stub.KeepCut(local_pb2.KeepCutRequest(split="0:1,1:2,2:3"))
         trial.cancel()
-        assert list(kept.leaving) == ["stage:1"]
+        assert list(kept.leaving) == ["stage-1:0"]
         mesh.kill("stage-1")
         new = mesh.kill("stage-2")
         await until(lambda: mesh.pid("stage-2") not in (None, new))
         assert mesh.pid("stage-1") is None
-        await mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="stage:1"))
+        await mesh.stub.StopReplica(local_pb2.StopReplicaRequest(address="stage-1:0"))
         assert sorted(mesh.names()) == [
             *("coordinator", "gateway", "stage-0", "stage-1-b", "stage-2")
         ]
         mesh.kill("coordinator")
         addresses = ",".join(one.address for one in started)
         log = mesh.run_folder.log_path("coordinator")
-        await until(lambda: f"stage:0,{addresses}" in log.read_text())
+        await until(lambda: f"stage-0:0,{addresses}" in log.read_text())
 
 
 async def test_a_cut_one_of_whose_processes_dies_on_trial_ends(tmp_path: Path) -> None:
