@@ -71,6 +71,13 @@ class Cut:
             return None
         return Cut(tuple(part if one.layers == part.layers else one for one in self.parts))
 
+    def with_first(self, parts: Iterable[Part]) -> Cut:
+        """The cut with, in each place, the first of the parts that have its layers."""
+        first: dict[tuple[int, int], Part] = {}
+        for part in parts:
+            first.setdefault(part.layers, part)
+        return Cut(tuple(first.get(one.layers, one) for one in self.parts))
+
 
 def find_cut(parts: Iterable[Part], *, num_layers: int) -> Cut | None:
     """A cut of those of the parts that come first, if they are a whole model."""

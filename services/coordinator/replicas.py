@@ -39,11 +39,10 @@ from services.common.credentials import Credentials
 from services.coordinator.fit import Manifest, check_fit, part_of, pipeline_facts, replica_facts
 from services.coordinator.neighbour_links import NeighbourLinks
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
-from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.settings import CoordinatorSettings, check_address
 
 # Of one stage. Each is dialled again and again while nobody answers.
 MOST_REPLICAS = 64
-_LONGEST_ADDRESS = 256
 
 
 class MeshListener(Protocol):
@@ -184,7 +183,7 @@ class Replicas:
         num_stages = self.num_stages if cut is None else len(cut.parts)
         if stage_index >= num_stages:
             raise InvalidInput("stage_index", stage_index, f"below {num_stages}")
-        _check_address(address)
+        check_address(address)
         if any(link.place.address == address for link in self.links):
             raise InvalidInput("address", address, "host:port of a replica that is not in use")
         if sum(link.place.stage_index == stage_index for link in self.links) >= MOST_REPLICAS:
@@ -337,8 +336,8 @@ class Replicas:
         self._listener.post(PipelineKnown(facts=facts))
         for incarnation in replicas:
             self._introduce(incarnation)
-        latest_first = sorted(replicas, key=lambda replica: -replica.place.number)
-        cut = find_cut((part_of(r.ready) for r in latest_first), num_layers=ready.num_layers)
+        parts = (part_of(replica.ready) for replica in self._latest_first())
+        cut = find_cut(parts, num_layers=ready.num_layers)
         assert cut is not None, "replicas of neighbouring stages fit"
         for link in self.links:
             link.place = replace(link.place, layers=cut.parts[link.place.stage_index].layers)
@@ -347,24 +346,16 @@ class Replicas:
     def _prefer(self, incarnation: Incarnation) -> None:
         """Of the replicas that a coordinator begins with, later ones came with an update: they have
         the weights that were chosen, also where they open later. An operator's choice ends that."""
-        cut, place = self.cut, incarnation.place
-        is_of_the_beginning = any(place.address in stage for stage in self._settings.stages)
-        if (
-            self._has_chosen
-            or cut is None
-            or not is_of_the_beginning
-            or incarnation.link.is_draining
-        ):
-            return
-        part = part_of(incarnation.ready)
-        changed = cut.with_part(part)
-        later = [
-            other
-            for other in self._open.values()
-            if other.place.number > place.number and other.layers == part.layers
-        ]
-        if changed is not None and changed != cut and not later:
-            self._take_cut(changed)
+        address = incarnation.place.address
+        is_of_the_beginning = any(address in stage for stage in self._settings.stages)
+        if self.cut is not None and is_of_the_beginning and not self._has_chosen:
+            parts = [part_of(one.ready) for one in self._latest_first() if not one.link.is_draining]
+            changed = self.cut.with_first(parts)
+            if changed != self.cut:
+                self._take_cut(changed)
+
+    def _latest_first(self) -> list[Incarnation]:
+        return sorted(self._open.values(), key=lambda replica: -replica.place.number)
 
     def _introduce(self, incarnation: Incarnation) -> None:
         place = incarnation.place
@@ -407,11 +398,3 @@ class Replicas:
 
 def _manifest(replica: Incarnation) -> Manifest:
     return Manifest(replica.place, replica.ready)
-
-
-def _check_address(address: str) -> None:
-    """Raises InvalidInput for what gRPC would take for something else than host:port."""
-    host, _, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
-    if not (is_port and host and host.isprintable() and len(address) <= _LONGEST_ADDRESS):
-        raise InvalidInput("address", address, "host:port")

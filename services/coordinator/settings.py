@@ -8,6 +8,8 @@ from pathlib import Path
 
 from core.errors import InvalidInput
 
+_LONGEST_ADDRESS = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorSettings:
@@ -78,3 +80,11 @@ def parse_stages(text: str) -> tuple[tuple[str, ...], ...]:
     return tuple(
         tuple(address.strip() for address in stage.split("|")) for stage in text.split(",")
     )
+
+
+def check_address(address: str) -> None:
+    """Raises InvalidInput for what gRPC would take for something else than host:port."""
+    host, _, port = address.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535
+    if not (is_port and host and host.isprintable() and len(address) <= _LONGEST_ADDRESS):
+        raise InvalidInput("address", address, "host:port")
