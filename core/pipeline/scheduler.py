@@ -117,6 +117,11 @@ class Scheduler:
         replica = self._replica(replica_id)
         return len(replica.residents) if replica else 0
 
+    def is_resting(self, replica_id: int) -> bool:
+        """Whether a replica gets no new sequences for a while: its siblings are far faster."""
+        replica = self._replica(replica_id)
+        return replica is not None and replica.is_resting
+
     def is_drained(self, replica_id: int) -> bool:
         """Whether nothing is left on a replica that has been told to drain, or it is not there."""
         replica = self._replica(replica_id)

@@ -69,6 +69,8 @@ def _health(stage: pb.StageState) -> str:
         return stage.problem or "not ready"
     if stage.draining:
         return "draining"
+    if stage.resting:
+        return "resting: far slower than others"
     if stage.passed_over:
         return "ready, on trial"
     return "ready, spare" if stage.spare else "ready"

@@ -302,6 +302,8 @@ class Conductor:
         state = self.mesh.replica_state(link, now_s)
         state.kv_blocks_used = self.num_kv_blocks_used(link)
         state.sequences = self.num_sequences(link)
+        if link.incarnation is not None:
+            state.resting = self.scheduler.is_resting(link.incarnation.replica_id)
         return state
 
     def num_kv_blocks_used(self, link: ReplicaLink) -> int:

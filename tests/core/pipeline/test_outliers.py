@@ -52,6 +52,8 @@ def test_its_sequences_leave_it_and_no_others_come() -> None:
     timed.serve(num_requests=6)
     timed.wait(1.0)
     assert timed.pipeline.scheduler.num_failovers > 0
+    assert timed.pipeline.scheduler.is_resting(slow)
+    assert not timed.pipeline.scheduler.is_resting(other)
     assert slow not in timed.serve()
 
 

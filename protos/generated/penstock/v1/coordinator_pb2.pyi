@@ -145,7 +145,7 @@ class GetMeshResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ..., sequences_moved: _Optional[int] = ..., positions_restored: _Optional[int] = ..., split: _Optional[str] = ...) -> None: ...
 
 class StageState(_message.Message):
-    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest", "passed_over")
+    __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest", "passed_over", "resting")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class StageState(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PASSED_OVER_FIELD_NUMBER: _ClassVar[int]
+    RESTING_FIELD_NUMBER: _ClassVar[int]
     index: int
     address: str
     first_layer: int
@@ -196,7 +197,8 @@ class StageState(_message.Message):
     sequences: int
     weights_digest: str
     passed_over: bool
-    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ..., replica: _Optional[int] = ..., spare: _Optional[bool] = ..., draining: _Optional[bool] = ..., sequences: _Optional[int] = ..., weights_digest: _Optional[str] = ..., passed_over: _Optional[bool] = ...) -> None: ...
+    resting: bool
+    def __init__(self, index: _Optional[int] = ..., address: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., ready: _Optional[bool] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., starved_fraction: _Optional[float] = ..., rows_per_second: _Optional[float] = ..., problem: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stolen_fraction: _Optional[float] = ..., starved_for_schedule: _Optional[float] = ..., starved_for_upstream: _Optional[float] = ..., starved_by_wire: _Optional[float] = ..., starved_by_serialising: _Optional[float] = ..., replica: _Optional[int] = ..., spare: _Optional[bool] = ..., draining: _Optional[bool] = ..., sequences: _Optional[int] = ..., weights_digest: _Optional[str] = ..., passed_over: _Optional[bool] = ..., resting: _Optional[bool] = ...) -> None: ...
 
 class AddReplicaRequest(_message.Message):
     __slots__ = ("stage_index", "address", "spare", "split")
