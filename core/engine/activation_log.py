@@ -3,7 +3,7 @@
 When the next stage loses what it computed, these rows are sent again. They share the fate of
 their KV block: whoever shares the block shares its rows, and the next owner overwrites them.
 
-Letters: T rows, H hidden size, P places (positions of all KV blocks).
+Letters: T rows, W elements of a row on the wire, P places (positions of all KV blocks).
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.kernels.memory import aligned_zeros
-
-_WIRE_TYPES = {"f32": np.float32, "bf16": np.uint16}
-
-
-def log_row_bytes(hidden_size: int, wire: str) -> int:
-    """Bytes that one position takes in the log."""
-    return hidden_size * np.dtype(_WIRE_TYPES[wire]).itemsize
+from core.wire.codecs import codec_named
 
 
 class ActivationLog:
@@ -30,12 +24,13 @@ class ActivationLog:
     """
 
     def __init__(self, *, num_places: int, hidden_size: int, wire: str) -> None:
-        self._rows_PH = aligned_zeros((num_places, hidden_size), _WIRE_TYPES[wire])
+        codec = codec_named(wire)
+        self._rows_PW = aligned_zeros((num_places, codec.width(hidden_size)), codec.dtype)
 
-    def write(self, places_T: npt.NDArray[np.int64], rows_TH: npt.NDArray[Any]) -> None:
+    def write(self, places_T: npt.NDArray[np.int64], rows_TW: npt.NDArray[Any]) -> None:
         """Keeps a row for each place."""
-        self._rows_PH[places_T] = rows_TH
+        self._rows_PW[places_T] = rows_TW
 
     def read(self, places_T: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Returns the rows of these places [T, H], C order; zeros where none was written."""
-        return self._rows_PH[places_T]
+        """Returns the rows of these places [T, W], C order; zeros where none was written."""
+        return self._rows_PW[places_T]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.engine.backend import StageRows
-from core.engine.port import ActivationPort
+from core.engine.port import make_port
 from core.engine.settings import EngineSettings
 from core.engine.stage_memory import (
     allocate_attention,
@@ -70,7 +70,7 @@ class CpuBackend:
         self._work = allocate_workspace(layout, settings, projects=projects)
         self._attention_work = allocate_attention(layout, num_positions=num_positions)
         self._outputs = allocate_outputs(layout, settings, projects=projects)
-        self._port = ActivationPort(
+        self._port = make_port(
             settings.wire,
             self._arithmetic.unquantised,
             hidden_TG=self._work.hidden_TG,

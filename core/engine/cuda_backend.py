@@ -22,9 +22,10 @@ import torch
 
 from core.engine.backend import StageRows
 from core.engine.cuda_sampler import CudaSampler, DeviceLogits
+from core.engine.port import host_port
 from core.engine.sequences import BLOCK_SIZE
 from core.engine.settings import EngineSettings
-from core.errors import Exhausted, ProtocolViolation
+from core.errors import Exhausted
 from core.kernels.attention.cuda import num_splits
 from core.kernels.cuda_device import CudaDevice, Device
 from core.kernels.fingerprint import cuda_kernel_key
@@ -104,12 +105,7 @@ class CudaBackend:
         return CudaSampler(self._device, self._config.vocab_size, self._settings.num_slots)
 
     def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
-        host_TH = self._host_hidden_TH[:num_rows]
-        if rows_TH is None or rows_TH.shape != host_TH.shape or rows_TH.dtype != host_TH.dtype:
-            seen = None if rows_TH is None else (rows_TH.shape, str(rows_TH.dtype))
-            expected = (host_TH.shape, str(host_TH.dtype))
-            raise ProtocolViolation(f"activations are {seen}, expected {expected}")
-        host_TH[:] = rows_TH
+        self._port.take(rows_TH, num_rows=num_rows)
         with self._device.scope():
             wire_TH = self._wire_TH[:num_rows]
             wire_TH.copy_(self._pinned_hidden_TH[:num_rows], non_blocking=True)
@@ -121,7 +117,7 @@ class CudaBackend:
             wire_TH.copy_(self._stage.residual_TH[:num_rows])
             self._pinned_hidden_TH[:num_rows].copy_(wire_TH, non_blocking=True)
         self._device.synchronize()
-        return self._host_hidden_TH[:num_rows]
+        return self._port.give(num_rows)
 
     def run(self, rows: StageRows) -> CudaOutputs:
         """Sends what the rows are, and replays the graphs of their padded number."""
@@ -170,7 +166,7 @@ class CudaBackend:
         self._wire_TH = self._device.zeros(hidden_shape, wire_type)
         self._pinned_hidden_TH = pinned(hidden_shape, wire_type)
         seen_as = torch.uint16 if settings.wire == "bf16" else torch.float32
-        self._host_hidden_TH = self._pinned_hidden_TH.view(seen_as).numpy()
+        self._port = host_port(settings.wire, self._pinned_hidden_TH.view(seen_as).numpy())
         tables_shape = tuple(self._stage.block_tables_RM.shape)
         self._known_tables_RM = np.zeros(tables_shape, np.int32)
         self._pinned_tables_RM = pinned(tables_shape, torch.int32)

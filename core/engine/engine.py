@@ -1,6 +1,6 @@
 """One stage's slice of a model with its KV cache: micro-batches in, activations or tokens out.
 
-Letters: T rows, H hidden size, R runs, S sampled rows, V vocabulary.
+Letters: T rows, H hidden size, as the wire's codec has it, R runs, S sampled rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Engine:
     """Computes the micro-batches of one stage. To be used by one thread at a time.
 
     A row's result depends on its sequence alone: not on the rows beside it, the size of
-    prefill chunks, the blocks that hold its keys and values, or where the model is cut.
+    prefill chunks, the blocks that hold its keys and values, or (but for a wire in int8, which
+    rounds there) where the model is cut.
     What computes them is the backend: this class keeps the sequences and asks for tokens.
     """
 
@@ -113,7 +114,7 @@ class Engine:
 
     @property
     def codec(self) -> str:
-        """How activations leave and arrive: "f32" or "bf16"."""
+        """How activations leave and arrive; see `core.wire.codecs`."""
         return self.settings.wire
 
     @property
@@ -152,9 +153,8 @@ class Engine:
     def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
         """Applies the batch's updates and computes it, or returns what is to be sent again.
 
-        `hidden_TH` is None on the first stage, and for what is replayed; else float32, or uint16
-        bit patterns where the wire is bf16. The result's array is valid until the next step.
-        Raises ProtocolViolation.
+        `hidden_TH` is None on the first stage, and for what is replayed; else rows in the wire's
+        codec. The result's array is valid until the next step. Raises ProtocolViolation.
         """
         if batch.replays:
             return StepResult(hidden_TH=self._replay(batch))

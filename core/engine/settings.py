@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from core.errors import InvalidInput
 from core.kernels.arithmetic import NUMBER_FORMATS
-
-WIRE_FORMATS = ("f32", "bf16")
+from core.wire.codecs import check_wire
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,10 @@ class EngineSettings:
     num_slots: int = 256  # most sequences at a time
     max_rows: int = 512  # most rows of a micro-batch
     context_length: int | None = None  # most positions of a sequence; None: the model's own
-    # Number format of activations between stages. "bf16" (not with fp32 weights) halves
-    # their bytes, and rounds the residual stream after every layer, so that a cut still changes
-    # nothing; see docs/decisions.md for what that costs.
+    # Codec of activations between stages. "bf16" (not with fp32 weights) halves their bytes, and
+    # rounds the residual stream after every layer, so that a cut still changes nothing. "int8"
+    # nearly halves them again, and rounds at the cut alone: so other cuts compute other bits. See
+    # docs/decisions.md for what they cost.
     wire: str = "f32"
     # Keeps the rows that are sent, so that they can be sent again. A last stage sends none.
     keeps_log: bool = False
@@ -31,9 +31,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:
             raise InvalidInput("number_format", self.number_format, " or ".join(NUMBER_FORMATS))
-        allowed = WIRE_FORMATS[:1] if self.number_format == "fp32" else WIRE_FORMATS
-        if self.wire not in allowed:
-            raise InvalidInput("wire", self.wire, " or ".join(allowed))
+        check_wire(self.wire, number_format=self.number_format)
         for name in ("num_kv_blocks", "num_slots", "max_rows"):
             if not 1 <= getattr(self, name) <= 1 << 30:
                 raise InvalidInput(name, getattr(self, name), "1 to 2^30")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.engine.activation_log import log_row_bytes
 from core.engine.settings import EngineSettings
 from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
@@ -38,6 +37,7 @@ from core.models.llama.weight_names import (
 )
 from core.pipeline.plan import StageSlice
 from core.weights.checkpoint import Checkpoint
+from core.wire.codecs import codec_named
 
 # A widened panel of this many inputs takes 1 MiB: half of a common second-level cache.
 MOST_INPUTS_OF_WIDE_PANEL = 4096
@@ -110,7 +110,7 @@ def kv_bytes_per_block(
     kv_bytes = num_layers * config.num_kv_heads * layout.block_words * 4
     if not settings.keeps_log or stage_slice.is_last:
         return kv_bytes
-    return kv_bytes + LANES * log_row_bytes(config.hidden_size, settings.wire)
+    return kv_bytes + LANES * codec_named(settings.wire).row_bytes(config.hidden_size)
 
 
 def allocate_workspace(

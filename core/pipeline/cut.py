@@ -1,7 +1,8 @@
 """Where a model is cut into stages, and with whose weights.
 
 A sequence may go on over any path whose layers have the weights that it began with: where the
-model is cut changes nothing in what is computed, to the bit.
+model is cut changes nothing in what is computed, to the bit. (Where a wire's codec rounds at the
+cut, there is one cut: `WireCodec.refuse_other_cuts`.)
 """
 
 from __future__ import annotations

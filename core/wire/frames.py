@@ -6,7 +6,7 @@ numbered along their link, and carry a checksum (XXH3-64) over their bytes. What
 arrives is checked field by field against the loaded manifest and against the
 schedule, never against what the peer claims.
 
-Letters: T rows, H hidden size.
+Letters: T rows, H hidden size, or the elements that it takes in the wire's codec.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def encode_frames(
     `max_frame_bytes` gets a frame of its own.
     """
     form = codec_named(codec)
-    num_rows, hidden_size = hidden_TH.shape
-    assert num_rows > 0
+    assert len(hidden_TH) > 0
     assert hidden_TH.dtype == form.dtype
     assert hidden_TH.flags.c_contiguous
     requests = []
@@ -57,7 +56,7 @@ def encode_frames(
         frame.codec = form.number
         frame.first_row = first
         frame.num_rows = end - first
-        frame.hidden_size = hidden_size
+        frame.hidden_size = form.hidden_size(hidden_TH.shape[1])
         frame.data = data
         frame.checksum = xxhash.xxh3_64_intdigest(data)
         frame.serialise_ns = time.perf_counter_ns() - started_ns
@@ -157,7 +156,8 @@ class FrameAssembler:
             raise ChecksumMismatch(
                 f"the bytes of frame {frame.sequence_number} changed on their way"
             )
-        part = np.frombuffer(data, self._codec.dtype).reshape(frame.num_rows, self._hidden_size)
+        part = np.frombuffer(data, self._codec.dtype).reshape(frame.num_rows, -1)
+        self._codec.check(part, hidden_size=self._hidden_size)
         if partial.is_abandoned:
             self._num_dropped += 1
         else:
@@ -169,7 +169,7 @@ class FrameAssembler:
 
     def _check_form(self, frame: tensor_pb2.ActivationFrame, size_bytes: int) -> None:
         """Checks what must hold whatever the state."""
-        row_bytes = self._hidden_size * self._codec.element_size_bytes
+        row_bytes = self._codec.row_bytes(self._hidden_size)
         if frame.num_rows == 0:
             raise MalformedMessage(f"frame {frame.sequence_number} has no rows")
         # Credits count frames: what waits for its order is bounded only if each of them is.
@@ -238,8 +238,8 @@ class FrameAssembler:
 
 
 def _cuts(hidden_TH: Activations, max_frame_bytes: int) -> Iterator[tuple[int, int]]:
-    num_rows, hidden_size = hidden_TH.shape
-    rows_per_frame = max(1, max_frame_bytes // (hidden_size * hidden_TH.itemsize))
+    num_rows, width = hidden_TH.shape
+    rows_per_frame = max(1, max_frame_bytes // (width * hidden_TH.itemsize))
     for first in range(0, num_rows, rows_per_frame):
         yield first, min(first + rows_per_frame, num_rows)
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penstock/v1/tensor.proto\x12\x0bpenstock.v1\"\xfc\x01\n\x0f\x41\x63tivationFrame\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x16\n\x0emicro_batch_id\x18\x02 \x01(\x04\x12\x17\n\x0fsequence_number\x18\x03 \x01(\x04\x12!\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x12.penstock.v1.Codec\x12\x11\n\tfirst_row\x18\x05 \x01(\r\x12\x10\n\x08num_rows\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x08 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\x14\n\x0cserialise_ns\x18\n \x01(\x04\x12\x14\n\x0csent_unix_ns\x18\x0b \x01(\x06*=\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_F32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18penstock/v1/tensor.proto\x12\x0bpenstock.v1\"\xfc\x01\n\x0f\x41\x63tivationFrame\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x16\n\x0emicro_batch_id\x18\x02 \x01(\x04\x12\x17\n\x0fsequence_number\x18\x03 \x01(\x04\x12!\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x12.penstock.v1.Codec\x12\x11\n\tfirst_row\x18\x05 \x01(\r\x12\x10\n\x08num_rows\x18\x06 \x01(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x08 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\x14\n\x0cserialise_ns\x18\n \x01(\x04\x12\x14\n\x0csent_unix_ns\x18\x0b \x01(\x06*M\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_F32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_INT8\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.tensor_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CODEC']._serialized_start=296
-  _globals['_CODEC']._serialized_end=357
+  _globals['_CODEC']._serialized_end=373
   _globals['_ACTIVATIONFRAME']._serialized_start=42
   _globals['_ACTIVATIONFRAME']._serialized_end=294
 # @@protoc_insertion_point(module_scope)

@@ -10,9 +10,11 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_UNSPECIFIED: _ClassVar[Codec]
     CODEC_F32: _ClassVar[Codec]
     CODEC_BF16: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
 CODEC_UNSPECIFIED: Codec
 CODEC_F32: Codec
 CODEC_BF16: Codec
+CODEC_INT8: Codec
 
 class ActivationFrame(_message.Message):
     __slots__ = ("link_id", "micro_batch_id", "sequence_number", "codec", "first_row", "num_rows", "hidden_size", "data", "checksum", "serialise_ns", "sent_unix_ns")
