@@ -8,10 +8,10 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # What `make mesh MODEL=... STAGES=...` takes. The values reach the programs as
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
-OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
+OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE WIRE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
 	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
-	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WINDOWS QUESTIONS \
+	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WIRES WINDOWS QUESTIONS \
 	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
@@ -29,7 +29,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu WIRE=f32 SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1 ADDRESS=host:port CA=path KEY=
@@ -86,7 +86,7 @@ bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STRE
 gpu: $(DEV_STAMP) ## tests and measures the CUDA engine on this machine's GPU: JSON=path
 	@$(PYTHON) -m tests.benchmarks.gpu
 
-quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 int8 int4" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
+quality: $(DEV_STAMP) ## measures what number formats cost: FORMATS="bf16 fp32 int8 int4" STAGES=1 WIRES="f32 bf16 int8" WINDOWS=32 QUESTIONS=1000 JSON=path MODEL=
 	@$(PYTHON) -m tests.benchmarks.quality
 
 simulate: $(DEV_STAMP) ## prints how busy the scheduler keeps simulated pipelines of 2 to 64 stages

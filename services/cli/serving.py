@@ -86,6 +86,14 @@ def mesh(
             help="Where stages compute: cpu, cuda, or auto: a GPU where one can be used.",
         ),
     ] = "cpu",
+    wire: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_WIRE",
+            help="How activations travel between stages: f32, bf16 (half the bytes), or int8 "
+            "(a quarter, with the cut a part of what is computed).",
+        ),
+    ] = "f32",
     split: Annotated[
         str | None,
         typer.Option(
@@ -187,6 +195,7 @@ def mesh(
         slow_down={} if slow is None else parse_factors("slow", slow),
         dtype=dtype,
         device=device,
+        wire=wire,
         split=split,
         seal_keys=keys or default_keys_folder(),
         manifest=manifest,

@@ -14,7 +14,8 @@ def headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
     """What serves, and how it goes on the whole."""
     uptime_s = int(mesh.uptime.ToTimedelta().total_seconds())
     return (
-        f"{record.model} ({record.number_format}), cut into {mesh.split or 'nothing yet'}, "
+        f"{record.model} ({record.number_format}, {record.wire} on the wire), "
+        f"cut into {mesh.split or 'nothing yet'}, "
         f"at {record.gateway}, up {uptime_s} s: "
         f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
         f"{mesh.tokens_per_second:.0f} tokens/s, "

@@ -9,6 +9,7 @@ from penstock.v1 import coordinator_pb2, generation_pb2
 
 from core.errors import InvalidInput, Unavailable
 from core.pipeline.cut import Cut, Part
+from core.wire.codecs import codec_numbered
 from services.coordinator.conductor import Conductor
 from services.coordinator.fit import part_of
 from services.coordinator.gateway_stream import GatewayStream
@@ -26,10 +27,19 @@ class Administration:
         self._trail = conductor.trail
 
     def add(self, request: coordinator_pb2.AddReplicaRequest, *, actor: str) -> None:
-        """Takes a replica in; raises InvalidInput, Exhausted, Unavailable."""
+        """Takes a replica in; raises InvalidInput, Exhausted, Unavailable,
+        PlanImpossible."""
         stage, address, split = request.stage_index, request.address, request.split
+        if split:
+            self._check_cut(split)
         self._replicas.add(stage, address, is_spare=request.spare, split=split)
         self._trail.record("replica added", actor, stage=stage, address=address)
+
+    def _check_cut(self, split: str) -> None:
+        """Raises PlanImpossible for another cut, where the wire's codec allows none."""
+        known, manifest = self._replicas.known_cut(), self._replicas.manifest
+        if manifest is not None and known.at(split) != known:
+            codec_numbered(manifest.codec).refuse_other_cuts()
 
     def choose_weights(self, request: coordinator_pb2.ChooseWeightsRequest, *, actor: str) -> None:
         """Has new sequences take other weights of a stage; raises NotFound, Unavailable."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from penstock.v1 import stage_pb2
+from penstock.v1 import stage_pb2, tensor_pb2
 
 from core.errors import ProtocolViolation
 from core.pipeline.cut import Part
@@ -146,4 +146,6 @@ def _check_layers(newcomer: Manifest, other: Manifest) -> None:
 
 def _value(ready: stage_pb2.StageReady, field: str) -> Any:
     value = getattr(ready, field)
+    if field == "codec" and value in tensor_pb2.Codec.values():
+        return tensor_pb2.Codec.Name(value)
     return list(value) if field == "eos_token_ids" else value

@@ -66,6 +66,7 @@ class MeshLayout:
     coordinator_metrics_port: int
     gateway_address: str
     gateway_metrics_port: int
+    wire: str = "f32"  # codec of activations between stages
     shortcuts: bool = True
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     # Folder with the keys of a sealed model; "": it is not sealed.
@@ -152,6 +153,7 @@ class MeshLayout:
                 "--layers": self.stages[index].layers,
                 "--dtype": self.number_format,
                 "--device": self.device,
+                "--wire": self.wire,
                 "--kv-blocks": str(self.kv_blocks),
                 "--max-rows": str(self.max_rows),
                 "--max-sequences": str(self.max_sequences),

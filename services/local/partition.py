@@ -8,10 +8,10 @@ from core.models.llama.config import LlamaConfig
 from core.pipeline.costs import DecoderShape, ModelCosts, estimate_costs
 from core.pipeline.partitioner import Node, parse_split, partition, plan_split
 from core.pipeline.plan import PipelinePlan, StageSlice
+from core.wire.codecs import codec_named
 from services.local.memory import POSITIONS_PER_BLOCK
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-_WIRE_ELEMENT_BYTES = 4  # a local mesh sends float32, whatever it computes with
 # A byte, and a float32 scale for 64 of them.
 _INT8_WEIGHT_BYTES = 1 + 4 / 64
 # 4 bits, and a float16 scale and minimum for 32 of them. Matrices that have more bits in the file
@@ -46,11 +46,11 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
 
 
 def stage_block_bytes(
-    config: LlamaConfig, slices: Sequence[StageSlice], costs: ModelCosts
+    config: LlamaConfig, slices: Sequence[StageSlice], costs: ModelCosts, *, wire: str
 ) -> list[int]:
     """Bytes of one KV block in each stage; all but the last keep the rows beside it that they
     sent."""
-    sent_bytes = POSITIONS_PER_BLOCK * config.hidden_size * _WIRE_ELEMENT_BYTES
+    sent_bytes = POSITIONS_PER_BLOCK * codec_named(wire).row_bytes(config.hidden_size)
     return [
         sum(costs.kv_block_bytes[part.first_layer : part.end_layer])
         + (0 if part.is_last else sent_bytes)

@@ -15,6 +15,7 @@ from core.pipeline.costs import ModelCosts
 from core.pipeline.plan import PipelinePlan
 from core.weights.open import open_checkpoint
 from core.weights.sealed.identity import SealKeys
+from core.wire.codecs import check_wire
 from services.common.data_folder import default_data_folder
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
@@ -57,6 +58,7 @@ def prepare(
     manifest = settings.manifest or catalogue_manifest(settings.model, path)
     keys = seal_keys(path, settings.seal_keys)
     model = read_model(path, dtype=_chosen_dtype(settings), keys=keys)
+    check_wire(settings.wire, number_format=model.number_format)
     plan = plan_stages(
         model.config,
         number_format=model.number_format,
@@ -70,6 +72,7 @@ def prepare(
         model_path=str(path),
         number_format=model.number_format,
         device=settings.device,
+        wire=settings.wire,
         kv_blocks=kv_blocks,
         prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
@@ -167,7 +170,7 @@ def _choose_kv_blocks(
     blocks_a_sequence = -(-config.context_length // POSITIONS_PER_BLOCK)
     fp32 = model_costs(config, number_format="fp32")
     processes = [settings.processes_of(index) for index in range(len(plan.stages))]
-    blocks = stage_block_bytes(config, plan.slices, costs)
+    blocks = stage_block_bytes(config, plan.slices, costs, wire=settings.wire)
     needs = MemoryNeeds(
         available_bytes=psutil.virtual_memory().available,
         weights_bytes=_sum_of_products(processes, [s.weights_bytes for s in plan.stages]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from core.errors import InvalidInput, PlanImpossible
 from core.pipeline.partitioner import parse_split
 from core.pipeline.plan import StageSlice
+from core.wire.codecs import codec_named
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout, replica_name
 from services.local.ports import HOST, HeldPorts
 
@@ -40,8 +41,9 @@ def plan_recut(
     What is new listens on ports that `ports` holds.
 
     Raises InvalidInput where `split` is no cut of the model, PlanImpossible where the layers of a
-    stage come from several models.
+    stage come from several models, or the wire's codec allows no other cut.
     """
+    codec_named(layout.wire).refuse_other_cuts()
     slices = parse_split(split, num_layers=layout.stages[-1].end_layer)
     of_layers = {stage.layers: stage for stage in layout.stages}
     names = set(taken_names)

@@ -75,9 +75,10 @@ async def repartition(
     `key` is an API key for the gateway, where it asks for one: with the scope "tokenize".
 
     Raises InvalidInput (no other cut of the model), PlanImpossible (both cuts do not fit at once,
-    or a stage would have weights of several models), Exhausted (another one is under way),
-    Unavailable (a new process ended, did not fit or answered otherwise than the old ones; the mesh
-    cannot be reached). Up to the line that new sequences take the new cut, all is then as it was.
+    a stage would have weights of several models, or the wire's codec allows no other cut),
+    Exhausted (another one is under way), Unavailable (a new process ended, did not fit or answered
+    otherwise than the old ones; the mesh cannot be reached). Up to the line that new sequences take
+    the new cut, all is then as it was.
     """
     async with running_mesh(record, socket_path=socket_path, key=key, say=say) as mesh:
         await Mover(change, mesh).run()

@@ -27,7 +27,8 @@ def check_room(slices: Sequence[StageSlice], layout: MeshLayout) -> None:
         FurtherNeeds(
             available_bytes=psutil.virtual_memory().available,
             weights_bytes=sum(_weights_bytes(costs, one) for one in slices),
-            kv_bytes=layout.kv_blocks * sum(stage_block_bytes(config, slices, costs)),
+            kv_bytes=layout.kv_blocks
+            * sum(stage_block_bytes(config, slices, costs, wire=layout.wire)),
             packing_bytes=packing_bytes(
                 model_costs(config, number_format="fp32"), num_replicas=len(slices)
             ),

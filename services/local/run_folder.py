@@ -43,6 +43,7 @@ class MeshRecord:
     number_format: str
     gateway: str
     coordinator: str
+    wire: str = "f32"  # codec of activations between stages
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
     # Folder with the keys of a sealed model; "": it is not sealed.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import InvalidInput
+from core.wire.codecs import codec_named
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.number_format import NUMBER_FORMATS
 
@@ -44,6 +45,8 @@ class MeshSettings:
     dtype: str = "auto"
     # Where stages compute: "cpu", "cuda", or "auto": a GPU where one can be used.
     device: str = "cpu"
+    # Codec of activations between stages: see `core.wire.codecs`.
+    wire: str = "f32"
     # Layers of each stage, "0:14,14:30"; None: balanced by estimated time.
     split: str | None = None
     # Folder with the keys of sealed models.
@@ -78,6 +81,7 @@ class MeshSettings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *NUMBER_FORMATS):
             raise InvalidInput("dtype", self.dtype, " or ".join(("auto", *NUMBER_FORMATS)))
+        codec_named(self.wire)
         if self.device not in DEVICES:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if self.speculation < 0:

@@ -161,8 +161,8 @@ class Supervisor:
         """Puts a cut on trial, and starts nothing yet.
 
         Raises InvalidInput (no other cut of the model), PlanImpossible (several models in a stage,
-        no room for both cuts at once), Exhausted (another one is on trial), NotFound (a stage has
-        no identity, and none can be made here).
+        no room for both cuts at once, a codec that allows no other cut), Exhausted (another one is
+        on trial), NotFound (a stage has no identity, and none can be made here).
         """
         if self._recut is not None:
             raise Exhausted("layers are being moved already")
@@ -237,6 +237,7 @@ class Supervisor:
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
                 coordinator=layout.coordinator_address,
+                wire=layout.wire,
                 certs=layout.certs,
                 seal_keys=layout.seal_keys,
                 processes=(own, *(process.record() for process in self.mesh.processes)),

@@ -25,7 +25,9 @@ def stage(
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; default none")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4")] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one")] = "cpu",
-    wire: Annotated[str, typer.Option(help="Activations between stages: f32 or bf16")] = "f32",
+    wire: Annotated[
+        str, typer.Option(help="Activations between stages: f32, bf16 or int8")
+    ] = "f32",
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
     max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,

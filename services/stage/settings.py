@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InvalidInput
+from core.wire.codecs import check_wire
 
 NUMBER_FORMATS = ("fp32", "bf16", "int8", "int4")
 DEVICES = ("auto", "cpu", "cuda")
@@ -23,7 +24,7 @@ class StageSettings:
     metrics_port: int | None = None  # None: no metrics; 0: a free one
     number_format: str = "bf16"
     device: str = "cpu"  # "cuda", or "auto": a GPU where one can be used
-    wire: str = "f32"  # activations between stages: "f32", or "bf16" unless weights are fp32
+    wire: str = "f32"  # codec of activations between stages; see `core.wire.codecs`
     num_kv_blocks: int = 1024
     max_rows: int = 512  # of a micro-batch
     max_sequences: int = 256  # at a time
@@ -43,6 +44,7 @@ class StageSettings:
     def __post_init__(self) -> None:
         if self.number_format not in NUMBER_FORMATS:
             raise InvalidInput("dtype", self.number_format, " or ".join(NUMBER_FORMATS))
+        check_wire(self.wire, number_format=self.number_format)
         if self.device not in DEVICES:
             raise InvalidInput("device", self.device, " or ".join(DEVICES))
         if (self.sealer is None) != (self.identity_key is None):
