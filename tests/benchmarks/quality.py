@@ -1,18 +1,19 @@
-"""`python -m tests.benchmarks.quality`: what each number format costs in quality.
+"""`python -m tests.benchmarks.quality`: what number formats and codecs of the wire cost in quality.
 
-Perplexity on WikiText-2 and accuracy on HellaSwag, of the engine itself in one stage. The first
-format is what the others are compared with.
+Perplexity on WikiText-2 and accuracy on HellaSwag, of the engines themselves, in one stage or more.
+The first format, with the first codec, is what the others are compared with.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +40,26 @@ from tests.support.likelihood import log_likelihoods
 CHUNK = 128  # rows whose logits are held at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Of one number format. `answers` has a choice for each question."""
+class Arithmetic(NamedTuple):
+    """What is measured."""
 
     number_format: str
+    wire: str
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return self.number_format + (f", {self.wire} on the wire" if self.num_stages > 1 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Of one arithmetic. `answers` has a choice for each question."""
+
+    number_format: str
+    wire: str
+    num_stages: int
+    name: str
     perplexity: float
     accuracy: float
     answers: list[int]
@@ -54,6 +70,13 @@ def main(
     formats: Annotated[
         str, typer.Option(envvar="PENSTOCK_FORMATS", help="Number formats, such as 'bf16 int8'.")
     ] = "bf16 fp32 int8 int4",
+    stages: Annotated[
+        int, typer.Option(envvar="PENSTOCK_STAGES", help="How many engines share the layers.")
+    ] = 1,
+    wires: Annotated[
+        str,
+        typer.Option(envvar="PENSTOCK_WIRES", help="Codecs between them, such as 'f32 bf16 int8'."),
+    ] = "f32",
     windows: Annotated[
         int, typer.Option(envvar="PENSTOCK_WINDOWS", help="Windows of 1,024 tokens of WikiText-2.")
     ] = 32,
@@ -68,13 +91,13 @@ def main(
     """Measures and prints a table."""
     path = resolve_model(model)
     asked = hellaswag_questions(questions)
+    pairs = itertools.product(formats.split(), wires.split())
+    measured = [Arithmetic(number_format, wire, stages) for number_format, wire in pairs]
     with (
         Progress(console=console) as progress,
         ThreadPoolExecutor(2) as pool,
     ):  # kernels hold no GIL
-        rows = list(
-            pool.map(lambda name: _measure(path, name, windows, asked, progress), formats.split())
-        )
+        rows = list(pool.map(lambda one: _measure(path, one, windows, asked, progress), measured))
     console.print(quality_table(rows, asked))
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -82,14 +105,19 @@ def main(
 
 def _measure(
     path: Path,
-    number_format: str,
+    arithmetic: Arithmetic,
     num_windows: int,
     questions: Sequence[Question],
     progress: Progress,
 ) -> Quality:
-    task = progress.add_task(number_format, total=num_windows * 4 + len(questions))
+    task = progress.add_task(arithmetic.name, total=num_windows * 4 + len(questions))
     checkpoint, tokenizer = open_checkpoint(path), load_tokenizer(path)
-    chain = Chain(checkpoint, load_config(checkpoint), number_format=number_format, max_rows=CHUNK)
+    chain = Chain(
+        checkpoint,
+        load_config(checkpoint),
+        **arithmetic._asdict(),
+        max_rows=CHUNK,
+    )
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_bos=False)
@@ -108,7 +136,8 @@ def _measure(
     tokenizer.close()
     checkpoint.close()
     return Quality(
-        number_format=number_format,
+        **arithmetic._asdict(),
+        name=arithmetic.name,
         perplexity=result,
         accuracy=_share(answers, [question.right for question in questions]),
         answers=answers,
@@ -116,7 +145,7 @@ def _measure(
 
 
 def quality_table(rows: Sequence[Quality], questions: Sequence[Question]) -> Table:
-    """Every format beside the first one."""
+    """Every arithmetic beside the first one."""
     first = rows[0]
     table = Table(
         title=f"perplexity on WikiText-2, accuracy on {len(questions)} questions of HellaSwag"
@@ -124,7 +153,7 @@ def quality_table(rows: Sequence[Quality], questions: Sequence[Question]) -> Tab
     for column in (
         "format",
         "perplexity",
-        f"against {first.number_format}",
+        f"against {first.name}",
         "accuracy",
         "same answers",
     ):
@@ -132,7 +161,7 @@ def quality_table(rows: Sequence[Quality], questions: Sequence[Question]) -> Tab
     for row in rows:
         error = sqrt(row.accuracy * (1 - row.accuracy) / max(len(questions), 1))
         table.add_row(
-            row.number_format,
+            row.name,
             f"{row.perplexity:.3f}",
             f"{row.perplexity / first.perplexity - 1:+.2%}",
             f"{row.accuracy:.1%} +- {error:.1%}",

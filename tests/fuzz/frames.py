@@ -6,6 +6,7 @@ An input is a row of records: a letter (F frame, E expect, A abandon), a length,
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from random import Random
 
 import numpy as np
@@ -14,6 +15,8 @@ from google.protobuf.message import DecodeError
 from penstock.v1 import stage_pb2, tensor_pb2
 
 from core.errors import PenstockError
+from core.kernels.blocks.reference import encode_rows
+from core.wire.codecs import Activations, codec_named
 from core.wire.frames import FrameAssembler, encode_frames
 from services.common.shortcut import parse
 from tests.fuzz.damage import any_damage, odd_number
@@ -29,15 +32,27 @@ _U64_FIELDS = ("link_id", "micro_batch_id", "sequence_number", "checksum", "seri
 
 def make_target() -> FuzzTarget:
     return FuzzTarget(
-        try_input=_assemble,
+        try_input=_assemble_both,
         refusals=(PenstockError,),
-        seeds=[_conversation(rows) for rows in ((1,), (3, 1), (9, 2, 5))],
+        seeds=[
+            _conversation(rows, codec)
+            for rows in ((1,), (3, 1), (9, 2, 5))
+            for codec in ("bf16", "int8")
+        ],
         mutate=_mutate,
     )
 
 
-def _assemble(data: bytes) -> None:
-    assembler = FrameAssembler(_HIDDEN_SIZE, "bf16", link_id=_LINK)
+def _assemble_both(data: bytes) -> None:
+    """Links of both codecs get the input; what one refuses, the other may take."""
+    with suppress(PenstockError):
+        _assemble(data, "int8")
+    _assemble(data, "bf16")
+
+
+def _assemble(data: bytes, codec: str) -> None:
+    assembler = FrameAssembler(_HIDDEN_SIZE, codec, link_id=_LINK)
+    width = codec_named(codec).width(_HIDDEN_SIZE)
     for kind, content in _records(data):
         complete = None
         if kind == b"F":
@@ -49,7 +64,7 @@ def _assemble(data: bytes) -> None:
             complete = assembler.expect(micro_batch_id, max(1, num_rows))
         elif kind == b"A":
             assembler.abandon(int.from_bytes(content[:8], "little"))
-        if complete is not None and complete.hidden_TH.shape[1] != _HIDDEN_SIZE:
+        if complete is not None and complete.hidden_TH.shape[1] != width:
             raise AssertionError("activations are not of the manifest's size")
 
 
@@ -66,17 +81,16 @@ def _join(records: list[Record]) -> bytes:
     return b"".join(_HEAD.pack(kind, len(content)) + content for kind, content in records)
 
 
-def _conversation(rows: tuple[int, ...]) -> bytes:
+def _conversation(rows: tuple[int, ...], codec: str) -> bytes:
     records: list[Record] = []
     sequence_number = 0
     for micro_batch_id, num_rows in enumerate(rows, start=1):
-        hidden_TH = np.arange(num_rows * _HIDDEN_SIZE, dtype=np.uint16)
         frames = encode_frames(
-            hidden_TH.reshape(num_rows, _HIDDEN_SIZE),
+            _activations(num_rows, codec),
             link_id=_LINK,
             micro_batch_id=micro_batch_id,
             first_sequence_number=sequence_number,
-            codec="bf16",
+            codec=codec,
             max_frame_bytes=64,
         )
         sequence_number += len(frames)
@@ -84,6 +98,11 @@ def _conversation(rows: tuple[int, ...]) -> bytes:
         place = len(records) - micro_batch_id % 2
         records.insert(place, (b"E", _SCHEDULE.pack(micro_batch_id, num_rows)))
     return _join([*records, (b"A", (1).to_bytes(8, "little"))])
+
+
+def _activations(num_rows: int, codec: str) -> Activations:
+    values = np.arange(num_rows * _HIDDEN_SIZE, dtype=np.uint16).reshape(num_rows, _HIDDEN_SIZE)
+    return values if codec == "bf16" else encode_rows(values.astype(np.float32))
 
 
 def _mutate(data: bytes, random: Random) -> bytes:
@@ -114,8 +133,9 @@ def _damage_frame(content: bytes, random: Random) -> bytes:
     if kind == 0:
         frame.data = any_damage(frame.data, random)
     elif kind == 1:
-        frame.data = bytes(16 * random.randrange(9))
-        frame.num_rows = len(frame.data) // 16
+        row_bytes = codec_named(random.choice(("bf16", "int8"))).row_bytes(_HIDDEN_SIZE)
+        frame.num_rows = random.randrange(9)
+        frame.data = bytes(row_bytes * frame.num_rows)
     else:
         _set_number(frame, random)
     if random.random() < 0.8:

@@ -35,6 +35,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
     block_size: int = 16
     model: str = "fake"
     fingerprint: str = "f"
+    codec: tensor_pb2.Codec = tensor_pb2.CODEC_F32
     weights: str = "w"
     first_layer: int = -1  # -1: two layers a stage
     end_layer: int = -1  # likewise
@@ -143,7 +144,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
             vocab_size=VOCAB_SIZE,
             context_length=self.context_length,
             number_format="fp32",
-            codec=tensor_pb2.CODEC_F32,
+            codec=self.codec,
             kv_block_size=self.block_size,
             num_kv_blocks=self.num_kv_blocks,
             max_rows=self.max_rows,

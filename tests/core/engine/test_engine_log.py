@@ -17,7 +17,10 @@ from tests.core.engine.test_engine_protocol import SETTINGS, build, make_batch, 
 from tests.support.chain import Chain, Run
 
 OpenOne = Callable[[str], OpenModel]
-FORMATS = [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")]
+FORMATS = [
+    *(("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")),
+    *(("bf16", "int8"), ("int8", "int8")),
+]
 
 
 def send(chain: Chain, runs: Sequence[Run]) -> np.ndarray:
@@ -137,14 +140,15 @@ def test_the_log_counts_as_cache(open_model: OpenOne) -> None:
     settings = replace(SETTINGS, number_format="bf16", keeps_log=True)
     sizes = {
         (wire, end): build(model, end - 2, end, replace(settings, wire=wire)).kv_block_bytes
-        for wire in ("f32", "bf16")
+        for wire in ("f32", "bf16", "int8")
         for end in (2, 4)
     }
     # Keys and values of 2 layers, 16 positions, 2 heads of 16 elements of 2 bytes.
     without = 2 * 2 * 16 * 2 * 16 * 2
-    assert sizes["f32", 4] == sizes["bf16", 4] == without
+    assert sizes["f32", 4] == sizes["bf16", 4] == sizes["int8", 4] == without
     assert sizes["f32", 2] == without + 16 * 64 * 4
     assert sizes["bf16", 2] == without + 16 * 64 * 2
+    assert sizes["int8", 2] == without + 16 * (64 + 2 * 2)
 
 
 def logging_engine(open_model: OpenOne) -> Engine:

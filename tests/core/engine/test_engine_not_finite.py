@@ -17,9 +17,9 @@ GREEDY = SamplingParameters(max_tokens=4, temperature=0.0)
 DRAWN = SamplingParameters(max_tokens=4, temperature=1.0, seed=7)
 WITH_LOGPROBS = SamplingParameters(max_tokens=4, temperature=0.0, logprobs=2)
 PROMPT = [5, 6, 7]
-# Of the wire's codecs: float32, and the bit patterns of bfloat16.
-NAN = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0)}
-INFINITY = {"f32": np.float32(-np.inf), "bf16": np.uint16(0x7F80)}
+# Of the wire's codecs: float32, the bit patterns of bfloat16, and what int8 has for both.
+NAN = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0), "int8": np.uint8(0x80)}
+INFINITY = {"f32": np.float32(-np.inf), "bf16": np.uint16(0x7F80), "int8": np.uint8(0x80)}
 
 
 def tokens_after(chain: Chain, *, spoiled: dict[int, object]) -> tuple[int, ...]:
@@ -43,7 +43,8 @@ def tokens_after(chain: Chain, *, spoiled: dict[int, object]) -> tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    ("number_format", "wire"), [("fp32", "f32"), ("bf16", "bf16"), ("int8", "bf16")]
+    ("number_format", "wire"),
+    [("fp32", "f32"), ("bf16", "bf16"), ("int8", "bf16"), ("fp32", "int8"), ("int8", "int8")],
 )
 def test_no_token_comes_of_what_is_not_finite(
     number_format: str, wire: str, open_model: OpenOne

@@ -28,7 +28,7 @@ from tests.core.engine.test_engine_invariance import GREEDY, SEQUENCE, compute, 
 from tests.support.chain import Chain, Run
 
 OpenOne = Callable[[str], OpenModel]
-FORMATS = [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32")]
+FORMATS = [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("bf16", "int8")]
 SAMPLING = [
     GREEDY,
     SamplingParameters(max_tokens=8, temperature=1.2, top_p=0.9, seed=7),

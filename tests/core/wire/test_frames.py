@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.v1 import tensor_pb2
 
 from core.errors import ChecksumMismatch, InvalidInput, MalformedMessage, ProtocolViolation
+from core.kernels.blocks.reference import encode_rows
 from core.wire.codecs import codec_named
 from core.wire.frames import MAX_FRAME_BYTES, FrameAssembler, encode_frames
 
@@ -21,6 +22,9 @@ LINK = 3
 
 
 def activations(num_rows: int, *, codec: str = "f32", seed: int = 0) -> np.ndarray:
+    if codec == "int8":
+        rows_TH = np.random.default_rng(seed).normal(size=(num_rows, HIDDEN))
+        return encode_rows(rows_TH.astype(np.float32))
     dtype = np.dtype(codec_named(codec).dtype)
     raw = np.random.default_rng(seed).bytes(num_rows * HIDDEN * dtype.itemsize)
     return np.frombuffer(raw, dtype).reshape(num_rows, HIDDEN)
@@ -66,7 +70,7 @@ def test_golden_bytes() -> None:
 GOLDEN_CHECKSUM = "ee64e198eee3d863"
 
 
-@pytest.mark.parametrize("codec", ["f32", "bf16"])
+@pytest.mark.parametrize("codec", ["f32", "bf16", "int8"])
 def test_a_single_frame_is_taken_without_a_copy(codec: str) -> None:
     hidden_TH = activations(2, codec=codec)
     (frame,) = frames_of(hidden_TH, codec=codec)
@@ -258,12 +262,12 @@ def test_ids_must_ascend_in_the_schedule() -> None:
 
 
 def test_an_unknown_codec_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="f32 or bf16"):
+    with pytest.raises(InvalidInput, match="f32 or bf16 or int8"):
         FrameAssembler(HIDDEN, "fp8", link_id=LINK)
 
 
 @given(
-    codec=st.sampled_from(["f32", "bf16"]),
+    codec=st.sampled_from(["f32", "bf16", "int8"]),
     rows=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     max_bytes=st.integers(1, 400),
     early=st.booleans(),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
 from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1 import tensor_pb2
 
 from tests.services.coordinator.conftest import Gateway, RunningCoordinator, coordinator
 from tests.support.fake_engine import completion
@@ -58,8 +59,8 @@ class Moving(NamedTuple):
 
 
 @asynccontextmanager
-async def moving() -> AsyncIterator[Moving]:
-    async with fake_stages(2, replicas=[1, 3], seconds_a_batch=0.002) as stages:
+async def moving(**fields: Any) -> AsyncIterator[Moving]:
+    async with fake_stages(2, replicas=[1, 3], seconds_a_batch=0.002, **fields) as stages:
         for stage, layer in zip(stages[2:], (2, 3), strict=True):
             stage.first_layer, stage.end_layer = layer, layer + 1
         async with coordinator(stages[:2]) as running, running.gateway() as gateway:
@@ -145,6 +146,16 @@ async def test_a_replica_of_other_layers_than_its_cut_says_is_refused() -> None:
         await mesh.add_new()
         while "layers are 2:4, not 2:3" not in str((await mesh.gateway.get_mesh()).stages):
             pass
+
+
+async def test_where_a_codec_rounds_at_the_cut_there_is_no_other_cut() -> None:
+    async with moving(codec=tensor_pb2.CODEC_INT8) as mesh:
+        with pytest.raises(grpc.aio.AioRpcError, match="rounded to int8") as caught:
+            await mesh.add_new()
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert len((await mesh.gateway.get_mesh()).stages) == 2
+        request = pb.AddReplicaRequest(stage_index=1, address="127.0.0.1:1", split=OLD)
+        await mesh.gateway.stub.AddReplica(request)
 
 
 async def test_other_weights_are_no_cut_of_the_same_model() -> None:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import pytest
-from penstock.v1 import stage_pb2
+from penstock.v1 import stage_pb2, tensor_pb2
 
 from core.errors import InvalidInput, NotFound
 from core.pipeline.events import (
@@ -198,6 +198,7 @@ async def test_a_link_that_breaks_is_followed_by_another_one() -> None:
     [
         ("fingerprint", "another", "numerics_fingerprint is 'another', not 'f'"),
         ("context_length", 1024, "context_length is 1024, not 512"),
+        ("codec", tensor_pb2.CODEC_INT8, "codec is 'CODEC_INT8', not 'CODEC_F32'"),
         ("first_layer", 3, "layers are 3:5, not 2:4"),
         ("num_kv_blocks", 0, "has 0 KV blocks"),
     ],

@@ -239,9 +239,20 @@ def test_a_head_of_more_bits_than_the_layers_leaves_its_stage_fewer_of_them() ->
 def test_the_rows_that_a_stage_sent_take_room_beside_its_cache() -> None:
     plan = plan_stages(SMOLLM2, number_format="bf16", num_stages=2)
     costs = model_costs(SMOLLM2, number_format="bf16")
-    first, last = stage_block_bytes(SMOLLM2, plan.slices, costs)
     layer = 16 * 2 * 192 * 2
-    assert (first, last) == (18 * layer + 16 * 576 * 4, 12 * layer)
+    for wire, row_bytes in (("f32", 576 * 4), ("bf16", 576 * 2), ("int8", 576 + 576 // 32 * 2)):
+        first, last = stage_block_bytes(SMOLLM2, plan.slices, costs, wire=wire)
+        assert (first, last) == (18 * layer + 16 * row_bytes, 12 * layer)
+
+
+def test_all_stages_are_told_the_wire_and_one_that_does_not_fit_is_refused(lay: Lay) -> None:
+    stages = lay(wire="int8").commands()[:2]
+    told = [one.arguments[one.arguments.index("--wire") + 1] for one in stages]
+    assert told == ["int8", "int8"]
+    with pytest.raises(InvalidInput, match="beside weights in fp32"):
+        lay(wire="bf16", dtype="fp32")
+    with pytest.raises(InvalidInput, match="f32 or bf16 or int8"):
+        lay(wire="fp8")
 
 
 def test_a_layout_changes_by_replicas(lay: Lay) -> None:
@@ -344,6 +355,12 @@ def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(
     assert recut.layout.stages[2] == layout.stages[1]
     assert recut.leaving == {one.address for one in layout.stages[0].replicas}
     assert recut.layout.coordinator_command().arguments != layout.coordinator_command().arguments
+
+
+def test_where_the_wire_rounds_at_the_cut_there_is_no_other_cut(lay: Lay, ports: HeldPorts) -> None:
+    layout = lay(split="0:2,2:4", wire="int8")
+    with pytest.raises(PlanImpossible, match="rounded to int8 where the model is cut"):
+        plan_recut(layout, "0:1,1:4", taken_names=(), ports=ports)
 
 
 def test_layers_of_several_models_are_not_put_into_one_stage(lay: Lay, ports: HeldPorts) -> None:

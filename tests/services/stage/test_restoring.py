@@ -24,7 +24,10 @@ from tests.support.stages import (
 )
 
 LAYERS = ["0:1", "1:3", "3:4"]
-FORMATS = [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")]
+FORMATS = [
+    *(("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "bf16")),
+    ("int8", "int8"),
+]
 PROMPTS = [list(range(30, 85)), [*range(30, 46), 7, 7, 9]]  # they share a block
 NUM_STEPS = 6
 formats = pytest.mark.parametrize(("number_format", "wire"), FORMATS)

@@ -22,6 +22,8 @@ from services.stage.slowed_engine import SlowedEngine
 from tests.support.models import TinyModel, random_weights, write_hugging_face, write_safetensors
 from tests.support.sealed_models import grant_for, seal_for_stages
 
+WIRES = ("f32", "bf16", "int8")
+
 
 def load(folder: Path, layers: tuple[int, int], **settings: Any) -> stage_pb2.StageReady:
     """The manifest of a stage."""
@@ -82,9 +84,9 @@ def test_weights_in_another_arithmetic_have_another_name(tmp_path: Path) -> None
     folder = write_hugging_face(tmp_path, TinyModel())
     names = {
         load(folder, (0, 2), number_format=number_format, wire=wire).weights_digest
-        for number_format, wire in [("fp32", "f32"), ("bf16", "f32"), ("bf16", "bf16")]
+        for number_format, wire in [("fp32", "f32"), *(("bf16", wire) for wire in WIRES)]
     }
-    assert len(names) == 3
+    assert len(names) == 1 + len(WIRES)
 
 
 def test_a_stage_can_be_made_slow(tmp_path: Path) -> None:
