@@ -44,7 +44,7 @@ def tokens_after(chain: Chain, *, spoiled: dict[int, object]) -> tuple[int, ...]
 
 @pytest.mark.parametrize(
     ("number_format", "wire"),
-    [("fp32", "f32"), ("bf16", "bf16"), ("int8", "bf16"), ("fp32", "int8"), ("int8", "int8")],
+    [("fp32", "f32"), ("bf16", "bf16"), ("int8", "bf16"), ("bf16", "int8"), ("int8", "int8")],
 )
 def test_no_token_comes_of_what_is_not_finite(
     number_format: str, wire: str, open_model: OpenOne
