@@ -31,7 +31,7 @@ def test_answers_are_the_same_after_a_stage_has_died(running: Running, name: str
 def test_its_layers_cannot_be_moved_and_the_wire_is_shown(running: Running) -> None:
     split = running.client.mesh().split
     done = running.mesh.run("repartition", "--split", "0:1,1:4")
-    assert done.returncode == 1
+    assert done.returncode != 0
     assert "rounded to int8 where the model is cut" in done.stderr
     assert running.client.mesh().split == split
     running.until_all_are_ready()
