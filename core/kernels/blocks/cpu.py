@@ -43,7 +43,7 @@ def encode_block(block, bits, out):
         out[:] = 0
         return np.uint32(0)
     exact = np.float32(np.int32(largest).view(np.float32) / np.float32(MOST))
-    scale_bits = np.uint32(max((exact.view(np.uint32) + 0xFFFF) >> 16, 1))
+    scale_bits = np.uint32(max(int((exact.view(np.uint32) + 0xFFFF) >> 16), 1))
     scale = np.uint32(scale_bits << 16).view(np.float32)
     for e in range(len(block)):
         out[e] = np.int8(np.rint(block[e] / scale))
