@@ -294,6 +294,7 @@ class Conductor:
             sequences_moved=scheduler.num_failovers,
             positions_restored=scheduler.num_restored_tokens,
             split=self.replicas.cut.split if self.replicas.cut is not None else "",
+            term=self.replicas.term,
         )
         response.uptime.CopyFrom(duration(now_s - mesh.started_s))
         return response

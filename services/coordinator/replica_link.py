@@ -21,6 +21,7 @@ from services.common.channels import open_channel, why_unreachable
 from services.common.credentials import Credentials
 from services.common.identity import stage_role
 from services.coordinator.backoff import Backoff
+from services.coordinator.roster import Roster
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
@@ -45,6 +46,21 @@ class Place:
     def name(self) -> str:
         """For people."""
         return f"stage {self.stage_index} ({self.address})"
+
+
+def places_of(roster: Roster) -> list[Place]:
+    """The places of those that a coordinator begins with."""
+    return [
+        Place(
+            stage_index=stage_index,
+            num_stages=len(roster.stages),
+            number=number,
+            address=address,
+            is_spare=address in roster.spares,
+        )
+        for stage_index, addresses in enumerate(roster.stages)
+        for number, address in enumerate(addresses)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

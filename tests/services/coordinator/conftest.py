@@ -15,6 +15,7 @@ from services.common.health import HealthService
 from services.common.servers import create_server
 from services.common.telemetry import Telemetry, start_telemetry
 from services.coordinator.conductor import Conductor
+from services.coordinator.roster import Roster
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
 from tests.support.fake_stages import FakeStage, fake_stages
@@ -199,8 +200,9 @@ async def coordinator(
     conductor = Conductor(
         CoordinatorSettings(
             listen="127.0.0.1:0",
-            stages=by_stage(stages),
-            spares=frozenset(stage.address for stage in spares),
+            roster=Roster(
+                stages=by_stage(stages), spares=frozenset(stage.address for stage in spares)
+            ),
             **({"resume_grace_s": 0.0} | settings),
         ),
         telemetry,
