@@ -31,7 +31,7 @@ async def running(mesh: ChaosMesh, supervisor: Any) -> AsyncIterator[RunningMesh
     await mesh.mesh()
     async with open_channel(mesh.parts["gateway-0"].command.address) as gateway:
         yield RunningMesh(
-            coordinator=mesh.coordinator,
+            coordinators=mesh.coordinators,
             supervisor=supervisor,
             gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
             key=None,

@@ -95,7 +95,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     mesh.start("--model", str(model), *OPTIONS)
     try:
         record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             requests = [request(number) for number in range(NUM_STREAMS)]
             yield Running(mesh, client, client.send_all([*requests, long_request()]))
     finally:

@@ -27,8 +27,11 @@ LONG_TOKENS = 2000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def write_models(folder: Path) -> Path:
     """Three models of one shape: `new` and `bad` differ from `old` in the second stage alone."""
-    folder = tmp_path_factory.mktemp("models")
     old = random_weights(MODEL)
     other = random_weights(dataclasses.replace(MODEL, seed=1))
     second = {name: other[name] for name in old if name.startswith(("model.layers.2.", "lm_head"))}
@@ -61,7 +64,7 @@ def request(number: int, num_tokens: int = 24) -> pb.GenerateRequest:
 
 def connected(mesh: LocalMesh) -> Iterator[Client]:
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
         yield client
 
 

@@ -84,7 +84,7 @@ class GuardedServers:
         self.world = World(model=record.model, stage_addresses=stages)
         self._addresses = {
             "gateway": record.gateway,
-            "coordinator": record.coordinator,
+            "coordinator": record.coordinators[0],
             "supervisor": f"unix:{mesh.run_folder.socket_path}",
             "stage": stages[1],
         }

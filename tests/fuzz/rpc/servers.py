@@ -65,7 +65,7 @@ class Servers:
         self.stages = list(stages)
         record = mesh.record
         self._supervisor = f"unix:{mesh.run_folder.socket_path}"
-        self._gateway, self._coordinator = record.gateway, record.coordinator
+        self._gateway, self._coordinator = record.gateway, record.coordinators[0]
         self._mesh_addresses = {
             "gateway": self._gateway,
             "coordinator": self._coordinator,

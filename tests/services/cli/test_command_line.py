@@ -29,7 +29,7 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--replicas", "--spares", "--slow", "--device"),
+        *(*SHARED, "--replicas", "--spares", "--coordinators", "--slow", "--device"),
         *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
         *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
         *("--seal-keys", "--manifest", "--rehash-minutes"),
