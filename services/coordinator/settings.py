@@ -27,7 +27,7 @@ class CoordinatorSettings:
     micro_batch_timeout_s: float = 10.0  # a replica that returns nothing for so long has hung
     pulse_timeout_s: float = 2.0  # a replica that says nothing for so long is lost
     lost_limit_s: float = 30.0  # how long requests wait where a stage has no replica
-    # How long after a take-over gateways may take to bring the requests that they hold.
+    # How long gateways may take to bring the requests that they hold, once they can be served.
     resume_grace_s: float = 3.0
     prefix_cache: bool = True  # prompts that begin alike are computed once
     # Shares of tenants in what is admitted; 1 for those that are not named.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -192,6 +193,7 @@ async def coordinator(
     telemetry: Telemetry | None = None,
     *,
     spares: Sequence[FakeStage] = (),
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[RunningCoordinator]:
     """Runs a coordinator for these stages; fails the test when its loop fails."""
@@ -207,6 +209,7 @@ async def coordinator(
         ),
         telemetry,
         health,
+        clock=clock,
     )
     server = create_server(telemetry)
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import pytest
+from penstock.v1 import coordinator_pb2 as pb
 
 from core.errors import Superseded
 from services.coordinator.roster import Roster
@@ -105,3 +108,28 @@ async def test_the_state_tells_which_one_serves_by_its_term() -> None:
         await watching.take_over()
         await watching.wait_until_ready()
         assert (await watching.get_mesh()).term > terms[0]
+
+
+async def test_nothing_leaves_before_gateways_could_bring_what_began_there() -> None:
+    """Though the stages were not whole for longer than they have for it."""
+    late_s = 0.0
+    async with asyncio.timeout(DEADLINE_S), fake_stages(2, replicas=[1, 2]) as stages:
+        stages[0].may_load.clear()
+        leaving = stages[2].address
+        async with (
+            coordinator(
+                stages, resume_grace_s=100.0, clock=lambda: time.monotonic() + late_s
+            ) as running,
+            running.gateway() as gateway,
+        ):
+            drain = gateway.stub.DrainReplica(pb.DrainReplicaRequest(address=leaving))
+            await drain.read()
+            late_s += 1000.0
+            pulses = gateway.stub.Connect()
+            for _ in range(3):  # after which it has looked for what may leave
+                await pulses.read()
+            stages[0].may_load.set()
+            await gateway.wait_until_ready()
+            assert leaving in [one.address for one in (await gateway.get_mesh()).stages]
+            late_s += 1000.0
+            assert await drain.read() is grpc.aio.EOF
