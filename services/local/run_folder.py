@@ -92,6 +92,7 @@ class RunFolder:
                 yield
             finally:
                 self._record_path.unlink(missing_ok=True)
+                self.stages_path.unlink(missing_ok=True)
 
     def is_claimed(self) -> bool:
         """Whether a supervisor lives."""
