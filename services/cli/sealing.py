@@ -87,6 +87,14 @@ def rewrap(
     revoke: Annotated[
         list[str] | None, typer.Option(help="A holder that gets no keys any more; may be repeated.")
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Holders can still open what they could: while a mesh moves from one cut to "
+            "the other.",
+        ),
+    ] = False,
     keys: SealKeysFolder = None,
 ) -> None:
     """Changes who can open which layers, without touching the weights.
@@ -97,7 +105,7 @@ def rewrap(
         raise InvalidInput("split", "", "given, or --stages, so that it is clear who holds what")
     deals = stages is not None or split is not None
     wishes = _wishes(keys, stages or 2, split, holders)
-    header = rewrap_model(folder, wishes, revoked=revoke or (), deals=deals)
+    header = rewrap_model(folder, wishes, revoked=revoke or (), deals=deals, keeps=keep)
     facts = {"model": header.model, "version": header.version, "sealing": header.seal_id}
     holders_now, revoked = " ".join(header.holders), " ".join(revoke or ())
     audit.record("model rewrapped", **facts, holders=holders_now, revoked=revoked)

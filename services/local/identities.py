@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from core.errors import NotFound
 from services.common.credentials import AUTHORITIES, Credentials, load_credentials
 from services.common.identity import (
     COORDINATOR,
@@ -33,6 +35,32 @@ def settle_identities(settings: MeshSettings) -> str:
     for index in range(settings.num_stages):
         load_credentials(folder / name_of(stage_role(index)), kind=STAGE)
     return str(folder)
+
+
+def issue_missing(certs: str, stage_indices: Iterable[int]) -> list[str]:
+    """Makes the identities of stages that a mesh did not begin with; returns those roles.
+
+    Raises NotFound where one is missing and the authority's key is not in the folder, InvalidInput.
+    """
+    issued = []
+    for role in map(stage_role, sorted(set(stage_indices))):
+        folder = Path(certs) / name_of(role)
+        if not folder.exists():
+            _issue(folder.parent, role)
+            issued.append(role)
+        load_credentials(folder, kind=STAGE)
+    return issued
+
+
+def _issue(folder: Path, role: str) -> None:
+    from services.common.certificates import AUTHORITY_KEY, issue  # likewise
+
+    if not (folder / AUTHORITY_KEY).exists():
+        raise NotFound(
+            f"{folder} has no identity of {role}, and no {AUTHORITY_KEY} to make one with: "
+            f"`penstock certs renew {role}` where that is"
+        )
+    issue(folder, role)
 
 
 def credentials_for(certs: str, role: str) -> Credentials | None:

@@ -65,16 +65,22 @@ def seal_model(model: Path, folder: Path, wishes: SealWishes, *, name: str, vers
 
 
 def rewrap_model(
-    folder: Path, wishes: SealWishes, *, revoked: Collection[str], deals: bool
+    folder: Path,
+    wishes: SealWishes,
+    *,
+    revoked: Collection[str],
+    deals: bool,
+    keeps: bool = False,
 ) -> SealHeader:
     """Changes who may open which layers of a sealed model, and touches no weights.
 
-    Without `deals` nobody is given anything. Raises SealBroken, NotFound or InvalidInput.
+    Without `deals` nobody is given anything; with `keeps` holders also have what they had. Raises
+    SealBroken, NotFound or InvalidInput.
     """
     owner = read_identity(private_key(wishes.keys, OWNER))
     keys = SealKeys(sealer=owner.public, identity=owner)
     grants = _grants(folder, wishes, keys=keys) if deals else {}
-    return sealing.rewrap(folder, owner=owner, grants=grants, revoked=revoked)
+    return sealing.rewrap(folder, owner=owner, grants=grants, revoked=revoked, keeps=keeps)
 
 
 def parse_holder(text: str) -> tuple[str, PublicIdentity]:

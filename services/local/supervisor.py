@@ -13,7 +13,7 @@ from core.errors import Exhausted, InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
 from services.common.audit import AuditLog, Detail, this_user
 from services.common.identity import SUPERVISOR
-from services.local.identities import credentials_for
+from services.local.identities import credentials_for, issue_missing
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
 from services.local.ports import HOST, HeldPorts
@@ -163,16 +163,25 @@ class Supervisor:
         """Puts a cut on trial, and starts nothing yet.
 
         Raises InvalidInput (no other cut of the model), PlanImpossible (several models in a stage,
-        no room for both cuts at once), Exhausted (another one is on trial).
+        no room for both cuts at once), Exhausted (another one is on trial), NotFound (a stage has
+        no identity, and none can be made here).
         """
         if self._recut is not None:
             raise Exhausted("layers are being moved already")
         with HeldPorts() as ports:
             recut = plan_recut(self._layout, split, taken_names=self._names, ports=ports)
             self._check_room([one.stage_slice for one in recut.new], self._layout)
+            self._settle_identities(recut)
             self.mesh.ports.take_over(ports)
         self._recut = recut
         return recut
+
+    def _settle_identities(self, recut: Recut) -> None:
+        if not self._layout.certs:
+            return
+        log = AuditLog(self._layout.audit_path)
+        for role in issue_missing(self._layout.certs, (one.stage_index for one in recut.new)):
+            log.record("certificate made", this_user(), role=role)
 
     async def start_new(self, recut: Recut, one: NewReplica) -> MeshProcess:
         """Starts a process of a cut on trial."""

@@ -85,12 +85,14 @@ def rewrap(
     owner: Identity,
     grants: Mapping[str, Grant],
     revoked: Collection[str] = (),
+    keeps: bool = False,
 ) -> SealHeader:
     """Gives holders the keys of other parts, adds holders and removes some; no weights are touched.
 
-    A holder in `grants` has what the grant says, and nothing else, from then on. Whoever had a key
-    before may have kept it: only sealing anew takes a model away from him. Raises SealBroken where
-    the owner has not signed the header, InvalidInput for a holder or a part that there is not.
+    A holder in `grants` has what the grant says from then on, and nothing else unless it `keeps`
+    what it had. Whoever had a key before may have kept it anyway: only sealing anew takes a model
+    away from him. Raises SealBroken where the owner has not signed the header, InvalidInput for a
+    holder or a part that there is not.
     """
     header = read_header(folder, sealer=owner.public)
     for name in revoked:
@@ -100,9 +102,19 @@ def rewrap(
     data_keys = DataKeys(header, owner)
     keys = {part: data_keys[part] for part in header.parts}
     kept = {name: holder for name, holder in header.holders.items() if name not in revoked}
-    header = replace(header, holders=kept | _wrap(header, keys, _checked(grants)))
+    given = _wrap(header, keys, _checked(grants))
+    if keeps:
+        given = {name: _with_earlier(holder, kept.get(name)) for name, holder in given.items()}
+    header = replace(header, holders=kept | given)
     write_header(folder, header, sealer=owner)
     return header
+
+
+def _with_earlier(holder: Holder, earlier: Holder | None) -> Holder:
+    """With what the same identity could open before."""
+    if earlier is None or earlier.opening_key != holder.opening_key:
+        return holder
+    return replace(holder, wraps={**earlier.wraps, **holder.wraps})
 
 
 def _checked(grants: Mapping[str, Grant]) -> Mapping[str, Grant]:

@@ -52,7 +52,7 @@ OPTIONS = {
     "manifest verify": ["--manifest"],
     "seal keygen": ["--stages", "--seal-keys"],
     "seal make": ["--to", "--stages", "--split", "--for", "--version", "--seal-keys"],
-    "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--seal-keys"],
+    "seal rewrap": ["--stages", "--split", "--for", "--revoke", "--keep", "--seal-keys"],
     "seal show": ["--seal-keys"],
     "warm": ["--dtype"],
     "keys create": [

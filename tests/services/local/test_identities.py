@@ -9,7 +9,7 @@ import pytest
 from core.errors import InvalidInput, NotFound
 from services.common.certificates import issue
 from services.common.credentials import Credentials
-from services.local.identities import settle_identities
+from services.local.identities import issue_missing, settle_identities
 from services.local.layout import MeshLayout
 from services.local.ports import HeldPorts
 from services.local.prepare import prepare
@@ -65,3 +65,18 @@ def test_an_identity_in_the_folder_of_another_is_refused(tmp_path: Path) -> None
     (tmp_path / "gateway").rename(tmp_path / "coordinator")
     with pytest.raises(InvalidInput, match="the identity of a coordinator"):
         settle_identities(MeshSettings(certs=tmp_path))
+
+
+def test_a_stage_that_comes_later_gets_an_identity_of_the_same_authority(tmp_path: Path) -> None:
+    write_mesh(tmp_path, "stage/0", "stage/1")
+    before = (tmp_path / "stage-1" / "cert.pem").read_bytes()
+    assert issue_missing(str(tmp_path), [2, 1, 2]) == ["stage/2"]
+    assert Credentials(tmp_path / "stage-2").identity.role == "stage/2"
+    assert (tmp_path / "stage-1" / "cert.pem").read_bytes() == before
+
+
+def test_without_the_authoritys_key_it_is_said_how_to_make_one(tmp_path: Path) -> None:
+    write_mesh(tmp_path, "stage/0")
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(NotFound, match=r"no identity of stage/1.*`penstock certs renew stage/1`"):
+        issue_missing(str(tmp_path), [0, 1])

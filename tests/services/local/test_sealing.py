@@ -92,6 +92,12 @@ def test_a_second_holder_of_a_stage_gets_the_same_layers(
     assert layers_of(header, "stage-0") == {"layer-0"}
 
 
+def test_while_layers_move_stages_can_have_both(sealed: Path, keys: Path) -> None:
+    header = rewrap_model(sealed, wishes(keys, split="0:2,2:4"), revoked=(), deals=True, keeps=True)
+    assert layers_of(header, "stage-0") == {"layer-0", "layer-1"}
+    assert layers_of(header, "stage-1") == {"layer-1", "layer-2", "layer-3"}
+
+
 def test_revoking_deals_nothing_out(sealed: Path, keys: Path) -> None:
     header = rewrap_model(sealed, wishes(keys), revoked=["stage-1"], deals=False)
     assert sorted(header.holders) == ["owner", "stage-0"]

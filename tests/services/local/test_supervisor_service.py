@@ -20,6 +20,8 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 from core.errors import PlanImpossible
 from core.pipeline.plan import StageSlice
 from services.common.channels import open_channel
+from services.common.credentials import Credentials
+from services.common.data_folder import AUDIT_NAME
 from services.coordinator.roster import read_roster
 from services.local.layout import CoordinatorLayout, MeshLayout, ReplicaLayout, StageLayout
 from services.local.ports import HOST
@@ -27,6 +29,7 @@ from services.local.process import ProcessCommand
 from services.local.run_folder import RunFolder, find_process
 from services.local.supervisor import CheckRoom, Supervisor
 from services.local.supervisor_service import serve_supervisor
+from tests.support.certificates import write_mesh
 
 DEADLINE_S = 30.0
 
@@ -99,7 +102,7 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    folder: Path, *, check_room: CheckRoom = lambda slices, layout: None
+    folder: Path, *, check_room: CheckRoom = lambda slices, layout: None, certs: str = ""
 ) -> AsyncIterator[Running]:
     run_folder = RunFolder(folder)
     stages = tuple(
@@ -127,6 +130,7 @@ async def running(
         coordinators=(CoordinatorLayout(number=0, address="coordinator:0", metrics_port=0),),
         gateway_address="gateway:0",
         gateway_metrics_port=0,
+        certs=certs,
     )
     supervisor = Supervisor(
         layout, run_folder=run_folder, say=lambda _: None, check_room=check_room
@@ -242,6 +246,28 @@ async def test_a_cut_one_of_whose_processes_dies_on_trial_ends(tmp_path: Path) -
         mesh.kill("stage-2")
         with pytest.raises(grpc.aio.AioRpcError, match="stage-2 ended"):
             await trial.read()
+        assert mesh.names() == before
+
+
+async def test_stages_that_a_mesh_did_not_begin_with_get_identities(tmp_path: Path) -> None:
+    certs = tmp_path / "certs"
+    write_mesh(certs, "stage/0", "stage/1")
+    async with running(tmp_path, certs=str(certs)) as mesh:
+        trial, _ = await mesh.try_cut("0:1,1:2,2:3")
+        assert Credentials(certs / "stage-2").identity.role == "stage/2"
+        assert '"certificate made"' in (tmp_path / AUDIT_NAME).read_text()
+        trial.cancel()
+
+
+async def test_where_no_identity_can_be_made_nothing_is_started(tmp_path: Path) -> None:
+    certs = tmp_path / "certs"
+    write_mesh(certs, "stage/0", "stage/1")
+    (certs / "ca.key").unlink()
+    async with running(tmp_path, certs=str(certs)) as mesh:
+        before = mesh.names()
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError, match="no identity of stage/2"):
+                await mesh.try_cut("0:1,1:2,2:3")
         assert mesh.names() == before
 
 

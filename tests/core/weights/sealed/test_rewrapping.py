@@ -46,6 +46,36 @@ def test_a_new_partition_takes_new_wraps_and_the_same_weights(
     assert hashlib.sha256(weights.read_bytes()).digest() == before
 
 
+def test_who_keeps_what_he_had_opens_layers_of_both_partitions(
+    plain: Path, sealed: SealedModel
+) -> None:
+    first, second = (identity.public for identity in sealed.stages)
+    grants = {
+        "stage-0": grant_for(plain, first, 0, 1),
+        "stage-1": grant_for(plain, second, 1, 4),
+    }
+    rewrap(sealed.folder, owner=sealed.owner, grants=grants, keeps=True)
+    open_sealed(sealed.folder, sealed.keys(0)).read("blk.1.attn_q.weight")
+    open_sealed(sealed.folder, sealed.keys(1)).read("blk.1.attn_q.weight")
+    with pytest.raises(KeyRefused):
+        open_sealed(sealed.folder, sealed.keys(0)).read("blk.2.attn_q.weight")
+    rewrap(sealed.folder, owner=sealed.owner, grants=grants)
+    with pytest.raises(KeyRefused):
+        open_sealed(sealed.folder, sealed.keys(0)).read("blk.1.attn_q.weight")
+
+
+def test_what_another_identity_of_the_same_name_had_is_not_kept(
+    plain: Path, sealed: SealedModel
+) -> None:
+    other = make_identity()
+    grants = {"stage-1": grant_for(plain, other.public, 3, 4)}
+    rewrap(sealed.folder, owner=sealed.owner, grants=grants, keeps=True)
+    keys = SealKeys(sealer=sealed.owner.public, identity=other)
+    open_sealed(sealed.folder, keys).read("blk.3.attn_q.weight")
+    with pytest.raises(KeyRefused):
+        open_sealed(sealed.folder, keys).read("blk.2.attn_q.weight")
+
+
 def test_a_revoked_holder_is_refused_and_the_others_are_not(sealed: SealedModel) -> None:
     rewrap(sealed.folder, owner=sealed.owner, grants={}, revoked=["stage-1"])
     with pytest.raises(KeyRefused, match="it was revoked"):
