@@ -143,11 +143,10 @@ class Mover:
     async def _choose(self, new: Sequence[local_pb2.TryCutResponse]) -> None:
         """Has new sequences take the new cut."""
         request = pb.ChooseCutRequest(split=self._change.split)
-
-        async def choose(coordinator: Any) -> None:
-            await coordinator.ChooseCut(request, timeout=CALL_TIMEOUT_S)
-
-        await self._mesh.choose(choose, new=self._replicas(new))
+        await self._mesh.choose(
+            lambda coordinator: coordinator.ChooseCut(request, timeout=CALL_TIMEOUT_S),
+            new=self._replicas(new),
+        )
         self._mesh.say(f"  new sequences take {self._change.split}")
 
     def _replicas(self, new: Sequence[local_pb2.TryCutResponse]) -> list[pb.AddReplicaRequest]:

@@ -68,7 +68,7 @@ class RunningMesh:
         await coordinator.AddReplica(replica, timeout=CALL_TIMEOUT_S)
 
     async def choose(
-        self, choose: Callable[[Any], Awaitable[None]], *, new: Sequence[pb.AddReplicaRequest]
+        self, choose: Callable[[Any], Awaitable[Any]], *, new: Sequence[pb.AddReplicaRequest]
     ) -> None:
         """Calls `choose` with the coordinator that serves, once all is there that is to be chosen.
 
@@ -88,7 +88,7 @@ class RunningMesh:
             raise Unavailable(f"not chosen in {OPEN_TIMEOUT_S:.0f} s: {error}") from None
 
     async def _try_to_choose(
-        self, choose: Callable[[Any], Awaitable[None]], new: Sequence[pb.AddReplicaRequest]
+        self, choose: Callable[[Any], Awaitable[Any]], new: Sequence[pb.AddReplicaRequest]
     ) -> PenstockError | None:
         """What keeps it from being chosen, if that will pass."""
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import local_pb2
@@ -144,11 +143,10 @@ class Updater:
         request = pb.ChooseWeightsRequest(
             stage_index=self._update.stage_index, weights_digest=self._weights_digest
         )
-
-        async def choose(coordinator: Any) -> None:
-            await coordinator.ChooseWeights(request, timeout=CALL_TIMEOUT_S)
-
-        await self._mesh.choose(choose, new=[new])
+        await self._mesh.choose(
+            lambda coordinator: coordinator.ChooseWeights(request, timeout=CALL_TIMEOUT_S),
+            new=[new],
+        )
         self._mesh.say("  new sequences take the new weights")
 
     async def _replicas(self) -> list[State]:
