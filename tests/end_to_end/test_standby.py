@@ -13,14 +13,12 @@ import grpc
 import pytest
 
 from services.local.run_folder import find_process
-from tests.end_to_end.test_update import LONG_TOKENS, request, rest_of, write_models
+from tests.support import other_weights
 from tests.support.client import Client, connect
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
+from tests.support.other_weights import LONG_TOKENS, request, rest_of, write_models
 
-OPTIONS = (
-    *("--coordinators", "2", "--split", "0:2,2:4", "--kv-memory", "8MiB"),
-    *("--speculation", "0", "--dtype", "bf16"),
-)
+OPTIONS = ("--coordinators", "2", *other_weights.OPTIONS)
 
 
 @dataclass(frozen=True)

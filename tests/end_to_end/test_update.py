@@ -6,40 +6,30 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
-from penstock.v1 import generation_pb2 as pb
 
 from services.common.audit_check import read_lines, verify
 from services.common.data_folder import AUDIT_NAME
-from tests.support.client import Client, connect, make_request
+from tests.support.client import Client, connect
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
-from tests.support.models import TinyModel, random_weights, write_safetensors, write_servable
-
-MODEL = TinyModel(context_length=8192)
-OPTIONS = ("--split", "0:2,2:4", "--kv-memory", "8MiB", "--speculation", "0", "--dtype", "bf16")
-LONG_TOKENS = 2000
+from tests.support.models import write_servable
+from tests.support.other_weights import (
+    LONG_TOKENS,
+    MODEL,
+    OPTIONS,
+    request,
+    rest_of,
+    write_models,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("models"))
-
-
-def write_models(folder: Path) -> Path:
-    """Three models of one shape: `new` and `bad` differ from `old` in the second stage alone."""
-    old = random_weights(MODEL)
-    other = random_weights(dataclasses.replace(MODEL, seed=1))
-    second = {name: other[name] for name in old if name.startswith(("model.layers.2.", "lm_head"))}
-    bad = {"lm_head.weight": np.full_like(old["lm_head.weight"], 3e38)}  # logits overflow
-    for name, changes in (("old", {}), ("new", second), ("bad", bad)):
-        write_servable(folder / name, MODEL)
-        write_safetensors(folder / name / "model.safetensors", old | changes)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +44,6 @@ def started(runtime: Path, model: Path) -> Iterator[LocalMesh]:
         yield mesh
     finally:
         mesh.stop()
-
-
-def request(number: int, num_tokens: int = 24) -> pb.GenerateRequest:
-    drawn = {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "seed": number}
-    sampling = drawn | {"max_tokens": num_tokens, "ignore_eos": True}
-    return make_request(token_ids=[5, 6, 7 + number], sampling=sampling)
 
 
 def connected(mesh: LocalMesh) -> Iterator[Client]:
@@ -145,10 +129,6 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
     assert now == {name: pid for name, pid in pids.items() if name != "stage-1"}
     expected = ["replica added", "weights chosen", "replica drained", "stage updated"]
     assert audited(mesh)[-4:] == expected
-
-
-def rest_of(call: Iterable[pb.GenerateResponse]) -> list[int]:
-    return [token for message in call for token in message.token_ids]
 
 
 def audited(mesh: LocalMesh) -> list[str]:
