@@ -241,7 +241,7 @@ def replica_name(stage_index: int, number: int) -> str:
 
 
 def replica_suffix(number: int) -> str:
-    """Tells replicas of a stage apart: "", "-b", "-c" ... and beyond the letters numbers."""
+    """Tells processes of one kind apart: "", "-b", "-c" ... and beyond the letters numbers."""
     if number == 0:
         return ""
     return f"-{chr(ord('a') + number)}" if number < 26 else f"-{number}"
