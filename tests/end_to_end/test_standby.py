@@ -16,7 +16,13 @@ from services.local.run_folder import find_process
 from tests.support import other_weights
 from tests.support.client import Client, connect
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
-from tests.support.other_weights import LONG_TOKENS, request, rest_of, write_models
+from tests.support.other_weights import (
+    LONG_TIMEOUT_S,
+    LONG_TOKENS,
+    request,
+    rest_of,
+    write_models,
+)
 
 OPTIONS = ("--coordinators", "2", *other_weights.OPTIONS)
 
@@ -105,9 +111,9 @@ def of_new_weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 def test_a_stream_goes_on_when_the_coordinator_that_serves_is_killed(running: Running) -> None:
     long = request(1, LONG_TOKENS)
-    undisturbed = running.client.send(long).token_ids
+    undisturbed = running.client.send(long, timeout_s=LONG_TIMEOUT_S).token_ids
     for _ in range(2):  # there and back
-        call = running.client.generation.Generate(long, timeout=300)
+        call = running.client.generation.Generate(long, timeout=LONG_TIMEOUT_S)
         begun = [*next(call).token_ids]
         with ThreadPoolExecutor(max_workers=1) as pool:
             rest = pool.submit(rest_of, call)
@@ -130,8 +136,8 @@ def test_a_standby_that_takes_over_in_mid_update_completes_it_and_mixes_nothing(
     """A long answer has begun on the old weights, and holds the update up, when one is killed;
     the one that takes over was started before there were new ones."""
     long = request(1, LONG_TOKENS)
-    of_old_weights = running.client.send(long).token_ids
-    call = running.client.generation.Generate(long, timeout=300)
+    of_old_weights = running.client.send(long, timeout_s=LONG_TIMEOUT_S).token_ids
+    call = running.client.generation.Generate(long, timeout=LONG_TIMEOUT_S)
     begun = [*next(call).token_ids]
     with ThreadPoolExecutor(max_workers=1) as pool:
         rest = pool.submit(rest_of, call)

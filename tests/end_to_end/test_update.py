@@ -18,6 +18,7 @@ from tests.support.client import Client, connect
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
 from tests.support.models import write_servable
 from tests.support.other_weights import (
+    LONG_TIMEOUT_S,
     LONG_TOKENS,
     MODEL,
     OPTIONS,
@@ -97,7 +98,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
 ) -> None:
     of_old_weights = tokens(client)
     assert all(old != new for old, new in zip(of_old_weights, of_new_weights, strict=True))
-    long_before = client.send(request(1, LONG_TOKENS)).token_ids
+    long_before = client.send(request(1, LONG_TOKENS), timeout_s=LONG_TIMEOUT_S).token_ids
     pids = {one.name: one.pid for one in mesh.record.processes}
     is_over = threading.Event()
 
@@ -108,7 +109,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
         return answers
 
     with ThreadPoolExecutor(max_workers=9) as pool:
-        call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+        call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
         begun = [*next(call).token_ids]
         loads = [pool.submit(keep_asking, number) for number in range(8)]
         long = pool.submit(rest_of, call)
@@ -144,8 +145,8 @@ def test_a_coordinator_killed_in_mid_update_mixes_no_weights(
     """A long answer has begun on the old weights, and holds the update up, when it is killed."""
     for mesh in started(tmp_path, folder / "old"):
         for client in connected(mesh):
-            long_before = client.send(request(1, LONG_TOKENS)).token_ids
-            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+            long_before = client.send(request(1, LONG_TOKENS), timeout_s=LONG_TIMEOUT_S).token_ids
+            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
             begun = [*next(call).token_ids]
             with ThreadPoolExecutor(max_workers=1) as pool:
                 long = pool.submit(rest_of, call)

@@ -14,7 +14,7 @@ from tests.support.models import TinyModel, random_weights, write_safetensors, w
 
 MODEL = TinyModel(context_length=8192)
 OPTIONS = ("--split", "0:2,2:4", "--kv-memory", "8MiB", "--speculation", "0", "--dtype", "bf16")
-LONG_TOKENS = 2000
+LONG_TOKENS, LONG_TIMEOUT_S = 2000, 300.0
 
 
 def write_models(folder: Path) -> Path:
