@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from penstock.v1 import coordinator_pb2 as pb
 
 from services.local.run_folder import find_process
 from tests.support import other_weights
@@ -58,7 +59,7 @@ class Running:
         until(lambda: self.serving() != name and self.answers(lambda mesh: mesh.model.ready))
         return name
 
-    def answers(self, is_so: Callable[..., bool]) -> bool:
+    def answers(self, is_so: Callable[[pb.GetMeshResponse], bool]) -> bool:
         """Whether the one that serves says so."""
         return is_so(self.coordinators[self.serving()].mesh())
 
@@ -133,16 +134,18 @@ def test_the_status_survives_the_death_of_the_one_that_stands_by(running: Runnin
 def test_a_standby_that_takes_over_in_mid_update_completes_it_and_mixes_nothing(
     running: Running, folder: Path, of_new_weights: list[list[int]]
 ) -> None:
-    """A long answer has begun on the old weights, and holds the update up, when one is killed;
-    the one that takes over was started before there were new ones."""
+    """A long answer has begun on the old weights while new ones load, and holds the update up, when
+    one is killed; the one that takes over was started before there were new ones."""
     long = request(1, LONG_TOKENS)
     of_old_weights = running.client.send(long, timeout_s=LONG_TIMEOUT_S).token_ids
+    update = running.mesh.popen("update", "--stage", "1", "--weights", str(folder / "new"))
+    until(lambda: running.answers(lambda mesh: len(mesh.stages) == 3))
     call = running.client.generation.Generate(long, timeout=LONG_TIMEOUT_S)
     begun = [*next(call).token_ids]
     with ThreadPoolExecutor(max_workers=1) as pool:
         rest = pool.submit(rest_of, call)
-        update = running.mesh.popen("update", "--stage", "1", "--weights", str(folder / "new"))
-        until(lambda: running.answers(lambda mesh: any(one.draining for one in mesh.stages)))
+        until(lambda: update.poll() is not None or running.answers(is_draining))
+        assert update.poll() is None, "nothing held the update up"
         running.kill_serving()
         assert begun + rest.result() == of_old_weights
         output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
@@ -152,6 +155,11 @@ def test_a_standby_that_takes_over_in_mid_update_completes_it_and_mixes_nothing(
     running.kill_serving()
     assert running.tokens() == of_new_weights
     assert running.answers(lambda mesh: len(mesh.stages) == 2)
+
+
+def is_draining(mesh: pb.GetMeshResponse) -> bool:
+    """Whether a replica is to leave, which some sequence holds."""
+    return any(one.draining for one in mesh.stages)
 
 
 def test_a_coordinator_killed_while_new_weights_are_tried_leaves_all_as_it_was(
