@@ -18,7 +18,7 @@ from services.common.identity import COORDINATOR
 from services.common.statuses import error_from_rpc
 
 # One that has stopped must not hold up what another one answers.
-_ASKING_TIMEOUT_S = 2.0
+_ASKING_TIMEOUT_S = 5.0
 
 
 class Serving(NamedTuple):
