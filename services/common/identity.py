@@ -99,7 +99,7 @@ def name_of(role: str) -> str:
     return role.replace("/", "-")
 
 
-class Access:
+class CallPolicy:
     """What others may call of a process with this identity."""
 
     def __init__(self, identity: Identity) -> None:
