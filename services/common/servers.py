@@ -63,7 +63,9 @@ def create_server(
         # Clients that ping as often as our channels do are welcome.
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
-    policy = CallPolicy(credentials.identity) if credentials is not None else None
+    policy = None
+    if credentials is not None:
+        policy = CallPolicy(credentials.identity, is_revoked=credentials.have_revoked)
     outermost = ServerInterceptor(telemetry, policy=policy)
     return grpc.aio.server(
         interceptors=[outermost, *interceptors],
