@@ -44,7 +44,7 @@ OPTIONS = {
     ],
     "tokenize": ["--model", "--address", "--ca", "--key"],
     "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
-    "certs renew": ["--folder", "--host", "--days"],
+    "certs renew": ["--folder", "--host", "--days", "--revoke"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--seal-keys", "--memory"],
