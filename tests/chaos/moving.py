@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +13,8 @@ from penstock.v1 import local_pb2
 from services.local.repartition import Mover, Repartition
 from tests.chaos.mesh import ChaosMesh, Replica
 from tests.chaos.updates import running, update
+
+_POLL_S = 0.02
 
 
 async def move_layers(mesh: ChaosMesh, *, moves: bool) -> None:
@@ -25,6 +29,17 @@ async def move_layers(mesh: ChaosMesh, *, moves: bool) -> None:
     change = Repartition(split=",".join(_next_cut(mesh)), moves=moves)
     async with running(mesh, _Supervisor(mesh)) as it:
         await Mover(change, it).run()
+
+
+@asynccontextmanager
+async def layers_moving(mesh: ChaosMesh, *, moves: bool) -> AsyncIterator[None]:
+    """As `move_layers`, entered as soon as new sequences take the next cut."""
+    before = ",".join(mesh.cut)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(move_layers(mesh, moves=moves))
+        while (now := await mesh.mesh()) is None or now.split == before:  # noqa: ASYNC110 (nothing announces it)
+            await asyncio.sleep(_POLL_S)
+        yield
 
 
 def _next_cut(mesh: ChaosMesh) -> list[str]:
@@ -47,8 +62,8 @@ class _Supervisor:
     async def KeepCut(
         self, request: local_pb2.KeepCutRequest, **_: Any
     ) -> local_pb2.KeepCutResponse:
-        leaving = self._mesh.keep_cut(request.split.split(","))
-        return local_pb2.KeepCutResponse(leaving=[one.address for one in leaving])
+        self._mesh.keep_cut(request.split.split(","))
+        return local_pb2.KeepCutResponse(leaving=[one.address for one in self._mesh.leaving])
 
     async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
         await self._mesh.remove_replica(request.address)
