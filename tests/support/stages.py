@@ -210,12 +210,13 @@ class HandDrivenCoordinator:
         *,
         places: Sequence[int] | None = None,
         epoch: int = 1,
+        term: int = 0,
     ) -> None:
         """`places` says which stage each is a replica of; without, they are one chain."""
         self._stages = list(stages)
         self._places = list(places if places is not None else range(len(stages)))
         self._num_stages = max(self._places) + 1
-        self._epoch = epoch
+        self._epoch, self._term = epoch, term
         self._stack = AsyncExitStack()
         self._num_links = 0
         self.links: dict[tuple[int, int], int] = {}
@@ -249,7 +250,10 @@ class HandDrivenCoordinator:
 
     async def _open(self, index: int) -> None:
         await self.controls[index].open(
-            epoch=self._epoch, index=self._places[index], num_stages=self._num_stages
+            epoch=self._epoch,
+            index=self._places[index],
+            num_stages=self._num_stages,
+            term=self._term,
         )
 
     async def connect(self, upstream: int, downstream: int, *, address: str = "") -> Any:

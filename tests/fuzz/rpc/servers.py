@@ -25,7 +25,7 @@ from services.local.process import ONE_THREAD
 from services.local.run_folder import MeshRecord
 from tests.fuzz.rpc.calls import Metadata, open_channel
 from tests.fuzz.rpc.methods import RpcMethod, World
-from tests.fuzz.rpc.stage_sequences import next_epoch
+from tests.fuzz.rpc.stage_sequences import next_epoch, term_of_now
 from tests.support.client import connect
 from tests.support.local_mesh import LocalMesh
 from tests.support.models import TinyModel, write_servable
@@ -141,7 +141,7 @@ class Servers:
 
     async def _ask_stages(self) -> list[int]:
         """A token of the whole pipeline, whose stages a coordinator of ours drives."""
-        driver = HandDrivenCoordinator(self.stages, epoch=next_epoch())
+        driver = HandDrivenCoordinator(self.stages, epoch=next_epoch(), term=term_of_now())
         async with asyncio.timeout(ANSWER_S), driver:
             await driver.open()
             await driver.run(micro_batch(1, {0: PROMPT}, starts=[start(0)]))

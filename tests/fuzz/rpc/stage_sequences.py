@@ -23,11 +23,20 @@ def next_epoch() -> int:
     return next(_epochs)
 
 
+def term_of_now() -> int:
+    """As of a coordinator that has just taken over: what was spoiled is mostly earlier."""
+    return time.time_ns() // 1_000_000
+
+
 def opening(*, stage_index: int) -> stage_pb2.ControlRequest:
     """Takes the stage into a pipeline, with an epoch of its own."""
     return stage_pb2.ControlRequest(
         open=stage_pb2.OpenPipeline(
-            epoch=next_epoch(), stage_index=stage_index, num_stages=NUM_STAGES, num_slots=64
+            epoch=next_epoch(),
+            stage_index=stage_index,
+            num_stages=NUM_STAGES,
+            num_slots=64,
+            term=term_of_now(),
         )
     )
 
