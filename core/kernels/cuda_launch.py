@@ -24,3 +24,8 @@ class Launch(NamedTuple):
         while x * y > self.most_threads:
             x, y = (x // 2, y) if x >= y else (x, y // 2)
         return x, y
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many turns of `size` it takes to see to `count`."""
+    return -(-count // size)

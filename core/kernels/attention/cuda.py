@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
-from core.kernels.cuda_launch import Launch
+from core.kernels.cuda_launch import Launch, ceil_div
 from core.kernels.cuda_numbers import number_format_of
 
 # Along words of a head, and along heads.
@@ -46,7 +46,7 @@ class Partials(NamedTuple):
 
 def num_splits(longest: int, *, split: int = SPLIT) -> int:
     """Splits that sequences of up to `longest` positions need."""
-    return _ceil_div(longest, split)
+    return ceil_div(longest, split)
 
 
 def paged_attention(
@@ -128,15 +128,15 @@ def attend_kernel(
     num_threads = num_x * num_y
     # A tile lies within a split, so that it never is without any position to attend to.
     tile_size = min(split, tile_size_of(num_words, group_size, per_word))
-    width, part_words = num_words * per_word, _ceil_div(num_words, PARTS)
+    width, part_words = num_words * per_word, ceil_div(num_words, PARTS)
     # One word more than needed: the threads of a score step then read different banks.
     key_shape, value_shape = (tile_size, num_words + 1), (tile_size, num_words)
     part_shape, weight_shape = (PARTS, group_size, tile_size), (group_size, tile_size)
     query_shape = (group_size, width)
     # Loops over these have a fixed number of turns, so that sums stay in registers, and that all
     # loads of a thread are under way before the first one is waited for.
-    num_i, num_k = _ceil_div(group_size, num_y), _ceil_div(num_words, num_x)
-    num_loads = _ceil_div(tile_size * num_words, num_threads)
+    num_i, num_k = ceil_div(group_size, num_y), ceil_div(num_words, num_x)
+    num_loads = ceil_div(tile_size * num_words, num_threads)
     sum_shape = (num_i, num_k * per_word)
     scale = np.float32(head_dim**-0.5)
     least = -np.float32(np.inf)
@@ -346,7 +346,3 @@ def merge_kernel(number_format: str, split: int) -> Any:
             out_TND[row, n, d] = store(value)
 
     return kernel
-
-
-def _ceil_div(count: int, size: int) -> int:
-    return -(-count // size)

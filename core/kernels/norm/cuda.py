@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from core.kernels.cuda_launch import Launch
+from core.kernels.cuda_launch import Launch, ceil_div
 from core.kernels.cuda_numbers import block_sum, number_format_of, rounded_to_bf16
 
 THREADS = 512  # a power of two: block_sum halves it
@@ -73,7 +73,7 @@ def add(residual_TH: Any, added_TH: Any, bias_H: Any, *, rounds: bool, launch: L
 @functools.cache
 def rms_norm_kernel(number_format: str, threads: int, width: int) -> Any:
     store = number_format_of(number_format).store
-    turns = _ceil_div(width, threads)
+    turns = ceil_div(width, threads)
 
     @cuda.jit
     def kernel(residual_TH, weight_H, eps, out_TH):
@@ -101,7 +101,7 @@ def rms_norm_kernel(number_format: str, threads: int, width: int) -> Any:
 def add_rms_norm_kernel(number_format: str, threads: int, width: int, rounds: bool) -> Any:
     store = number_format_of(number_format).store
     sum_of = _sum_of(rounds)
-    turns = _ceil_div(width, threads)
+    turns = ceil_div(width, threads)
 
     @cuda.jit
     def kernel(residual_TH, added_TH, bias_H, weight_H, eps, out_TH):
@@ -151,7 +151,3 @@ def _rounded_sum(residual, added, bias):
 
 def _sum_of(rounds: bool) -> Any:
     return _rounded_sum if rounds else _plain_sum
-
-
-def _ceil_div(count: int, size: int) -> int:
-    return -(-count // size)

@@ -56,10 +56,9 @@ class TransformersModel:
             record_timestamps=True,
         )
         times_s = [answer.timestamps for answer in answers.values()]
-        if [len(times) for times in times_s] != [num_steps + 1] * len(prompts):
-            raise RuntimeError(
-                f"{num_steps + 1} tokens each were due, not {[len(times) for times in times_s]}"
-            )
+        lengths = [len(times) for times in times_s]
+        if lengths != [num_steps + 1] * len(prompts):
+            raise RuntimeError(f"{num_steps + 1} tokens each were due, not {lengths}")
         all_run_s, one_ends_s = max(t[0] for t in times_s), min(t[-1] for t in times_s)
         num_tokens = sum(all_run_s < t <= one_ends_s for times in times_s for t in times)
         return num_tokens / (one_ends_s - all_run_s)
