@@ -11,7 +11,8 @@ from typing import Any
 from penstock.v1 import local_pb2
 
 from services.local.repartition import Mover, Repartition
-from tests.chaos.mesh import ChaosMesh, Replica
+from tests.chaos.mesh import ChaosMesh
+from tests.chaos.trial import Trial
 from tests.chaos.updates import running, update
 
 _POLL_S = 0.02
@@ -56,8 +57,8 @@ class _Supervisor:
     def __init__(self, mesh: ChaosMesh) -> None:
         self._mesh = mesh
 
-    def TryCut(self, request: local_pb2.TryCutRequest) -> _Trial:
-        return _Trial(asyncio.create_task(self._start(request.split.split(","))))
+    def TryCut(self, request: local_pb2.TryCutRequest) -> Trial:
+        return Trial(self._start(request.split.split(",")))
 
     async def KeepCut(
         self, request: local_pb2.KeepCutRequest, **_: Any
@@ -68,10 +69,10 @@ class _Supervisor:
     async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
         await self._mesh.remove_replica(request.address)
 
-    async def _start(self, cut: list[str]) -> list[Replica]:
+    async def _start(self, cut: list[str]) -> list[local_pb2.TryCutResponse]:
         """As many processes of each new stage as the mesh began with."""
         shape, version = self._mesh.shape, self._mesh.versions[0]
-        return [
+        replicas = [
             await self._mesh.add_replica(
                 index, is_spare=number >= shape.num_replicas, version=version, layers=layers
             )
@@ -79,28 +80,13 @@ class _Supervisor:
             if layers not in self._mesh.cut
             for number in range(shape.num_replicas + shape.num_spares)
         ]
-
-
-class _Trial:
-    """As the call that goes on for as long as the trial."""
-
-    def __init__(self, starting: asyncio.Task[list[Replica]]) -> None:
-        self._starting = starting
-        self._num_told = 0
-
-    async def read(self) -> Any:
-        replicas = await self._starting
-        if self._num_told == len(replicas):
-            await asyncio.Event().wait()
-        replica = replicas[self._num_told]
-        self._num_told += 1
-        return local_pb2.TryCutResponse(
-            stage_index=replica.stage_index,
-            address=replica.address,
-            name=replica.name,
-            spare=replica.is_spare,
-            num_processes=len(replicas),
-        )
-
-    def cancel(self) -> None:
-        """Nothing is left to do: replicas that failed stay, and the round fails."""
+        return [
+            local_pb2.TryCutResponse(
+                stage_index=one.stage_index,
+                address=one.address,
+                name=one.name,
+                spare=one.is_spare,
+                num_processes=len(replicas),
+            )
+            for one in replicas
+        ]
