@@ -124,6 +124,9 @@ class ReplicaLink:
         self.problem = "starting"
         self.is_draining = False
         self.is_evacuated = False  # draining, and the sequences that it has leave it
+        # The stage that its certificate names, whatever stage of a later cut has its layers; None
+        # in a mesh without certificates.
+        self.certified_index = None if credentials is None else place.stage_index
         self._settings = settings
         self._listener = listener
         self._credentials = credentials
@@ -159,10 +162,7 @@ class ReplicaLink:
         self._dropped = asyncio.get_running_loop().create_future()
         error: PenstockError | None = None
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
-        role = stage_role(self.place.stage_index)
-        async with open_channel(
-            self.place.address, credentials=self._credentials, role=role
-        ) as channel:
+        async with self._dial() as channel:
             stream = StageStream(
                 channel,
                 name=self.place.name,
@@ -179,6 +179,10 @@ class ReplicaLink:
                 error = _leaf(errors)
         assert error is not None, "streams end by raising"
         return error
+
+    def _dial(self) -> grpc.aio.Channel:
+        role = "" if self.certified_index is None else stage_role(self.certified_index)
+        return open_channel(self.place.address, credentials=self._credentials, role=role)
 
     def _order(self) -> stage_pb2.OpenPipeline:
         return stage_pb2.OpenPipeline(

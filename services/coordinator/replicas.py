@@ -37,7 +37,7 @@ from core.pipeline.events import (
 )
 from services.common.credentials import Credentials
 from services.coordinator.fit import Manifest, check_fit, part_of, pipeline_facts, replica_facts
-from services.coordinator.neighbour_links import NeighbourLinks
+from services.coordinator.neighbour_links import NeighbourLinks, joins_up
 from services.coordinator.replica_link import Incarnation, Place, ReplicaLink, places_of
 from services.coordinator.roster import Roster, read_roster
 from services.coordinator.settings import CoordinatorSettings, check_address
@@ -147,9 +147,8 @@ class Replicas:
 
     def is_connected(self, replica: Incarnation) -> bool:
         """Whether activations can reach it and leave it."""
-        first_layer, end_layer = replica.layers
-        before = [other for other in self._open.values() if other.layers[1] == first_layer]
-        behind = [other for other in self._open.values() if other.layers[0] == end_layer]
+        before = [other for other in self._open.values() if joins_up(other, replica)]
+        behind = [other for other in self._open.values() if joins_up(replica, other)]
         connects = self.neighbours.connects
         return (not before or any(connects(other, replica) for other in before)) and (
             not behind or any(connects(replica, other) for other in behind)

@@ -235,10 +235,14 @@ class ChaosMesh:
             self._tell_coordinators()
         return replica
 
-    def keep_cut(self, cut: Sequence[str]) -> list[Replica]:
-        """What the stages are from now on; returns the replicas whose layers are none of them."""
+    def keep_cut(self, cut: Sequence[str]) -> None:
+        """What the stages are from now on."""
         self.cut = list(cut)
         self._tell_coordinators()
+
+    @property
+    def leaving(self) -> list[Replica]:
+        """Those whose layers are no stage any more."""
         return [one for one in self.replicas if one.layers not in self.cut]
 
     async def remove_replica(self, address: str) -> None:

@@ -229,6 +229,7 @@ async def test_a_cut_that_is_kept_is_kept_alive_and_what_leaves_is_not(tmp_path:
         trial.cancel()
         assert list(kept.leaving) == ["stage-1:0"]
         mesh.kill("stage-1")
+        await until(lambda: mesh.pid("stage-1") is None)
         new = mesh.kill("stage-2")
         await until(lambda: mesh.pid("stage-2") not in (None, new))
         await until(lambda: mesh.pid("stage-1") is None)
