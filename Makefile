@@ -29,7 +29,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 SLOW= DTYPE=auto DEVICE=cpu WIRE=f32 SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 COORDINATORS=1 SLOW= DTYPE=auto DEVICE=cpu WIRE=f32 SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1 ADDRESS=host:port CA=path KEY=

@@ -79,13 +79,18 @@ def renew(
     folder: Folder = DEFAULT_FOLDER,
     host: Hosts = None,
     days: Days = IDENTITY_DAYS,
+    revoke: Annotated[
+        bool,
+        typer.Option("--revoke", help="Shuts out whoever shows the certificate that it had."),
+    ] = False,
 ) -> None:
     """Makes one identity, or gives it a new key and certificate, with the hosts that it had.
 
-    Running parts take replaced files for new connections, without a restart.
+    Running parts take replaced files for new connections, without a restart; revoked.txt, which
+    says what is shut out, for each new call.
     """
     from services.common.certificates import issue
 
-    own = issue(folder.expanduser(), role, hosts=host, days=days)
-    audit.record("certificate renewed", identity=str(own), days=days)
+    own = issue(folder.expanduser(), role, hosts=host, days=days, revokes=revoke)
+    audit.record("certificate renewed", identity=str(own), days=days, revoked_the_old_one=revoke)
     console.say(f"{own} has a certificate for {days} days")

@@ -9,8 +9,6 @@ from typing import Annotated
 import grpc
 import grpc.aio
 import typer
-from penstock.v1 import coordinator_pb2 as pb
-from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 from penstock.v1.generation_pb2 import SamplingParameters
 
 from core.errors import NotFound
@@ -21,11 +19,12 @@ from services.cli.how_to_call import HOW_TO_GET_A_KEY, QUESTION, how_to_call
 from services.cli.options import Key, NumberFormat, SealKeysFolder
 from services.cli.starting import StartDisplay
 from services.cli.status import headline, status_table
-from services.common.channels import open_channel, open_public_channel
-from services.common.identity import COORDINATOR, OPERATOR
+from services.common.channels import open_public_channel
+from services.common.identity import OPERATOR
 from services.local.background import start_in_background
 from services.local.background import stop as stop_mesh
 from services.local.catalogue import DEFAULT_MODEL
+from services.local.coordinators import Serving, open_coordinators
 from services.local.identities import authority_of, credentials_for
 from services.local.layout import MeshLayout
 from services.local.ports import HeldPorts
@@ -41,7 +40,6 @@ from services.local.settings import (
 from services.local.supervisor import Listener, supervise
 
 FIRST_ANSWER_TOKENS = 64
-STATUS_TIMEOUT_S = 5.0
 
 
 def mesh(
@@ -71,6 +69,13 @@ def mesh(
             help="Processes of each stage that wait until one fails: 1, or 0,1 stage by stage.",
         ),
     ] = "0",
+    coordinators: Annotated[
+        int,
+        typer.Option(
+            envvar="PENSTOCK_COORDINATORS",
+            help="Coordinators: one serves, the others wait until it is lost.",
+        ),
+    ] = 1,
     slow: Annotated[
         str | None,
         typer.Option(
@@ -192,6 +197,7 @@ def mesh(
         stages=stages,
         replicas=parse_counts("replicas", replicas),
         spares=parse_counts("spares", spares),
+        coordinators=coordinators,
         slow_down={} if slow is None else parse_factors("slow", slow),
         dtype=dtype,
         device=device,
@@ -231,9 +237,9 @@ def status() -> None:
     record = RunFolder(default_folder()).running()
     if record is None:
         raise NotFound("no mesh is running: start one with `make mesh`")
-    mesh = asyncio.run(_ask_mesh(record))
-    console.say(headline(record, mesh))
-    console.out.print(status_table(record, mesh))
+    serving = asyncio.run(_ask_mesh(record))
+    console.say(headline(record, serving))
+    console.out.print(status_table(record, serving.mesh))
 
 
 async def _start(
@@ -286,11 +292,7 @@ def _write(text: str) -> None:
     console.out.file.flush()
 
 
-async def _ask_mesh(record: MeshRecord) -> pb.GetMeshResponse:
+async def _ask_mesh(record: MeshRecord) -> Serving:
     credentials = credentials_for(record.certs, OPERATOR)
-    async with open_channel(
-        record.coordinator, credentials=credentials, role=COORDINATOR
-    ) as channel:
-        return await CoordinatorServiceStub(channel).GetMesh(
-            pb.GetMeshRequest(), timeout=STATUS_TIMEOUT_S
-        )
+    async with open_coordinators(record.coordinators, credentials=credentials) as coordinators:
+        return await coordinators.serving()

@@ -6,12 +6,14 @@ from penstock.v1 import coordinator_pb2 as pb
 from rich.table import Table
 
 from services.cli import console
+from services.local.coordinators import Serving
 from services.local.layout import replica_name
 from services.local.run_folder import MeshRecord
 
 
-def headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
+def headline(record: MeshRecord, serving: Serving) -> str:
     """What serves, and how it goes on the whole."""
+    mesh = serving.mesh
     uptime_s = int(mesh.uptime.ToTimedelta().total_seconds())
     return (
         f"{record.model} ({record.number_format}, {record.wire} on the wire), "
@@ -20,7 +22,7 @@ def headline(record: MeshRecord, mesh: pb.GetMeshResponse) -> str:
         f"{mesh.requests_running} requests running, {mesh.requests_waiting} waiting, "
         f"{mesh.tokens_per_second:.0f} tokens/s, "
         f"{mesh.cached_tokens / max(mesh.prompt_tokens, 1):.0%} of {mesh.prompt_tokens} prompt "
-        f"tokens cached{_guesses(mesh)}{_moves(mesh)}"
+        f"tokens cached{_guesses(mesh)}{_moves(mesh)}{_coordinator(record, serving)}"
     )
 
 
@@ -38,6 +40,13 @@ def _moves(mesh: pb.GetMeshResponse) -> str:
         f", {mesh.sequences_moved} times a sequence moved to another path, "
         f"{mesh.positions_restored} positions restored"
     )
+
+
+def _coordinator(record: MeshRecord, serving: Serving) -> str:
+    if len(record.coordinators) == 1:
+        return ""
+    names = {process.address: process.name for process in record.processes}
+    return f", {names[serving.address]} serves (of {len(record.coordinators)})"
 
 
 def status_table(record: MeshRecord, mesh: pb.GetMeshResponse) -> Table:

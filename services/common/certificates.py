@@ -3,6 +3,7 @@
     FOLDER/ca.pem, ca.key             the authority; whoever has its key can be any part of the mesh
     FOLDER/NAME/cert.pem, key.pem     an identity (NAME is gateway, coordinator, stage-0 ...)
     FOLDER/NAME/ca.pem                the authority again, so that the folder can be taken elsewhere
+    FOLDER/revoked.txt                certificates that are shut out; a copy in each NAME, likewise
 
 Keys are of P-256: the TLS library inside gRPC's wheels does not take Ed25519 certificates.
 """
@@ -34,6 +35,8 @@ from services.common.credentials import (
     CERTIFICATE,
     IDENTITY_DAYS,
     KEY,
+    REVOKED,
+    fingerprint_of,
 )
 from services.common.identity import (
     COORDINATOR,
@@ -101,25 +104,48 @@ def make_authority(folder: Path, *, mesh: str, replaces: bool = False) -> None:
 
 
 def issue(
-    folder: Path, role: str, *, hosts: Iterable[str] | None = None, days: int = IDENTITY_DAYS
+    folder: Path,
+    role: str,
+    *,
+    hosts: Iterable[str] | None = None,
+    days: int = IDENTITY_DAYS,
+    revokes: bool = False,
 ) -> Path:
     """Writes a new key and certificate, in place of those there may be; returns their folder.
 
     `hosts` are names and addresses under which clients of a public port reach it, besides
-    loopback's; None: those of the certificate that is replaced. Raises NotFound where there is no
-    authority, InvalidInput.
+    loopback's; None: those of the certificate that is replaced, which is shut out if this
+    `revokes` it. Raises NotFound where there is no authority, or nothing to revoke, InvalidInput.
     """
     authority = _load_authority(folder)
     identity = Identity(mesh=authority.mesh, role=role)
     own = folder / identity.name
     names = _names(identity, _hosts_of(own / CERTIFICATE) if hosts is None else hosts)
+    if revokes:
+        _add_to_revoked(folder, own / CERTIFICATE)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = _certify(identity.name, key.public_key(), names, authority=authority, days=days)
     own.mkdir(exist_ok=True, mode=0o700)
     _write(own / AUTHORITIES, (folder / AUTHORITIES).read_bytes())
     _write(own / KEY, _pem_of_key(key))
     _write(own / CERTIFICATE, certificate.public_bytes(Encoding.PEM))
+    _hand_out_revoked(folder)
     return own
+
+
+def _add_to_revoked(folder: Path, certificate: Path) -> None:
+    if not certificate.exists():
+        raise NotFound(f"{certificate} is not there, so there is nothing to revoke")
+    revoked = folder / REVOKED
+    lines = revoked.read_bytes() if revoked.exists() else b""
+    _write(revoked, lines + f"{fingerprint_of(certificate.read_bytes())}\n".encode())
+
+
+def _hand_out_revoked(folder: Path) -> None:
+    """Gives all identities the list, if there is one."""
+    if (folder / REVOKED).exists():
+        for own in folder.glob(f"*/{CERTIFICATE}"):
+            _write(own.with_name(REVOKED), (folder / REVOKED).read_bytes())
 
 
 def _load_authority(folder: Path) -> Authority:

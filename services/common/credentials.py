@@ -5,18 +5,23 @@
 handshake, a channel when it is opened, and links are dialled again with new channels. What is
 connected stays so. Files that do not fit together, such as those half replaced, are passed over:
 the last that did are good for a while.
+
+`FOLDER/revoked.txt`, where there is one, has the fingerprints of certificates that call nothing any
+more, whoever signed them. Servers look at it before each call.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
-from core.errors import InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound, Unavailable
 from services.common.identity import Identity
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 CERTIFICATE, KEY, AUTHORITIES = "cert.pem", "key.pem", "ca.pem"
+REVOKED = "revoked.txt"
 # How long what `penstock certs` makes is valid.
 AUTHORITY_DAYS = 3650
 IDENTITY_DAYS = 90
@@ -56,6 +62,17 @@ class Credentials:
         """For a channel that is opened now."""
         files = self._current()
         return grpc.ssl_channel_credentials(files.authorities, files.key, files.certificate)
+
+    def have_revoked(self, certificate_pem: bytes) -> bool:
+        """Whether the folder's list has the certificate; raises Unavailable where it cannot be
+        read: better nobody than somebody who was shut out."""
+        try:
+            revoked = (self._folder / REVOKED).read_text().split()
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"{REVOKED} cannot be read, so nobody is let in") from error
+        return fingerprint_of(certificate_pem) in revoked
 
     def _current(self) -> _Files:
         """The folder's files as they are, or as they last were of use."""
@@ -93,6 +110,11 @@ def load_credentials(folder: Path | None, *, kind: str) -> Credentials | None:
 def credentials_of_client(ca: Path) -> grpc.ChannelCredentials:
     """For a client that shows no certificate, and trusts these authorities; raises NotFound."""
     return grpc.ssl_channel_credentials(_read_file(ca.expanduser()))
+
+
+def fingerprint_of(certificate_pem: bytes) -> str:
+    """SHA-256 of the certificate, in hex."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate_pem.decode())).hexdigest()
 
 
 def _configuration(files: _Files) -> grpc.ServerCertificateConfiguration:

@@ -9,7 +9,7 @@ operator (whoever administrates). Parts of another mesh are strangers, whoever c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.errors import InvalidInput, PermissionDenied
@@ -22,6 +22,7 @@ STAGE = "stage"
 
 _ROLE = re.compile(r"coordinator|gateway|operator|supervisor|stage/(0|[1-9][0-9]{0,3})")
 _MESH = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_CERTIFICATE = "x509_pem_cert"  # where gRPC has the peer's
 _SPIFFE_ID = "peer_spiffe_id"  # where gRPC has it, if the peer's certificate has exactly one URI
 
 _STAGE_BEFORE = "the stage before"
@@ -99,15 +100,19 @@ def name_of(role: str) -> str:
     return role.replace("/", "-")
 
 
-class Access:
+class CallPolicy:
     """What others may call of a process with this identity."""
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(
+        self, identity: Identity, *, is_revoked: Callable[[bytes], bool] = lambda pem: False
+    ) -> None:
+        """`is_revoked` says whether a certificate is one that calls nothing any more."""
         self._identity = identity
+        self._is_revoked = is_revoked
 
     def check(self, method: str, caller: Mapping[str, Sequence[bytes]]) -> None:
-        """Raises PermissionDenied. `caller` is gRPC's authentication context of the call, whose
-        certificates have been verified by then."""
+        """Raises PermissionDenied, or what `is_revoked` raises. `caller` is gRPC's authentication
+        context of the call, whose certificates have been verified by then."""
         uri = b"".join(caller.get(_SPIFFE_ID, ())).decode(errors="replace")
         role = self._role_of(uri)
         allowed = self.callers(method)
@@ -116,6 +121,8 @@ class Access:
                 f"{method.removeprefix('/')} of {self._identity.uri} is for "
                 f"{' and '.join(allowed) or 'nobody'}; the caller is {uri or 'without a name'}"
             )
+        if self._is_revoked(b"".join(caller.get(_CERTIFICATE, ()))):
+            raise PermissionDenied(f"the certificate that {uri} shows has been revoked")
 
     def callers(self, method: str) -> tuple[str, ...]:
         """The roles that may call `/service/method`."""

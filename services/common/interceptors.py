@@ -25,7 +25,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from core import telemetry as names
 from core.errors import InvalidInput, PenstockError, PermissionDenied, ProtocolViolation
-from services.common.identity import Access
+from services.common.identity import CallPolicy
 from services.common.logs import current_trace_id
 from services.common.statuses import Status, internal_status, status_from_error
 from services.common.telemetry import Telemetry, context_from
@@ -44,12 +44,12 @@ class Undecodable(NamedTuple):
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Turns errors into statuses, and measures and traces every RPC.
 
-    With `access`, calls of those that may not make them end here.
+    With a `policy`, calls of those that may not make them end here.
     """
 
-    def __init__(self, telemetry: Telemetry, *, access: Access | None = None) -> None:
+    def __init__(self, telemetry: Telemetry, *, policy: CallPolicy | None = None) -> None:
         self._telemetry = telemetry
-        self._access = access
+        self._policy = policy
         self._duration = telemetry.histogram(names.RPC_DURATION)
 
     async def intercept_service(
@@ -98,7 +98,7 @@ class _Call:
         try:
             with self._span() as span:
                 try:
-                    self._check_access()
+                    self._check_caller()
                     response = await run(behaviour, request, self._context)
                     code = _code_of(self._context)
                     return response
@@ -117,9 +117,9 @@ class _Call:
         finally:
             self._record(time.perf_counter() - started, code)
 
-    def _check_access(self) -> None:
-        if self._interceptor._access is not None:
-            self._interceptor._access.check(self._method, self._context.auth_context())
+    def _check_caller(self) -> None:
+        if self._interceptor._policy is not None:
+            self._interceptor._policy.check(self._method, self._context.auth_context())
 
     def _status_of(self, error: Exception) -> Status:
         if isinstance(error, PenstockError):

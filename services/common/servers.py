@@ -16,7 +16,7 @@ from core.errors import InvalidInput, PenstockError
 from services.common.addresses import is_loopback
 from services.common.channels import MAX_MESSAGE_BYTES, PING_INTERVAL_MS
 from services.common.credentials import Credentials
-from services.common.identity import Access
+from services.common.identity import CallPolicy
 from services.common.interceptors import ServerInterceptor
 from services.common.telemetry import Telemetry
 
@@ -63,8 +63,10 @@ def create_server(
         # Clients that ping as often as our channels do are welcome.
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2),
     ]
-    access = Access(credentials.identity) if credentials is not None else None
-    outermost = ServerInterceptor(telemetry, access=access)
+    policy = None
+    if credentials is not None:
+        policy = CallPolicy(credentials.identity, is_revoked=credentials.have_revoked)
+    outermost = ServerInterceptor(telemetry, policy=policy)
     return grpc.aio.server(
         interceptors=[outermost, *interceptors],
         options=options,

@@ -18,8 +18,9 @@ from services.common.servers import bind, create_server, exit_with, run_process,
 from services.common.telemetry import start_telemetry
 from services.coordinator.conductor import Conductor
 from services.coordinator.metrics import register_metrics
+from services.coordinator.roster import parse_roster, read_roster
 from services.coordinator.servicer import CoordinatorServicer
-from services.coordinator.settings import CoordinatorSettings, parse_stages, parse_tenant_weights
+from services.coordinator.settings import CoordinatorSettings, parse_tenant_weights
 
 
 async def serve(settings: CoordinatorSettings) -> None:
@@ -54,10 +55,14 @@ def main(
     listen: Annotated[str, typer.Option(help="host:port to serve on")],
     stages: Annotated[
         str, typer.Option(help="addresses: commas between stages, | between replicas of one")
-    ],
+    ] = "",
     spares: Annotated[
         str, typer.Option(help="of these, with commas, those used only when others fail")
     ] = "",
+    stages_file: Annotated[
+        Path | None,
+        typer.Option(help="file that has both instead, read anew when the stages are taken over"),
+    ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="port of /metrics")] = None,
     max_sequences: Annotated[int, typer.Option(help="most requests running at a time")] = 256,
     max_waiting: Annotated[int, typer.Option(help="most requests waiting")] = 1024,
@@ -95,8 +100,8 @@ def main(
     try:
         settings = CoordinatorSettings(
             listen=listen,
-            stages=parse_stages(stages),
-            spares=frozenset(filter(None, (address.strip() for address in spares.split(",")))),
+            roster=read_roster(stages_file) if stages_file else parse_roster(stages, spares),
+            stages_file=stages_file,
             metrics_port=metrics_port,
             max_sequences=max_sequences,
             max_waiting=max_waiting,

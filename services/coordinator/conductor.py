@@ -84,7 +84,7 @@ class Conductor:
         self._health_changed = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked = asyncio.Event()
-        self._taken_over_s = inf
+        self._first_ready_s = inf
         self._resume_grace_s = settings.resume_grace_s
 
     # --- tasks of the process
@@ -112,7 +112,6 @@ class Conductor:
         """Opens the stages, whoever has them, unless it has them already."""
         if not self._asked.is_set():
             self._asked.set()
-            self._taken_over_s = self._clock()
             self.mesh.is_waiting = False
             self.on_mesh_changed()
 
@@ -137,7 +136,7 @@ class Conductor:
 
     def _let_drained_leave(self) -> None:
         """What other coordinators' requests may have begun on stays until these have come."""
-        if self._clock() - self._taken_over_s < self._resume_grace_s:
+        if self._clock() - self._first_ready_s < self._resume_grace_s:
             return
         for link in list(self.replicas.links):
             incarnation = link.incarnation
@@ -195,6 +194,8 @@ class Conductor:
     def _tell_mesh(self) -> None:
         self._has_mesh_changed = False
         self.mesh.is_ready = self.scheduler.is_ready
+        if self.mesh.is_ready and self._first_ready_s == inf:
+            self._first_ready_s = self._clock()
         manifest = self.replicas.manifest
         if manifest is not None:
             self.requests.vocab_size = manifest.vocab_size
@@ -294,6 +295,7 @@ class Conductor:
             sequences_moved=scheduler.num_failovers,
             positions_restored=scheduler.num_restored_tokens,
             split=self.replicas.cut.split if self.replicas.cut is not None else "",
+            term=self.replicas.term,
         )
         response.uptime.CopyFrom(duration(now_s - mesh.started_s))
         return response

@@ -1,7 +1,8 @@
 """The links between replicas: each is connected with all that hold the layers behind its own.
 
 A link that breaks, or cannot be had, is followed by another one with an id of its own, for as long
-as both ends are open.
+as both ends are open. Where certificates name the stages, links that a replica would refuse are not
+dialled: it takes activations from the stage before its own alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ class LinkListener(Protocol):
     def on_link_lost(self, upstream: Incarnation, downstream: Incarnation, reason: str) -> None: ...
 
 
+def joins_up(upstream: Incarnation, downstream: Incarnation) -> bool:
+    """Whether a link between two replicas makes sense, and the lower one would take it."""
+    if upstream.layers[1] != downstream.layers[0]:
+        return False
+    index = upstream.link.certified_index
+    return index is None or index + 1 == downstream.link.certified_index
+
+
 class NeighbourLinks:
     """All links between the replicas that are open."""
 
@@ -46,9 +55,9 @@ class NeighbourLinks:
     def add(self, replica: Incarnation) -> None:
         """Connects a replica that has opened with its neighbours."""
         for other in self._open.values():
-            if other.ready.end_layer == replica.ready.first_layer:
+            if joins_up(other, replica):
                 self._connect(other, replica)
-            elif replica.ready.end_layer == other.ready.first_layer:
+            elif joins_up(replica, other):
                 self._connect(replica, other)
         self._open[replica.replica_id] = replica
 

@@ -21,6 +21,7 @@ from services.common.channels import open_channel, why_unreachable
 from services.common.credentials import Credentials
 from services.common.identity import stage_role
 from services.coordinator.backoff import Backoff
+from services.coordinator.roster import Roster
 from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.stage_stream import StageStream
 
@@ -45,6 +46,21 @@ class Place:
     def name(self) -> str:
         """For people."""
         return f"stage {self.stage_index} ({self.address})"
+
+
+def places_of(roster: Roster) -> list[Place]:
+    """The places of those that a coordinator begins with."""
+    return [
+        Place(
+            stage_index=stage_index,
+            num_stages=len(roster.stages),
+            number=number,
+            address=address,
+            is_spare=address in roster.spares,
+        )
+        for stage_index, addresses in enumerate(roster.stages)
+        for number, address in enumerate(addresses)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,6 +124,9 @@ class ReplicaLink:
         self.problem = "starting"
         self.is_draining = False
         self.is_evacuated = False  # draining, and the sequences that it has leave it
+        # The stage that its certificate names, whatever stage of a later cut has its layers; None
+        # in a mesh without certificates.
+        self.certified_index = None if credentials is None else place.stage_index
         self._settings = settings
         self._listener = listener
         self._credentials = credentials
@@ -143,10 +162,7 @@ class ReplicaLink:
         self._dropped = asyncio.get_running_loop().create_future()
         error: PenstockError | None = None
         # A connection of its own: that of the last incarnation may be dead, and not know it yet.
-        role = stage_role(self.place.stage_index)
-        async with open_channel(
-            self.place.address, credentials=self._credentials, role=role
-        ) as channel:
+        async with self._dial() as channel:
             stream = StageStream(
                 channel,
                 name=self.place.name,
@@ -163,6 +179,10 @@ class ReplicaLink:
                 error = _leaf(errors)
         assert error is not None, "streams end by raising"
         return error
+
+    def _dial(self) -> grpc.aio.Channel:
+        role = "" if self.certified_index is None else stage_role(self.certified_index)
+        return open_channel(self.place.address, credentials=self._credentials, role=role)
 
     def _order(self) -> stage_pb2.OpenPipeline:
         return stage_pb2.OpenPipeline(

@@ -37,8 +37,9 @@ from core.pipeline.events import (
 )
 from services.common.credentials import Credentials
 from services.coordinator.fit import Manifest, check_fit, part_of, pipeline_facts, replica_facts
-from services.coordinator.neighbour_links import NeighbourLinks
-from services.coordinator.replica_link import Incarnation, Place, ReplicaLink
+from services.coordinator.neighbour_links import NeighbourLinks, joins_up
+from services.coordinator.replica_link import Incarnation, Place, ReplicaLink, places_of
+from services.coordinator.roster import Roster, read_roster
 from services.coordinator.settings import CoordinatorSettings, check_address
 
 # Of one stage. Each is dialled again and again while nobody answers.
@@ -77,6 +78,7 @@ class Replicas:
         self.links: list[ReplicaLink] = []  # by stage, then by number
         self.neighbours = NeighbourLinks(self)
         self.cut: Cut | None = None  # what new sequences take, once the scheduler knows the model
+        self.term = 0  # when it took the stages over, Unix time in ms; 0: it has not
         self._settings = settings
         self._listener = listener
         self._credentials = credentials
@@ -84,29 +86,27 @@ class Replicas:
         self._open: dict[int, Incarnation] = {}
         self._model: Manifest | None = None  # once the scheduler knows it
         self._has_chosen = False  # an operator, since this coordinator began
-        self._term = 0
         self._group: asyncio.TaskGroup | None = None
         self._tasks: dict[ReplicaLink, asyncio.Task[None]] = {}
-        for stage_index, addresses in enumerate(settings.stages):
-            for address in addresses:
-                self._insert(
-                    Place(
-                        stage_index=stage_index,
-                        num_stages=len(settings.stages),
-                        number=self._free_number(stage_index),
-                        address=address,
-                        is_spare=address in settings.spares,
-                    )
-                )
+        self._take_roster(settings.roster)
 
     async def run(self) -> None:
         """Takes the stages over, and keeps all replicas open, those that are added later too, until
         cancelled."""
-        self._term = time.time_ns() // 1_000_000
+        if (path := self._settings.stages_file) is not None:
+            self._take_roster(read_roster(path))  # replicas may have changed while it waited
+        self.term = time.time_ns() // 1_000_000
         async with asyncio.TaskGroup() as self._group:
             for link in self.links:
                 self._start(link)
             await asyncio.Event().wait()  # also where every replica is drained away
+
+    def _take_roster(self, roster: Roster) -> None:
+        """Knows these replicas, and no others; none of them is open yet."""
+        self._roster = roster
+        self.links.clear()
+        for place in places_of(roster):
+            self._insert(place)
 
     # --- orders
 
@@ -126,7 +126,7 @@ class Replicas:
 
     @property
     def num_stages(self) -> int:
-        return len(self._settings.stages if self.cut is None else self.cut.parts)
+        return len(self._roster.stages if self.cut is None else self.cut.parts)
 
     @property
     def manifest(self) -> stage_pb2.StageReady | None:
@@ -147,9 +147,8 @@ class Replicas:
 
     def is_connected(self, replica: Incarnation) -> bool:
         """Whether activations can reach it and leave it."""
-        first_layer, end_layer = replica.layers
-        before = [other for other in self._open.values() if other.layers[1] == first_layer]
-        behind = [other for other in self._open.values() if other.layers[0] == end_layer]
+        before = [other for other in self._open.values() if joins_up(other, replica)]
+        behind = [other for other in self._open.values() if joins_up(replica, other)]
         connects = self.neighbours.connects
         return (not before or any(connects(other, replica) for other in before)) and (
             not behind or any(connects(replica, other) for other in behind)
@@ -346,8 +345,7 @@ class Replicas:
     def _prefer(self, incarnation: Incarnation) -> None:
         """Of the replicas that a coordinator begins with, later ones came with an update: they have
         the weights that were chosen, also where they open later. An operator's choice ends that."""
-        address = incarnation.place.address
-        is_of_the_beginning = any(address in stage for stage in self._settings.stages)
+        is_of_the_beginning = incarnation.place.address in self._roster.addresses
         if self.cut is not None and is_of_the_beginning and not self._has_chosen:
             parts = [part_of(one.ready) for one in self._latest_first() if not one.link.is_draining]
             changed = self.cut.with_first(parts)
@@ -393,7 +391,7 @@ class Replicas:
 
     def _start(self, link: ReplicaLink) -> None:
         assert self._group is not None, "replicas are opened while they are kept open"
-        self._tasks[link] = self._group.create_task(link.run(term=self._term))
+        self._tasks[link] = self._group.create_task(link.run(term=self.term))
 
 
 def _manifest(replica: Incarnation) -> Manifest:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import InvalidInput
+from services.coordinator.roster import Roster
 
 _LONGEST_ADDRESS = 256
 
@@ -16,8 +17,9 @@ class CoordinatorSettings:
     """Settings of one coordinator process; addresses are `host:port`."""
 
     listen: str
-    stages: tuple[tuple[str, ...], ...]  # addresses of each stage's replicas, first stage first
-    spares: frozenset[str] = frozenset()  # of these, those that wait for others to fail
+    roster: Roster
+    # Has the roster of now: read anew when the stages are taken over. None: it never changes.
+    stages_file: Path | None = None
     metrics_port: int | None = None  # None: no metrics
     max_sequences: int = 256  # running at a time
     max_waiting: int = 1024  # waiting for admission; one more is refused
@@ -25,7 +27,7 @@ class CoordinatorSettings:
     micro_batch_timeout_s: float = 10.0  # a replica that returns nothing for so long has hung
     pulse_timeout_s: float = 2.0  # a replica that says nothing for so long is lost
     lost_limit_s: float = 30.0  # how long requests wait where a stage has no replica
-    # How long after a take-over gateways may take to bring the requests that they hold.
+    # How long gateways may take to bring the requests that they hold, once they can be served.
     resume_grace_s: float = 3.0
     prefix_cache: bool = True  # prompts that begin alike are computed once
     # Shares of tenants in what is admitted; 1 for those that are not named.
@@ -38,7 +40,6 @@ class CoordinatorSettings:
     insecure: bool = False  # listens beyond loopback even so
 
     def __post_init__(self) -> None:
-        self._check_addresses()
         if self.max_sequences < 1:
             raise InvalidInput("max_sequences", self.max_sequences, "at least 1")
         if self.max_waiting < 1:
@@ -50,16 +51,6 @@ class CoordinatorSettings:
         for name in ("micro_batch_timeout_s", "pulse_timeout_s", "open_timeout_s"):
             if not getattr(self, name) > 0:
                 raise InvalidInput(name, getattr(self, name), "above 0")
-
-    def _check_addresses(self) -> None:
-        text = ",".join("|".join(replicas) for replicas in self.stages)
-        addresses = [address for replicas in self.stages for address in replicas]
-        if not all(self.stages) or not addresses or not all(addresses):
-            raise InvalidInput("stages", text, "addresses of replicas, first stage first")
-        if len(set(addresses)) != len(addresses):
-            raise InvalidInput("stages", text, "a different address each")
-        if strangers := sorted(self.spares.difference(addresses)):
-            raise InvalidInput("spares", ",".join(strangers), f"addresses of {text}")
 
 
 def parse_tenant_weights(text: str) -> dict[str, float]:
@@ -73,13 +64,6 @@ def parse_tenant_weights(text: str) -> dict[str, float]:
             allowed = "tenants and numbers such as gold=4,free=0.5"
             raise InvalidInput("tenant_weights", part, allowed) from None
     return weights
-
-
-def parse_stages(text: str) -> tuple[tuple[str, ...], ...]:
-    """Reads `h:1|h:2,h:3`: stages part by commas, and replicas of a stage by bars."""
-    return tuple(
-        tuple(address.strip() for address in stage.split("|")) for stage in text.split(",")
-    )
 
 
 def check_address(address: str) -> None:

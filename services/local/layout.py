@@ -15,6 +15,7 @@ from core.pipeline.plan import StageSlice
 from core.weights.sealed.sealing import OWNER
 from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
+from services.coordinator.roster import Roster
 from services.local.process import ProcessCommand
 from services.local.seal_keys import private_key, public_key, stage_name
 
@@ -46,6 +47,15 @@ class StageLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoordinatorLayout:
+    """A process of which one serves, while the others wait."""
+
+    number: int  # in its name, from 0
+    address: str
+    metrics_port: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshLayout:
     """A mesh, ready to be started."""
 
@@ -62,12 +72,12 @@ class MeshLayout:
     require_keys: bool
     data_folder: str  # of API keys and audit log
     stages: tuple[StageLayout, ...]
-    coordinator_address: str
-    coordinator_metrics_port: int
+    coordinators: tuple[CoordinatorLayout, ...]
     gateway_address: str
     gateway_metrics_port: int
     wire: str = "f32"  # codec of activations between stages
     shortcuts: bool = True
+    stages_file: str = ""  # has the roster, once there is a run folder
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     # Folder with the keys of a sealed model; "": it is not sealed.
     seal_keys: str = ""
@@ -76,13 +86,14 @@ class MeshLayout:
     rehash_minutes: float = 10.0
 
     def commands(self) -> tuple[ProcessCommand, ...]:
-        """What to run: the stages, the coordinator, the gateway; ended the other way round."""
+        """What to run: stages, coordinators, the gateway; ended the other way round."""
         stages = (
             self.stage_command(index, one)
             for index, stage in enumerate(self.stages)
             for one in stage.replicas
         )
-        return (*stages, self.coordinator_command(), self.gateway_command())
+        coordinators = map(self.coordinator_command, self.coordinators)
+        return (*stages, *coordinators, self.gateway_command())
 
     @property
     def audit_path(self) -> Path:
@@ -96,7 +107,8 @@ class MeshLayout:
         """Reads what `to_json` wrote."""
         fields = json.loads(text)
         stages = tuple(_stage_from(stage) for stage in fields.pop("stages"))
-        return MeshLayout(stages=stages, **fields)
+        coordinators = tuple(CoordinatorLayout(**one) for one in fields.pop("coordinators"))
+        return MeshLayout(stages=stages, coordinators=coordinators, **fields)
 
     def with_replica(self, stage_index: int, one: ReplicaLayout) -> MeshLayout:
         """The mesh with one more replica; raises InvalidInput where there is no such stage."""
@@ -167,19 +179,25 @@ class MeshLayout:
             flags=() if self.shortcuts else ("--no-shortcuts",),
         )
 
-    def coordinator_command(self) -> ProcessCommand:
-        """Runs the coordinator."""
+    @property
+    def roster(self) -> Roster:
+        """What coordinators are told of the stage processes."""
         replicas = [stage.replicas for stage in self.stages]
-        spares = [one.address for stage in replicas for one in stage if one.is_spare]
+        return Roster(
+            stages=tuple(tuple(one.address for one in stage) for stage in replicas),
+            spares=frozenset(one.address for stage in replicas for one in stage if one.is_spare),
+        )
+
+    def coordinator_command(self, one: CoordinatorLayout) -> ProcessCommand:
+        """Runs a coordinator."""
         return _command(
-            "coordinator",
+            f"coordinator{replica_suffix(one.number)}",
             "services.coordinator",
             2,
-            self.coordinator_address,
-            self.coordinator_metrics_port,
+            one.address,
+            one.metrics_port,
             {
-                "--stages": ",".join("|".join(one.address for one in stage) for stage in replicas),
-                "--spares": ",".join(spares),
+                "--stages-file": self.stages_file,
                 "--max-sequences": str(self.max_sequences),
                 "--speculation": str(self.speculation),
                 "--audit": str(self.audit_path),
@@ -197,7 +215,7 @@ class MeshLayout:
             self.gateway_address,
             self.gateway_metrics_port,
             {
-                "--coordinator": self.coordinator_address,
+                "--coordinator": ",".join(one.address for one in self.coordinators),
                 "--model": self.model_path,
                 "--drain-s": str(self.drain_s),
                 "--data": self.data_folder,
@@ -225,7 +243,7 @@ def replica_name(stage_index: int, number: int) -> str:
 
 
 def replica_suffix(number: int) -> str:
-    """Tells replicas of a stage apart: "", "-b", "-c" ... and beyond the letters numbers."""
+    """Tells processes of one kind apart: "", "-b", "-c" ... and beyond the letters numbers."""
     if number == 0:
         return ""
     return f"-{chr(ord('a') + number)}" if number < 26 else f"-{number}"

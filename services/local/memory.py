@@ -15,7 +15,6 @@ KV_SHARE = 0.25
 STAGE_BYTES = 240 * 2**20
 # Of the coordinator (71 MiB measured) and the gateway (110 with a vocabulary of 49,152), each.
 SERVICE_BYTES = 100 * 2**20
-NUM_SERVICES = 2
 POSITIONS_PER_BLOCK = 16
 
 
@@ -29,13 +28,15 @@ class MemoryNeeds:
     packing_bytes: int
     kv_block_bytes: int
     num_replicas: int
+    num_services: int  # coordinators and the gateway
     # Blocks beyond which no request could use more.
     most_blocks: int
 
     @property
     def processes_bytes(self) -> int:
         """Of all processes, whatever the model's weights and its cache take."""
-        return self.num_replicas * STAGE_BYTES + NUM_SERVICES * SERVICE_BYTES + self.packing_bytes
+        services_bytes = self.num_services * SERVICE_BYTES
+        return self.num_replicas * STAGE_BYTES + services_bytes + self.packing_bytes
 
 
 def packing_bytes(fp32: ModelCosts, *, num_replicas: int) -> int:
@@ -62,7 +63,7 @@ def choose_kv_blocks(needs: MemoryNeeds, *, kv_memory_bytes: int | None) -> int:
         kv_bytes = max(kv_memory_bytes or 0, needs.kv_block_bytes)
         raise PlanImpossible(
             f"too little memory: weights {gib(needs.weights_bytes)}, "
-            f"{needs.num_replicas + NUM_SERVICES} processes {gib(needs.processes_bytes)} "
+            f"{needs.num_replicas + needs.num_services} processes {gib(needs.processes_bytes)} "
             f"and KV cache {gib(kv_bytes)} "
             f"need {gib(fixed_bytes + kv_bytes)}, and {gib(needs.available_bytes)} are available"
         )

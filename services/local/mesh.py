@@ -150,10 +150,6 @@ class Mesh:
         self.ports.release(process.command.ports)
         self._restarted()
 
-    def change(self, command: ProcessCommand) -> None:
-        """Has the process at the command's address run this from its next start on."""
-        self._at(command.address).command = command
-
     def _at(self, address: str) -> MeshProcess:
         for process in self.processes:
             if process.command.address == address:

@@ -20,7 +20,7 @@ from services.common.data_folder import default_data_folder
 from services.local.catalogue import CATALOGUE
 from services.local.fetch import Report, resolve_model
 from services.local.identities import settle_identities
-from services.local.layout import MeshLayout, ReplicaLayout, StageLayout
+from services.local.layout import CoordinatorLayout, MeshLayout, ReplicaLayout, StageLayout
 from services.local.manifests import catalogue_manifest
 from services.local.memory import (
     POSITIONS_PER_BLOCK,
@@ -39,8 +39,10 @@ DRAIN_S = 3
 
 
 class _Ports(NamedTuple):
-    listen: list[int]  # stage processes, then the coordinator, then the gateway
-    metrics: list[int]  # likewise
+    """Of stage processes, of coordinators, and of the gateway."""
+
+    listen: list[int]
+    metrics: list[int]
 
 
 def prepare(
@@ -82,8 +84,7 @@ def prepare(
         require_keys=settings.require_keys,
         data_folder=str(default_data_folder()),
         stages=_stages(settings, plan, chosen),
-        coordinator_address=f"{HOST}:{chosen.listen[-2]}",
-        coordinator_metrics_port=chosen.metrics[-2],
+        coordinators=_coordinators(settings, chosen),
         gateway_address=f"{HOST}:{chosen.listen[-1]}",
         gateway_metrics_port=chosen.metrics[-1],
         shortcuts=settings.shortcuts,
@@ -114,6 +115,15 @@ def _stages(settings: MeshSettings, plan: PipelinePlan, ports: _Ports) -> tuple[
             ),
         )
         for index, stage in enumerate(plan.stages)
+    )
+
+
+def _coordinators(settings: MeshSettings, ports: _Ports) -> tuple[CoordinatorLayout, ...]:
+    first = -1 - settings.coordinators
+    pairs = zip(ports.listen[first:-1], ports.metrics[first:-1], strict=True)
+    return tuple(
+        CoordinatorLayout(number=number, address=f"{HOST}:{listen}", metrics_port=metrics)
+        for number, (listen, metrics) in enumerate(pairs)
     )
 
 
@@ -148,17 +158,19 @@ def model_name(spec: str, path: Path) -> str:
 
 
 def _choose_ports(settings: MeshSettings, held: HeldPorts) -> _Ports:
-    """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards."""
+    """The gateway's as asked for, the inner ones free; metrics from the gateway's upwards: then the
+    first coordinator's, the stages', and those of further coordinators."""
     num_replicas = sum(map(settings.processes_of, range(settings.num_stages)))
-    num_processes = num_replicas + 2
+    num_processes = num_replicas + settings.coordinators + 1
     listen, metrics = ([held.take() for _ in range(num_processes)] for _ in range(2))
     if settings.grpc_port:
         require_free("grpc_port", settings.grpc_port)
         listen[-1] = settings.grpc_port
     if settings.metrics_port:
-        metrics = [settings.metrics_port + 2 + index for index in range(num_replicas)]
-        metrics += [settings.metrics_port + 1, settings.metrics_port]
-        for port in reversed(metrics):
+        base = settings.metrics_port
+        stages = range(base + 2, base + 2 + num_replicas)
+        metrics = [*stages, base + 1, *range(stages.stop, base + num_processes), base]
+        for port in sorted(metrics):
             require_free("metrics_port", port)
     return _Ports(listen, metrics)
 
@@ -177,6 +189,7 @@ def _choose_kv_blocks(
         kv_block_bytes=_sum_of_products(processes, blocks),
         packing_bytes=packing_bytes(fp32, num_replicas=sum(processes)),
         num_replicas=sum(processes),
+        num_services=settings.coordinators + 1,
         most_blocks=settings.max_sequences * blocks_a_sequence,
     )
     return choose_kv_blocks(needs, kv_memory_bytes=settings.kv_memory_bytes)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from penstock.v1 import coordinator_pb2
-from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
+from core.errors import PenstockError
 from services.common.channels import open_channel
 from services.common.credentials import Credentials
-from services.common.identity import COORDINATOR, GATEWAY
+from services.common.identity import GATEWAY
+from services.local.coordinators import Coordinators, open_coordinators
 from services.local.layout import replica_name
 
 POLL_INTERVAL_S = 0.1
@@ -42,7 +42,7 @@ class StageProgress:
 
 async def wait_until_ready(
     gateway: str,
-    coordinator: str,
+    coordinators: Sequence[str],
     *,
     credentials: Credentials | None,
     report: Callable[[list[StageProgress]], None],
@@ -56,7 +56,7 @@ async def wait_until_ready(
     """
     seen: list[StageProgress] = []
     async with (
-        open_channel(coordinator, credentials=credentials, role=COORDINATOR) as inner,
+        open_coordinators(coordinators, credentials=credentials) as inner,
         open_channel(gateway, credentials=credentials, role=GATEWAY) as outer,
     ):
         while True:
@@ -72,13 +72,11 @@ async def wait_until_ready(
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
-async def _ask_stages(channel: grpc.aio.Channel) -> list[StageProgress]:
-    """The replicas' states; none while the coordinator does not answer yet."""
+async def _ask_stages(coordinators: Coordinators) -> list[StageProgress]:
+    """The replicas' states; none while no coordinator serves yet."""
     try:
-        mesh = await CoordinatorServiceStub(channel).GetMesh(
-            coordinator_pb2.GetMeshRequest(), timeout=CALL_TIMEOUT_S
-        )
-    except grpc.aio.AioRpcError:
+        mesh = (await coordinators.serving()).mesh
+    except PenstockError:
         return []
     return [
         StageProgress(

@@ -18,15 +18,12 @@ import grpc
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import local_pb2
 
-from core.errors import InvalidInput, Unavailable
-from services.common.statuses import error_from_rpc
+from core.errors import InvalidInput, PenstockError, Unavailable
 from services.local.partition import plan_stages
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
 from services.local.running_mesh import (
     CALL_TIMEOUT_S,
-    OPEN_TIMEOUT_S,
-    POLL_S,
     RunningMesh,
     running_mesh,
     watch_trial,
@@ -106,7 +103,7 @@ class Mover:
                 raise
         finally:
             trial.cancel()
-        await self._choose()
+        await self._choose(new)
         await self._let_old_leave()
 
     async def _read_started(self, trial: Any, new: list[local_pb2.TryCutResponse]) -> None:
@@ -121,13 +118,8 @@ class Mover:
     async def _try(self, new: Sequence[local_pb2.TryCutResponse], prompt: Sequence[int]) -> None:
         """From processes that load to the mesh's own."""
         mesh, split = self._mesh, self._change.split
-        for one in new:
-            await mesh.coordinator.AddReplica(
-                pb.AddReplicaRequest(
-                    stage_index=one.stage_index, address=one.address, spare=one.spare, split=split
-                ),
-                timeout=CALL_TIMEOUT_S,
-            )
+        for replica in self._replicas(new):
+            await mesh.add(replica)
         await mesh.until_ready([one.address for one in new])
         old = next(one for one in (await mesh.describe()).stages if not one.passed_over)
         expected = await mesh.probe(old.address, prompt)
@@ -146,24 +138,28 @@ class Mover:
             for one in new:
                 await self._mesh.drain(one.address)
             self._mesh.say("  all goes on as it was")
-        except grpc.aio.AioRpcError as error:
-            self._mesh.say(f"  it could not be rolled back: {error_from_rpc(error)}")
+        except PenstockError as error:
+            self._mesh.say(f"  it could not be rolled back: {error}")
 
-    async def _choose(self) -> None:
-        """Has new sequences take the new cut, as soon as all of it is there; a part that has just
-        died is being started again."""
+    async def _choose(self, new: Sequence[local_pb2.TryCutResponse]) -> None:
+        """Has new sequences take the new cut."""
         request = pb.ChooseCutRequest(split=self._change.split)
-        async with asyncio.timeout(OPEN_TIMEOUT_S):
-            while True:
-                try:
-                    await self._mesh.coordinator.ChooseCut(request, timeout=CALL_TIMEOUT_S)
-                    break
-                except grpc.aio.AioRpcError as error:
-                    away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
-                    if error.code() not in away:
-                        raise
-                    await asyncio.sleep(POLL_S)
+        await self._mesh.choose(
+            lambda coordinator: coordinator.ChooseCut(request, timeout=CALL_TIMEOUT_S),
+            new=self._replicas(new),
+        )
         self._mesh.say(f"  new sequences take {self._change.split}")
+
+    def _replicas(self, new: Sequence[local_pb2.TryCutResponse]) -> list[pb.AddReplicaRequest]:
+        return [
+            pb.AddReplicaRequest(
+                stage_index=one.stage_index,
+                address=one.address,
+                spare=one.spare,
+                split=self._change.split,
+            )
+            for one in new
+        ]
 
     async def _let_old_leave(self) -> None:
         """Ends the processes whose layers are no stage any more."""

@@ -42,7 +42,7 @@ class MeshRecord:
     model_path: str
     number_format: str
     gateway: str
-    coordinator: str
+    coordinators: tuple[str, ...]
     wire: str = "f32"  # codec of activations between stages
     certs: str = ""  # folder of the processes' identities; empty: all in the clear
     processes: tuple[ProcessRecord, ...]
@@ -69,6 +69,7 @@ class RunFolder:
         self.path = path
         self._lock_path = path / "mesh.lock"
         self._record_path = path / "mesh.json"
+        self.stages_path = path / "stages.json"  # what coordinators are told of stage processes
 
     @property
     def socket_path(self) -> Path:
@@ -92,6 +93,7 @@ class RunFolder:
                 yield
             finally:
                 self._record_path.unlink(missing_ok=True)
+                self.stages_path.unlink(missing_ok=True)
 
     def is_claimed(self) -> bool:
         """Whether a supervisor lives."""
@@ -111,16 +113,19 @@ class RunFolder:
 
     def write(self, record: MeshRecord) -> None:
         """Replaces the record in one step, so that a reader never sees half of it."""
-        temporary = self._record_path.with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(record), indent=1))
-        temporary.replace(self._record_path)
+        _write(self._record_path, json.dumps(asdict(record), indent=1))
+
+    def write_stages(self, text: str) -> None:
+        """Replaces what coordinators read, likewise."""
+        _write(self.stages_path, text)
 
     def read(self) -> MeshRecord | None:
         """The record of the last mesh, which may have died without removing it."""
         try:
             fields = json.loads(self._record_path.read_text())
             processes = tuple(ProcessRecord(**process) for process in fields.pop("processes"))
-            return MeshRecord(processes=processes, **fields)
+            coordinators = tuple(fields.pop("coordinators"))
+            return MeshRecord(processes=processes, coordinators=coordinators, **fields)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -137,6 +142,12 @@ class RunFolder:
             f"a mesh is already running (pid {record.supervisor.pid}, port {port}): "
             "stop it with `make stop`"
         )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def record_process(

@@ -7,14 +7,16 @@ from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from core.errors import InvalidInput
+from core.models.llama.config import LlamaConfig
 from core.models.llama.parts import slice_parts, tensor_parts
 from core.models.registry import load_config
 from core.pipeline.plan import StageSlice
 from core.weights.open import open_checkpoint
 from core.weights.sealed import sealing
-from core.weights.sealed.header import SealHeader
+from core.weights.sealed.header import Holder, SealHeader, read_header
 from core.weights.sealed.identity import (
     PublicIdentity,
     SealKeys,
@@ -24,7 +26,7 @@ from core.weights.sealed.identity import (
 from core.weights.sealed.sealing import OWNER, Grant
 from services.local.partition import plan_stages
 from services.local.prepare import read_model
-from services.local.seal_keys import private_key, public_key, stage_name
+from services.local.seal_keys import opened_layers, private_key, public_key, stage_name
 
 # Replicas may have keys of their own: stage-1-b, say.
 _HOLDER = re.compile(r"stage-(\d+)(-[A-Za-z0-9._-]+)?")
@@ -50,7 +52,7 @@ def seal_model(model: Path, folder: Path, wishes: SealWishes, *, name: str, vers
     Raises what reading the model and the keys raises, and InvalidInput.
     """
     owner = read_identity(private_key(wishes.keys, OWNER))
-    grants = _grants(model, wishes, keys=None)
+    grants = _grants(_cut(model, wishes, keys=None), wishes)
     with closing(open_checkpoint(model)) as checkpoint:
         load_config(checkpoint)  # refuses what could not be served either
         sealing.seal(
@@ -75,11 +77,18 @@ def rewrap_model(
     """Changes who may open which layers of a sealed model, and touches no weights.
 
     Without `deals` nobody is given anything; with `keeps` holders also have what they had. Raises
-    SealBroken, NotFound or InvalidInput.
+    SealBroken, NotFound, or InvalidInput, also where a holder that is given nothing and not revoked
+    would have layers that the cut gives to other stages.
     """
     owner = read_identity(private_key(wishes.keys, OWNER))
-    keys = SealKeys(sealer=owner.public, identity=owner)
-    grants = _grants(folder, wishes, keys=keys) if deals else {}
+    grants: Mapping[str, Grant] = {}
+    if deals:
+        cut = _cut(folder, wishes, keys=SealKeys(sealer=owner.public, identity=owner))
+        grants = _grants(cut, wishes)
+        if not keeps:
+            holders = read_header(folder, sealer=owner.public).holders
+            others = holders.keys() - {OWNER, *revoked, *grants}
+            _refuse_surplus({name: holders[name] for name in sorted(others)}, cut)
     return sealing.rewrap(folder, owner=owner, grants=grants, revoked=revoked, keeps=keeps)
 
 
@@ -91,7 +100,23 @@ def parse_holder(text: str) -> tuple[str, PublicIdentity]:
     return name, read_public_identity(Path(path).expanduser())
 
 
-def _grants(model: Path, wishes: SealWishes, *, keys: SealKeys | None) -> dict[str, Grant]:
+class _Cut(NamedTuple):
+    """A model in stages."""
+
+    config: LlamaConfig
+    slices: tuple[StageSlice, ...]
+
+    def parts_of(self, holder: str) -> frozenset[str]:
+        """What it needs for its stage; nothing where there is no such stage."""
+        found = _HOLDER.fullmatch(holder)
+        index = int(found[1]) if found else len(self.slices)
+        if index >= len(self.slices):
+            return frozenset()
+        one = self.slices[index]
+        return slice_parts(self.config, first_layer=one.first_layer, end_layer=one.end_layer)
+
+
+def _cut(model: Path, wishes: SealWishes, *, keys: SealKeys | None) -> _Cut:
     facts = read_model(model, dtype="auto", keys=keys)
     plan = plan_stages(
         facts.config,
@@ -99,27 +124,34 @@ def _grants(model: Path, wishes: SealWishes, *, keys: SealKeys | None) -> dict[s
         num_stages=wishes.num_stages,
         split=wishes.split,
     )
-    slices = [stage.stage_slice for stage in plan.stages]
+    return _Cut(facts.config, plan.slices)
+
+
+def _grants(cut: _Cut, wishes: SealWishes) -> dict[str, Grant]:
     holders = wishes.holders or {
         stage_name(index): read_public_identity(public_key(wishes.keys, stage_name(index)))
-        for index in range(len(slices))
+        for index in range(len(cut.slices))
     }
+    for name in holders:
+        if not cut.parts_of(name):
+            raise InvalidInput("for", name, f"stage-0 to stage-{len(cut.slices) - 1}")
     return {
-        name: Grant(
-            identity=identity,
-            parts=slice_parts(
-                facts.config,
-                first_layer=_slice_of(name, slices).first_layer,
-                end_layer=_slice_of(name, slices).end_layer,
-            ),
-        )
+        name: Grant(identity=identity, parts=cut.parts_of(name))
         for name, identity in holders.items()
     }
 
 
-def _slice_of(holder: str, slices: list[StageSlice]) -> StageSlice:
-    found = _HOLDER.fullmatch(holder)
-    index = int(found[1]) if found else len(slices)
-    if index >= len(slices):
-        raise InvalidInput("for", holder, f"stage-0 to stage-{len(slices) - 1}")
-    return slices[index]
+def _refuse_surplus(holders: Mapping[str, Holder], cut: _Cut) -> None:
+    """Raises InvalidInput where one could open more than the layers of its stage."""
+    surplus = [
+        f"{name} ({opened_layers(holder)})"
+        for name, holder in holders.items()
+        if not cut.parts_of(name).issuperset(holder.wraps)
+    ]
+    if surplus:
+        raise InvalidInput(
+            "revoke",
+            None,
+            f"{', '.join(surplus)}, which would keep what this cut gives to others; or their keys "
+            "with --for, or --keep while layers move",
+        )

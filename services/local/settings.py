@@ -39,6 +39,8 @@ class MeshSettings:
     replicas: tuple[int, ...] = (1,)
     # Processes of each stage that wait until one of these fails; likewise.
     spares: tuple[int, ...] = (0,)
+    # One coordinator serves; the others wait until it is lost.
+    coordinators: int = 1
     # Times as long as they need that stages take to compute, by stage: to try what slow nodes do.
     slow_down: Mapping[int, float] = field(default_factory=dict)
     # Of weights, activations and KV cache; "auto": by the model's file, see `number_format`.
@@ -90,6 +92,8 @@ class MeshSettings:
             raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
+        if self.coordinators < 1:
+            raise InvalidInput("coordinators", self.coordinators, "at least 1")
         for stage_index, factor in self.slow_down.items():
             if stage_index >= self.num_stages or not 1.0 <= factor < math.inf:
                 allowed = f"a stage below {self.num_stages}, and at least 1"

@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.errors import Exhausted, InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
@@ -56,11 +56,12 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
         credentials = credentials_for(layout.certs, SUPERVISOR)
         supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
         mesh = supervisor.mesh
+        supervisor.write_stages()
         async with _audited(layout), mesh.running():
             supervisor.write_record()
             starting = wait_until_ready(
                 layout.gateway_address,
-                layout.coordinator_address,
+                [one.address for one in layout.coordinators],
                 credentials=credentials,
                 report=listener.progress,
                 is_compiling=mesh.is_compiling,
@@ -105,6 +106,7 @@ class Supervisor:
         check_room: CheckRoom = _check_room,
     ) -> None:
         """`check_room` raises PlanImpossible where a process for each slice does not fit."""
+        layout = replace(layout, stages_file=str(run_folder.stages_path))
         self.mesh = Mesh(layout.commands(), run_folder=run_folder, say=say)
         self._layout = layout
         self._run_folder = run_folder
@@ -143,7 +145,7 @@ class Supervisor:
             raise NotFound(f"no replica on trial listens at {shown(address)}", field="address")
         stage_index, replica, process = self._on_trial.pop(address)
         self._layout = self._layout.with_replica(stage_index, replica)
-        self.mesh.change(self._layout.coordinator_command())
+        self.write_stages()
         self.mesh.keep(process)
 
     async def end_trial(self, address: str) -> None:
@@ -195,7 +197,7 @@ class Supervisor:
         if recut is None or recut.split != split:
             raise NotFound(f"no cut {shown(split)} is on trial", field="split")
         self._recut, self._layout = None, recut.layout
-        self.mesh.change(recut.layout.coordinator_command())
+        self.write_stages()
         for one in recut.new:
             self.mesh.keep_at(one.replica.address)
         for address in recut.leaving:
@@ -222,8 +224,12 @@ class Supervisor:
             self._leaving.remove(address)
         else:
             self._layout = self._layout.without_replica(address)
-            self.mesh.change(self._layout.coordinator_command())
+            self.write_stages()
         await self.mesh.remove(address)
+
+    def write_stages(self) -> None:
+        """Writes down what a coordinator shall know that takes the stages over from now on."""
+        self._run_folder.write_stages(self._layout.roster.to_json())
 
     def write_record(self) -> None:
         """Writes down the processes as they are now."""
@@ -236,7 +242,7 @@ class Supervisor:
                 model_path=layout.model_path,
                 number_format=layout.number_format,
                 gateway=layout.gateway_address,
-                coordinator=layout.coordinator_address,
+                coordinators=tuple(one.address for one in layout.coordinators),
                 wire=layout.wire,
                 certs=layout.certs,
                 seal_keys=layout.seal_keys,

@@ -2,8 +2,9 @@
 
 One replica after the other: a new process loads the weights, is tried, and takes the place of an
 old one, which leaves once the sequences that it holds have ended. What has begun with the old
-weights ends with them. When anything fails before new sequences take the new ones, all is as it
-was.
+weights ends with them. When anything fails before the new process is the mesh's own, all is as it
+was. From there on a coordinator that takes over or is started again comes with the new weights,
+and one that serves is told of them until it knows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import local_pb2
 
-from core.errors import InvalidInput
+from core.errors import InvalidInput, PenstockError
 from core.weights.sealed.opening import is_sealed
-from services.common.statuses import error_from_rpc
 from services.local.prepare import read_model
 from services.local.run_folder import MeshRecord
 from services.local.running_mesh import (
@@ -80,6 +79,7 @@ class Updater:
     def __init__(self, update: Update, mesh: RunningMesh) -> None:
         self._update = update
         self._mesh = mesh
+        self._weights_digest = ""  # of the new ones, once they are loaded
 
     async def run(self) -> None:
         old = [one for one in await self._replicas() if not one.draining]
@@ -104,50 +104,50 @@ class Updater:
         try:
             started = await trial.read()
             mesh.say(f"  {started.name} loads the new weights")
+            new = pb.AddReplicaRequest(
+                stage_index=self._update.stage_index, address=started.address, spare=old.spare
+            )
             try:
-                await first_of(self._settle(started.address, old, prompt), watch_trial(trial))
+                await first_of(self._try(new, prompt), watch_trial(trial))
             except BaseException:
-                await self._roll_back(started.address, old)
+                await self._roll_back(new)
                 raise
         finally:
             trial.cancel()
+        await self._choose(new)
         await mesh.retire(old.address)
         mesh.say("  the old process has ended")
 
-    async def _settle(self, address: str, old: State, prompt: Sequence[int]) -> None:
-        """From a process that loads to one that new sequences take."""
+    async def _try(self, new: pb.AddReplicaRequest, prompt: Sequence[int]) -> None:
+        """From a process that loads to one of the mesh's own."""
         mesh = self._mesh
-        await mesh.coordinator.AddReplica(
-            pb.AddReplicaRequest(
-                stage_index=self._update.stage_index, address=address, spare=old.spare
-            ),
-            timeout=CALL_TIMEOUT_S,
-        )
-        (new,) = await mesh.until_ready([address])
-        answer = await mesh.probe(address, prompt)
+        await mesh.add(new)
+        (state,) = await mesh.until_ready([new.address])
+        answer = await mesh.probe(new.address, prompt)
         mesh.say(f"  its probe of {len(answer.token_ids)} tokens is sound")
-        await self._choose(new.weights_digest)
         await mesh.supervisor.KeepReplica(
-            local_pb2.KeepReplicaRequest(address=address), timeout=CALL_TIMEOUT_S
+            local_pb2.KeepReplicaRequest(address=new.address), timeout=CALL_TIMEOUT_S
         )
-        mesh.say("  new sequences take the new weights")
+        self._weights_digest = state.weights_digest
 
-    async def _roll_back(self, new_address: str, old: State) -> None:
-        """Lets new sequences take the old weights, and the new replica leave."""
+    async def _roll_back(self, new: pb.AddReplicaRequest) -> None:
+        """Lets the new replica leave, which nobody but the probe has taken."""
         try:
-            await self._choose(old.weights_digest)
-            await self._mesh.drain(new_address)
+            await self._mesh.drain(new.address)
             self._mesh.say("  all goes on as it was")
-        except grpc.aio.AioRpcError as error:
-            self._mesh.say(f"  it could not be rolled back: {error_from_rpc(error)}")
+        except PenstockError as error:
+            self._mesh.say(f"  it could not be rolled back: {error}")
 
-    async def _choose(self, weights_digest: str) -> None:
-        await self._mesh.coordinator.ChooseWeights(
-            pb.ChooseWeightsRequest(
-                stage_index=self._update.stage_index, weights_digest=weights_digest
-            ),
-            timeout=CALL_TIMEOUT_S,
+    async def _choose(self, new: pb.AddReplicaRequest) -> None:
+        """Has new sequences take the new weights."""
+        request = pb.ChooseWeightsRequest(
+            stage_index=self._update.stage_index, weights_digest=self._weights_digest
         )
+        await self._mesh.choose(
+            lambda coordinator: coordinator.ChooseWeights(request, timeout=CALL_TIMEOUT_S),
+            new=[new],
+        )
+        self._mesh.say("  new sequences take the new weights")
 
     async def _replicas(self) -> list[State]:
         """Of the stage."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from tests.chaos.mesh import ChaosMesh
-from tests.chaos.moving import move_layers
+from tests.chaos.moving import layers_moving, move_layers
 from tests.chaos.updates import update
 from tests.support.fault_proxy import Faults
 
@@ -86,6 +86,19 @@ async def recut_at_once(mesh: ChaosMesh, part: str) -> None:
     await move_layers(mesh, moves=True)
 
 
+async def recut_and_kill_old(mesh: ChaosMesh, part: str) -> None:
+    """One that is to end once its sequences have ended dies before that."""
+    async with layers_moving(mesh, moves=False):
+        for one in mesh.leaving[:1]:
+            await kill(mesh, one.name)
+
+
+async def recut_and_kill_new(mesh: ChaosMesh, part: str) -> None:
+    """One dies that sequences have begun to move to."""
+    async with layers_moving(mesh, moves=True):
+        await kill(mesh, [one.name for one in mesh.replicas if not one.is_spare][-1])
+
+
 async def cut(mesh: ChaosMesh, part: str) -> None:
     mesh.wires[part].cut()
 
@@ -124,6 +137,18 @@ FAULTS = (
     Fault(name="stage updated", room="stage", deed=give_other_weights, repeats_streams=True),
     Fault(name="layers moved", room="stage", deed=recut, repeats_streams=True),
     Fault(name="layers moved at once", room="stage", deed=recut_at_once, repeats_streams=True),
+    Fault(
+        name="layers moved, old process killed",
+        room="stage",
+        deed=recut_and_kill_old,
+        repeats_streams=True,
+    ),
+    Fault(
+        name="layers moved, new process killed",
+        room="stage",
+        deed=recut_and_kill_new,
+        repeats_streams=True,
+    ),
     Fault(name="stage's links cut", room="stage", deed=cut),
     Fault(name="stage's links stall", room="stage", deed=STALL),
     Fault(name="link between stages stalls", room="stage-1", deed=STALL_BETWEEN_STAGES),

@@ -19,6 +19,7 @@ from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
+from services.local.coordinators import Coordinators
 from services.local.ports import HOST, HeldPorts
 from tests.chaos.parts import Part, PartCommand
 from tests.support.client import is_idle
@@ -134,9 +135,9 @@ class ChaosMesh:
     # --- what there is to see
 
     @property
-    def coordinator(self) -> Any:
-        """A stub of the one that serves."""
-        return self._coordinators[self.serving]
+    def coordinators(self) -> Coordinators:
+        """For those who ask the one that serves, whichever that is."""
+        return Coordinators(list(self._coordinators.items()))
 
     async def mesh(self) -> coordinator_pb2.GetMeshResponse | None:
         """The state of the mesh, by the coordinator that serves; None while none does."""
@@ -234,10 +235,14 @@ class ChaosMesh:
             self._tell_coordinators()
         return replica
 
-    def keep_cut(self, cut: Sequence[str]) -> list[Replica]:
-        """What the stages are from now on; returns the replicas whose layers are none of them."""
+    def keep_cut(self, cut: Sequence[str]) -> None:
+        """What the stages are from now on."""
         self.cut = list(cut)
         self._tell_coordinators()
+
+    @property
+    def leaving(self) -> list[Replica]:
+        """Those whose layers are no stage any more."""
         return [one for one in self.replicas if one.layers not in self.cut]
 
     async def remove_replica(self, address: str) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
 from penstock.v1 import local_pb2
 
 from services.local.repartition import Mover, Repartition
-from tests.chaos.mesh import ChaosMesh, Replica
+from tests.chaos.mesh import ChaosMesh
+from tests.chaos.trial import Trial
 from tests.chaos.updates import running, update
+
+_POLL_S = 0.02
 
 
 async def move_layers(mesh: ChaosMesh, *, moves: bool) -> None:
@@ -27,6 +32,17 @@ async def move_layers(mesh: ChaosMesh, *, moves: bool) -> None:
         await Mover(change, it).run()
 
 
+@asynccontextmanager
+async def layers_moving(mesh: ChaosMesh, *, moves: bool) -> AsyncIterator[None]:
+    """As `move_layers`, entered as soon as new sequences take the next cut."""
+    before = ",".join(mesh.cut)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(move_layers(mesh, moves=moves))
+        while (now := await mesh.mesh()) is None or now.split == before:  # noqa: ASYNC110 (nothing announces it)
+            await asyncio.sleep(_POLL_S)
+        yield
+
+
 def _next_cut(mesh: ChaosMesh) -> list[str]:
     most, half = mesh.num_layers, mesh.num_layers // 2
     edges = ([0, half, most], [0, half, (half + most) // 2, most], [0, max(1, most // 3), most])
@@ -41,22 +57,22 @@ class _Supervisor:
     def __init__(self, mesh: ChaosMesh) -> None:
         self._mesh = mesh
 
-    def TryCut(self, request: local_pb2.TryCutRequest) -> _Trial:
-        return _Trial(asyncio.create_task(self._start(request.split.split(","))))
+    def TryCut(self, request: local_pb2.TryCutRequest) -> Trial:
+        return Trial(self._start(request.split.split(",")))
 
     async def KeepCut(
         self, request: local_pb2.KeepCutRequest, **_: Any
     ) -> local_pb2.KeepCutResponse:
-        leaving = self._mesh.keep_cut(request.split.split(","))
-        return local_pb2.KeepCutResponse(leaving=[one.address for one in leaving])
+        self._mesh.keep_cut(request.split.split(","))
+        return local_pb2.KeepCutResponse(leaving=[one.address for one in self._mesh.leaving])
 
     async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
         await self._mesh.remove_replica(request.address)
 
-    async def _start(self, cut: list[str]) -> list[Replica]:
+    async def _start(self, cut: list[str]) -> list[local_pb2.TryCutResponse]:
         """As many processes of each new stage as the mesh began with."""
         shape, version = self._mesh.shape, self._mesh.versions[0]
-        return [
+        replicas = [
             await self._mesh.add_replica(
                 index, is_spare=number >= shape.num_replicas, version=version, layers=layers
             )
@@ -64,28 +80,13 @@ class _Supervisor:
             if layers not in self._mesh.cut
             for number in range(shape.num_replicas + shape.num_spares)
         ]
-
-
-class _Trial:
-    """As the call that goes on for as long as the trial."""
-
-    def __init__(self, starting: asyncio.Task[list[Replica]]) -> None:
-        self._starting = starting
-        self._num_told = 0
-
-    async def read(self) -> Any:
-        replicas = await self._starting
-        if self._num_told == len(replicas):
-            await asyncio.Event().wait()
-        replica = replicas[self._num_told]
-        self._num_told += 1
-        return local_pb2.TryCutResponse(
-            stage_index=replica.stage_index,
-            address=replica.address,
-            name=replica.name,
-            spare=replica.is_spare,
-            num_processes=len(replicas),
-        )
-
-    def cancel(self) -> None:
-        """Nothing is left to do: replicas that failed stay, and the round fails."""
+        return [
+            local_pb2.TryCutResponse(
+                stage_index=one.stage_index,
+                address=one.address,
+                name=one.name,
+                spare=one.is_spare,
+                num_processes=len(replicas),
+            )
+            for one in replicas
+        ]

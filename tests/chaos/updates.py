@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from penstock.v1 import generation_pb2_grpc, local_pb2
 from services.common.channels import open_channel
 from services.local.running_mesh import RunningMesh
 from services.local.update import Update, Updater
-from tests.chaos.mesh import ChaosMesh, Replica
+from tests.chaos.mesh import ChaosMesh
+from tests.chaos.trial import Trial
 
 
 async def update(mesh: ChaosMesh, *, stage_index: int) -> None:
@@ -31,7 +31,7 @@ async def running(mesh: ChaosMesh, supervisor: Any) -> AsyncIterator[RunningMesh
     await mesh.mesh()
     async with open_channel(mesh.parts["gateway-0"].command.address) as gateway:
         yield RunningMesh(
-            coordinator=mesh.coordinator,
+            coordinators=mesh.coordinators,
             supervisor=supervisor,
             gateway=generation_pb2_grpc.GenerationServiceStub(gateway),
             key=None,
@@ -46,11 +46,8 @@ class _Supervisor:
         self._mesh = mesh
         self._version = version
 
-    def TryReplica(self, request: local_pb2.TryReplicaRequest) -> _Trial:
-        starting = self._mesh.add_replica(
-            request.stage_index, is_spare=request.spare, version=self._version
-        )
-        return _Trial(asyncio.create_task(starting))
+    def TryReplica(self, request: local_pb2.TryReplicaRequest) -> Trial:
+        return Trial(self._start(request))
 
     async def KeepReplica(self, request: local_pb2.KeepReplicaRequest, **_: Any) -> None:
         """It is kept anyway."""
@@ -58,20 +55,10 @@ class _Supervisor:
     async def StopReplica(self, request: local_pb2.StopReplicaRequest, **_: Any) -> None:
         await self._mesh.remove_replica(request.address)
 
-
-class _Trial:
-    """As the call that goes on for as long as the trial."""
-
-    def __init__(self, starting: asyncio.Task[Replica]) -> None:
-        self._starting = starting
-        self._is_told = False
-
-    async def read(self) -> Any:
-        replica = await self._starting
-        if self._is_told:
-            await asyncio.Event().wait()
-        self._is_told = True
-        return local_pb2.TryReplicaResponse(address=replica.address, name=replica.name)
-
-    def cancel(self) -> None:
-        """Nothing is left to do: a replica that failed stays, and the round fails."""
+    async def _start(
+        self, request: local_pb2.TryReplicaRequest
+    ) -> list[local_pb2.TryReplicaResponse]:
+        replica = await self._mesh.add_replica(
+            request.stage_index, is_spare=request.spare, version=self._version
+        )
+        return [local_pb2.TryReplicaResponse(address=replica.address, name=replica.name)]

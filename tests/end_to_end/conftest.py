@@ -36,7 +36,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
 @pytest.fixture(scope="session")
 def shared_client(mesh: LocalMesh) -> Iterator[Client]:
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
         yield client
 
 

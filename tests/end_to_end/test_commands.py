@@ -218,7 +218,7 @@ def test_a_mesh_in_the_background_survives_a_stage_and_ends_on_stop(
         stage = record.processes[2]
         killed = find_process(stage)
         assert killed is not None
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             killed.kill()
             client.wait_for_mesh(lambda now: not now.stages[1].ready)
             client.wait_for_mesh(

@@ -84,7 +84,7 @@ def start(mesh: LocalMesh, *options: str) -> Iterator[Running]:
     mesh.start("--kv-memory", "96MiB", *options)
     try:
         record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             yield Running(mesh, client, client.send_all(requests()))
     finally:
         mesh.stop()

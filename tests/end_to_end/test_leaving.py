@@ -66,7 +66,7 @@ def test_a_client_whose_process_is_killed_gives_its_blocks_back(
 
 def test_a_closed_channel_gives_its_blocks_back(client: Client, mesh: LocalMesh) -> None:
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as other:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as other:
         call = other.generation.Generate(make_request(prompt="Once upon a time", sampling=LONG))
         next(call)
         client.wait_for_mesh(is_running(1))

@@ -8,20 +8,22 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 from penstock.v1 import generation_pb2 as pb
 
-from services.local.run_folder import find_process
-from tests.support.client import Answer, Client, connect, make_request
+from services.local.run_folder import MeshRecord, find_process
+from tests.support.client import Answer, Client, connect, connect_securely, make_request
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
-from tests.support.models import TinyModel, write_servable
+from tests.support.models import TinyModel, write_gguf, write_servable
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 TWO, THREE, OTHER = "0:2,2:4", "0:2,2:3,3:4", "0:1,1:4"
-OPTIONS = ("--split", TWO, "--kv-memory", "16MiB", "--dtype", "bf16")
+TINY = TinyModel(context_length=8192)
 NUM_STREAMS = 16
 LONG_TOKENS = 2000
 LONG_TIMEOUT_S = 300
@@ -88,18 +90,39 @@ def long_request() -> pb.GenerateRequest:
     return request(NUM_STREAMS, LONG_TOKENS)
 
 
+def all_requests() -> list[pb.GenerateRequest]:
+    return [*map(request, range(NUM_STREAMS)), long_request()]
+
+
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    model = write_servable(tmp_path / "tiny", TinyModel(context_length=8192))
-    mesh = LocalMesh(runtime=tmp_path, environment={})
-    mesh.start("--model", str(model), *OPTIONS)
+def model(tmp_path: Path) -> str:
+    return str(write_servable(tmp_path / "tiny", TINY))
+
+
+@pytest.fixture
+def running(model: str, tmp_path: Path) -> Iterator[Running]:
+    with started(LocalMesh(runtime=tmp_path, environment={}), model) as running:
+        yield running
+
+
+@contextmanager
+def started(
+    mesh: LocalMesh, model: str, *options: str, number_format: str = "bf16"
+) -> Iterator[Running]:
+    sizes = ("--split", TWO, "--kv-memory", "16MiB", "--dtype", number_format)
+    mesh.start("--model", model, *sizes, *options)
     try:
-        record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
-            requests = [request(number) for number in range(NUM_STREAMS)]
-            yield Running(mesh, client, client.send_all([*requests, long_request()]))
+        with connected(mesh.record) as client:
+            yield Running(mesh, client, client.send_all(all_requests()))
     finally:
         mesh.stop()
+
+
+def connected(record: MeshRecord) -> AbstractContextManager[Client]:
+    addresses = {"gateway": record.gateway, "coordinator": record.coordinators[0]}
+    if record.certs:
+        return connect_securely(**addresses, certs=Path(record.certs))
+    return connect(**addresses)
 
 
 def test_two_stages_become_three_and_two_of_another_cut(running: Running) -> None:
@@ -164,3 +187,40 @@ def test_what_is_no_other_cut_is_refused_in_one_line(running: Running) -> None:
         assert done.returncode != 0
         assert words in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number_format", ["int8", "int4"])
+def test_layers_of_whole_numbers_move(number_format: str, tmp_path: Path) -> None:
+    folder = tmp_path / "nibbles"
+    folder.mkdir()
+    write_gguf(folder / "tiny.gguf", TINY, block_type=GGMLQuantizationType.Q4_1)
+    write_tiny_tokenizer(folder)
+    mesh = LocalMesh(runtime=tmp_path, environment={})
+    with started(mesh, str(folder), number_format=number_format) as running:
+        with running.under_load():
+            run(mesh, "repartition", "--split", THREE, "--now")
+        assert running.client.mesh().sequences_moved > 0
+        afterwards = running.client.send_all(all_requests())
+        for answer, expected in zip(afterwards, running.undisturbed, strict=True):
+            assert_same(answer, expected)
+
+
+def test_layers_of_a_sealed_model_move_between_replicas_that_prove_who_they_are(
+    model: str, tmp_path: Path
+) -> None:
+    mesh = LocalMesh(runtime=tmp_path, environment={"PENSTOCK_SEAL_KEYS": str(tmp_path / "keys")})
+    sealed = str(tmp_path / "sealed")
+    run(mesh, "seal", "keygen", "--stages", "3")
+    run(mesh, "seal", "make", model, "--to", sealed, "--split", TWO)
+    with started(mesh, sealed, "--certs", "auto", "--replicas", "2") as running:
+        with running.under_load():
+            run(mesh, "seal", "rewrap", sealed, "--split", THREE, "--keep")
+            run(mesh, "repartition", "--split", THREE, "--now")
+        assert running.client.mesh().sequences_moved > 0
+        stages = sorted(name for name in running.pids() if "stage" in name)
+    assert stages == ["stage-0", "stage-0-b", "stage-1-c", "stage-1-d", "stage-2", "stage-2-b"]
+
+
+def run(mesh: LocalMesh, *command: str) -> None:
+    done = mesh.run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr

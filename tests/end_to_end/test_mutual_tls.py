@@ -49,7 +49,7 @@ def started(runtime: Path, model: Path, *options: str) -> Iterator[LocalMesh]:
 def connected(mesh: LocalMesh) -> Iterator[Client]:
     record = mesh.record
     with connect_securely(
-        gateway=record.gateway, coordinator=record.coordinator, certs=Path(record.certs)
+        gateway=record.gateway, coordinator=record.coordinators[0], certs=Path(record.certs)
     ) as client:
         yield client
 
@@ -77,7 +77,7 @@ def plain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[in
     """The answers of the same mesh without certificates."""
     with started(tmp_path_factory.mktemp("plain"), model) as mesh:
         record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             return tokens(client)
 
 
@@ -111,7 +111,7 @@ def test_a_client_elsewhere_names_the_authority(mesh: LocalMesh, tmp_path: Path)
 
 def test_without_the_operators_certificate_nobody_administrates(mesh: LocalMesh) -> None:
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
         with pytest.raises(grpc.RpcError):
             client.mesh()
         with pytest.raises(grpc.RpcError):
@@ -119,7 +119,9 @@ def test_without_the_operators_certificate_nobody_administrates(mesh: LocalMesh)
     gateway = Credentials(Path(record.certs) / "gateway")
     name = gateway.identity.peer("coordinator").dns_name
     options = [("grpc.ssl_target_name_override", name)]
-    with grpc.secure_channel(record.coordinator, gateway.of_channel(), options=options) as channel:
+    with grpc.secure_channel(
+        record.coordinators[0], gateway.of_channel(), options=options
+    ) as channel:
         drain = coordinator_pb2.DrainReplicaRequest(address="127.0.0.1:1")
         with pytest.raises(grpc.RpcError) as raised:
             next(iter(CoordinatorServiceStub(channel).DrainReplica(drain, timeout=10)))

@@ -16,7 +16,7 @@ def test_qwen_coder_answers_through_three_stages(tmp_path: Path) -> None:
     mesh.start("--model", model, "--stages", "3", "--kv-memory", "96MiB")
     try:
         record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             (listed,) = client.generation.ListModels(pb.ListModelsRequest()).models
             assert (listed.name, listed.num_stages) == (model, 3)
             answer = client.generate(

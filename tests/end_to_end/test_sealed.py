@@ -52,7 +52,7 @@ def served(mesh: LocalMesh, model: Path) -> Iterator[list[int]]:
     """The tokens of an answer, while the mesh still serves."""
     mesh.start("--model", str(model), "--dtype", "bf16", "--kv-memory", "1MiB")
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
         sampling = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
         yield list(client.generate(prompt=PROMPT, sampling=sampling).token_ids)
 

@@ -44,7 +44,7 @@ def traced_client(
     mesh.start("--model", str(model), "--stages", str(NUM_STAGES), *exact)
     try:
         record = mesh.record
-        with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+        with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
             yield client
     finally:
         mesh.stop()

@@ -6,37 +6,31 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
-from penstock.v1 import generation_pb2 as pb
 
 from services.common.audit_check import read_lines, verify
 from services.common.data_folder import AUDIT_NAME
-from tests.support.client import Client, connect, make_request
+from tests.support.client import Client, connect
 from tests.support.local_mesh import COMMAND_TIMEOUT_S, LocalMesh, until
-from tests.support.models import TinyModel, random_weights, write_safetensors, write_servable
-
-MODEL = TinyModel(context_length=8192)
-OPTIONS = ("--split", "0:2,2:4", "--kv-memory", "8MiB", "--speculation", "0", "--dtype", "bf16")
-LONG_TOKENS = 2000
+from tests.support.models import write_servable
+from tests.support.other_weights import (
+    LONG_TIMEOUT_S,
+    LONG_TOKENS,
+    MODEL,
+    OPTIONS,
+    request,
+    rest_of,
+    write_models,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of one shape: `new` and `bad` differ from `old` in the second stage alone."""
-    folder = tmp_path_factory.mktemp("models")
-    old = random_weights(MODEL)
-    other = random_weights(dataclasses.replace(MODEL, seed=1))
-    second = {name: other[name] for name in old if name.startswith(("model.layers.2.", "lm_head"))}
-    bad = {"lm_head.weight": np.full_like(old["lm_head.weight"], 3e38)}  # logits overflow
-    for name, changes in (("old", {}), ("new", second), ("bad", bad)):
-        write_servable(folder / name, MODEL)
-        write_safetensors(folder / name / "model.safetensors", old | changes)
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +47,9 @@ def started(runtime: Path, model: Path) -> Iterator[LocalMesh]:
         mesh.stop()
 
 
-def request(number: int, num_tokens: int = 24) -> pb.GenerateRequest:
-    drawn = {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "seed": number}
-    sampling = drawn | {"max_tokens": num_tokens, "ignore_eos": True}
-    return make_request(token_ids=[5, 6, 7 + number], sampling=sampling)
-
-
 def connected(mesh: LocalMesh) -> Iterator[Client]:
     record = mesh.record
-    with connect(gateway=record.gateway, coordinator=record.coordinator) as client:
+    with connect(gateway=record.gateway, coordinator=record.coordinators[0]) as client:
         yield client
 
 
@@ -110,7 +98,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
 ) -> None:
     of_old_weights = tokens(client)
     assert all(old != new for old, new in zip(of_old_weights, of_new_weights, strict=True))
-    long_before = client.send(request(1, LONG_TOKENS)).token_ids
+    long_before = client.send(request(1, LONG_TOKENS), timeout_s=LONG_TIMEOUT_S).token_ids
     pids = {one.name: one.pid for one in mesh.record.processes}
     is_over = threading.Event()
 
@@ -121,7 +109,7 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
         return answers
 
     with ThreadPoolExecutor(max_workers=9) as pool:
-        call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+        call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
         begun = [*next(call).token_ids]
         loads = [pool.submit(keep_asking, number) for number in range(8)]
         long = pool.submit(rest_of, call)
@@ -144,10 +132,6 @@ def test_under_load_each_answer_is_wholly_of_old_or_of_new_weights(
     assert audited(mesh)[-4:] == expected
 
 
-def rest_of(call: Iterable[pb.GenerateResponse]) -> list[int]:
-    return [token for message in call for token in message.token_ids]
-
-
 def audited(mesh: LocalMesh) -> list[str]:
     """What the audit log holds, which is whole."""
     path = mesh.runtime / "data" / "penstock" / AUDIT_NAME
@@ -161,8 +145,8 @@ def test_a_coordinator_killed_in_mid_update_mixes_no_weights(
     """A long answer has begun on the old weights, and holds the update up, when it is killed."""
     for mesh in started(tmp_path, folder / "old"):
         for client in connected(mesh):
-            long_before = client.send(request(1, LONG_TOKENS)).token_ids
-            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=300)
+            long_before = client.send(request(1, LONG_TOKENS), timeout_s=LONG_TIMEOUT_S).token_ids
+            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
             begun = [*next(call).token_ids]
             with ThreadPoolExecutor(max_workers=1) as pool:
                 long = pool.submit(rest_of, call)

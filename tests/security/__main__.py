@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from services.cli.console import out as console
+from services.cli.console import say
 from tests.security.promises import NOT_PROMISED, PROMISES
-from tests.security.trying import Effort, Tried, steps
+from tests.security.trying import Effort, Step, Tried, steps
 
 # A parser costs less than an RPC.
 PARSER_FACTOR = 5
@@ -30,6 +33,23 @@ def table(rows: Sequence[Tried]) -> Table:
         made.add_row("" if row.promise == told else row.promise, row.test, *counts)
         told = row.promise
     return made
+
+
+def perform(steps: Sequence[Step]) -> list[Tried]:
+    """Shows how far each is, and says what came of it when it is over."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        for number, step in enumerate(steps, 1):
+            task = progress.add_task(step.name, total=step.size)
+            started_s = time.monotonic()
+            row = step.run(partial(progress.advance, task))
+            progress.remove_task(task)
+            counts = f"{row.num_tried:,} tried, {len(row.slipped)} slipped through"
+            took = f"{time.monotonic() - started_s:.1f} s"
+            say(f"{number}/{len(steps)} {step.name}: {counts}, {took}", to=progress.console)
+            rows.append(row)
+    return rows
 
 
 def main(
@@ -47,8 +67,7 @@ def main(
         rpc_executions=executions, parser_executions=PARSER_FACTOR * executions, seed=seed
     )
     with steps([*PROMISES, NOT_PROMISED], effort) as all_steps:
-        chosen = [step for step in all_steps if only in step[0]]
-        rows = [attempt() for _, attempt in track(chosen, "trying", console=console)]
+        rows = perform([step for step in all_steps if only in step.name])
     console.print(table(rows))
     for row in rows:
         for what in row.slipped:

@@ -83,7 +83,7 @@ def test_cve_2025_32444_a_pickle_of_a_tensors_size_is_numbers_and_nothing_else()
     ],
     ids=str,
 )
-def test_cve_2025_62164_and_2026_34159_a_claimed_shape_is_never_believed(
+def test_cve_2025_62164_and_cve_2026_34159_a_claimed_shape_is_never_believed(
     claim: dict[str, Any],
 ) -> None:
     with pytest.raises(MalformedMessage):

@@ -10,7 +10,7 @@ from tests.fuzz.registry import TARGETS
 from tests.fuzz.rpc.guarded import CALLERS
 from tests.fuzz.rpc.methods import METHODS
 from tests.security.promises import NOT_PROMISED, PROMISES, Promise
-from tests.security.trying import Effort, steps
+from tests.security.trying import Effort, Step, Tried, steps
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "SECURITY.md").read_text()
@@ -60,5 +60,13 @@ def test_a_test_that_fails_has_slipped_through(tmp_path: Path) -> None:
     promise = Promise(says="x", tests=(str(test),))
     effort = Effort(rpc_executions=1, parser_executions=1, seed=1)
     with steps([promise], effort) as all_steps:
-        (row,) = [attempt() for _, attempt in all_steps]
+        (row,) = [step.run(lambda count: None) for step in all_steps]
     assert (row.num_tried, row.num_refused, row.slipped) == (3, 1, ("test_b", "test_c"))
+
+
+def test_what_cannot_be_tried_has_slipped_through() -> None:
+    def fail(_: object) -> Tried:
+        raise TimeoutError("the stage is gone")
+
+    row = Step(promise="x", name="fuzz it", attempt=fail).run(lambda count: None)
+    assert (row.num_refused, row.slipped) == (0, ("TimeoutError: the stage is gone",))

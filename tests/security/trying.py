@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.fuzz.rpc.guarded import CALLERS, GuardedServers, guarded
@@ -45,13 +46,37 @@ class Effort:
     parser_executions: int
     seed: int
 
+    @property
+    def caller_executions(self) -> int:
+        """For each RPC of each of those who call a mesh with certificates and keys."""
+        return max(1, self.rpc_executions // CALLER_SHARE)
 
-Step = tuple[str, Callable[[], Tried]]
+
+# Hears of how many more have been tried.
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What makes one row; `size` is how much it tries, where that is known before."""
+
+    promise: str
+    name: str
+    attempt: Callable[[Advance], Tried]
+    size: int | None = None
+
+    def run(self, advance: Advance) -> Tried:
+        """What cannot even be tried has slipped through, and the other steps go on."""
+        try:
+            return self.attempt(advance)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"[:600]
+            return Tried(promise=self.promise, test=self.name, num_tried=1, slipped=(what,))
 
 
 @contextmanager
 def steps(promises: Sequence[Promise], effort: Effort) -> Iterator[list[Step]]:
-    """What there is to do, by name, one step a row; servers run meanwhile where any are needed."""
+    """What there is to do, one step a row; servers run meanwhile where any are needed."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-security-")))
         servers = guards = None
@@ -70,42 +95,50 @@ def _made(folder: Path) -> Path:
 def _steps(
     promise: Promise, effort: Effort, servers: Servers | None, guards: GuardedServers | None
 ) -> Iterator[Step]:
+    def step(name: str, attempt: Callable[[Advance], Tried], *, size: int | None = None) -> Step:
+        return Step(promise=promise.says, name=name, attempt=attempt, size=size)
+
     for test in promise.tests:
-        yield test, lambda test=test: _try_test(promise, test)
+        yield step(test, lambda _, test=test: _try_test(promise, test))
     for parser in promise.parsers:
-        yield f"fuzz {parser}", lambda parser=parser: _try_parser(promise, parser, effort)
-    for method in METHODS.values():
+        yield step(f"fuzz {parser}", lambda _, it=parser: _try_parser(promise, it, effort))
+    for name, method in METHODS.items():
         if method.server in promise.rpcs:
-            name = method.name
-            yield f"fuzz {name}", lambda name=name: _try_rpc(promise, name, effort, servers)
+            attempt = partial(_try_rpc, promise, name, effort, servers)
+            yield step(f"fuzz {name}", attempt, size=effort.rpc_executions)
     for who in promise.callers:
-        yield f"fuzz as {who}", lambda who=who: _try_caller(promise, who, effort, guards)
+        attempt = partial(_try_caller, promise, who, effort, guards)
+        size = len(CALLERS[who].methods) * effort.caller_executions
+        yield step(f"fuzz as {who}", attempt, size=size)
 
 
 def _try_parser(promise: Promise, target: str, effort: Effort) -> Tried:
     return _tried(promise, run(target, executions=effort.parser_executions, seed=effort.seed))
 
 
-def _try_rpc(promise: Promise, name: str, effort: Effort, servers: Servers | None) -> Tried:
+def _try_rpc(
+    promise: Promise, name: str, effort: Effort, servers: Servers | None, advance: Advance
+) -> Tried:
     assert servers is not None
-    result = fuzz_rpc(servers, name, executions=effort.rpc_executions, seed=effort.seed)
-    return _tried(promise, result)
+    how = {"executions": effort.rpc_executions, "seed": effort.seed}
+    return _tried(promise, fuzz_rpc(servers, name, **how, on_progress=advance))
 
 
-def _try_caller(promise: Promise, who: str, effort: Effort, guards: GuardedServers | None) -> Tried:
-    """One row for all RPCs that they call, each a tenth as often."""
+def _try_caller(
+    promise: Promise, who: str, effort: Effort, guards: GuardedServers | None, advance: Advance
+) -> Tried:
+    """One row for all RPCs that they call."""
     assert guards is not None
     guards.caller = CALLERS[who]
-    executions = max(1, effort.rpc_executions // CALLER_SHARE)
-    results = [
-        fuzz_rpc(guards, name, executions=executions, seed=effort.seed)
-        for name in guards.caller.methods
-    ]
+    how = {"executions": effort.caller_executions, "seed": effort.seed}
+    results = [fuzz_rpc(guards, name, **how, on_progress=advance) for name in guards.caller.methods]
     return Tried(
         promise=promise.says,
         test=f"fuzz as {who}",
         num_tried=sum(result.executions for result in results),
-        slipped=tuple(one.what for result in results for one in result.findings),
+        slipped=tuple(
+            f"{result.target}: {finding.what}" for result in results for finding in result.findings
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
 from services.common.credentials import AUTHORITIES, Credentials
 from services.common.identity import COORDINATOR, OPERATOR
+from services.common.keys import as_metadata
 
 CALL_TIMEOUT_S = 60.0
 # Bigger than any message a server of ours takes, so that it is the server that refuses.
@@ -54,12 +55,15 @@ class Answer:
 
 
 class Client:
-    """Calls a mesh's gateway, and asks its coordinator how things are."""
+    """Calls a mesh's gateway, with a key if need be, and asks its coordinator how things are."""
 
-    def __init__(self, gateway: grpc.Channel, coordinator: grpc.Channel) -> None:
+    def __init__(
+        self, gateway: grpc.Channel, coordinator: grpc.Channel, *, key: str | None = None
+    ) -> None:
         self.channel = gateway
         self.generation = GenerationServiceStub(gateway)
-        self._coordinator = CoordinatorServiceStub(coordinator)
+        self.coordinator = CoordinatorServiceStub(coordinator)
+        self._metadata = as_metadata(key)
 
     def generate(self, *, timeout_s: float = CALL_TIMEOUT_S, **fields: Any) -> Answer:
         """Generates to the end; `fields` are those of the request, `sampling` may be a dict."""
@@ -67,7 +71,8 @@ class Client:
 
     def send(self, request: pb.GenerateRequest, *, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
         """Sends a request and waits for the end of its answer."""
-        return Answer(responses=tuple(self.generation.Generate(request, timeout=timeout_s)))
+        call = self.generation.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        return Answer(responses=tuple(call))
 
     def send_all(self, requests: Iterable[pb.GenerateRequest]) -> list[Answer]:
         """Sends all requests at once; returns the answers in the same order."""
@@ -77,7 +82,7 @@ class Client:
 
     def mesh(self) -> coordinator_pb2.GetMeshResponse:
         """The state of the mesh."""
-        return self._coordinator.GetMesh(coordinator_pb2.GetMeshRequest(), timeout=CALL_TIMEOUT_S)
+        return self.coordinator.GetMesh(coordinator_pb2.GetMeshRequest(), timeout=CALL_TIMEOUT_S)
 
     def wait_for_mesh(
         self,
@@ -125,7 +130,9 @@ def connect(*, gateway: str, coordinator: str) -> Iterator[Client]:
 
 
 @contextmanager
-def connect_securely(*, gateway: str, coordinator: str, certs: Path) -> Iterator[Client]:
+def connect_securely(
+    *, gateway: str, coordinator: str, certs: Path, key: str | None = None
+) -> Iterator[Client]:
     """A client that knows the mesh's authority, and asks the coordinator as its operator."""
     operator = Credentials(certs / OPERATOR)
     name = operator.identity.peer(COORDINATOR).dns_name
@@ -135,7 +142,7 @@ def connect_securely(*, gateway: str, coordinator: str, certs: Path) -> Iterator
         grpc.secure_channel(gateway, public, options=OPTIONS) as outer,
         grpc.secure_channel(coordinator, operator.of_channel(), options=named) as inner,
     ):
-        yield Client(outer, inner)
+        yield Client(outer, inner, key=key)
 
 
 def field_violations(error: grpc.RpcError) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -14,7 +15,9 @@ import pytest
 from penstock.v1 import generation_pb2, stage_pb2, stage_pb2_grpc
 
 from services.common.channels import open_channel
+from services.common.credentials import Credentials
 from services.common.health import HealthService
+from services.common.identity import stage_role
 from services.common.servers import bind, create_server
 from services.common.telemetry import Telemetry, no_telemetry
 from services.stage.model import LoadedModel
@@ -133,14 +136,16 @@ class Addressed(Protocol):
 
 
 class ControlStream:
-    """The coordinator's end of a Control stream."""
+    """The coordinator's end of a Control stream; with its credentials, to a stage of that role."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(
+        self, address: str, *, credentials: Credentials | None = None, role: str = ""
+    ) -> None:
+        self._dial = partial(open_channel, address, credentials=credentials, role=role)
         self._seen: list[stage_pb2.ControlResponse] = []
 
     async def __aenter__(self) -> ControlStream:
-        self._channel = open_channel(self._address)
+        self._channel = self._dial()
         stub: Any = stage_pb2_grpc.StageServiceStub(self._channel)
         self.call = stub.Control(wait_for_ready=True)
         return self
@@ -211,12 +216,14 @@ class HandDrivenCoordinator:
         places: Sequence[int] | None = None,
         epoch: int = 1,
         term: int = 0,
+        credentials: Credentials | None = None,
     ) -> None:
         """`places` says which stage each is a replica of; without, they are one chain."""
         self._stages = list(stages)
         self._places = list(places if places is not None else range(len(stages)))
         self._num_stages = max(self._places) + 1
         self._epoch, self._term = epoch, term
+        self._credentials = credentials
         self._stack = AsyncExitStack()
         self._num_links = 0
         self.links: dict[tuple[int, int], int] = {}
@@ -224,8 +231,9 @@ class HandDrivenCoordinator:
         self.controls: list[ControlStream] = []
 
     async def __aenter__(self) -> HandDrivenCoordinator:
-        for stage in self._stages:
-            control = ControlStream(stage.address)
+        for stage, place in zip(self._stages, self._places, strict=True):
+            who = {"credentials": self._credentials, "role": stage_role(place)}
+            control = ControlStream(stage.address, **who)
             self.controls.append(await self._stack.enter_async_context(control))
         return self
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from penstock.v1 import stage_pb2, stage_pb2_grpc
+from penstock.v1 import stage_pb2
 
-from tests.fuzz.rpc.calls import Outcome, open_channel
+from tests.fuzz.rpc.calls import Outcome
 from tests.fuzz.rpc.methods import RpcMethod
-from tests.fuzz.rpc.stage_sequences import NUM_ROWS, opening, start_of_sequence
+from tests.fuzz.rpc.stage_sequences import (
+    NUM_ROWS,
+    NUM_STAGES,
+    next_epoch,
+    start_of_sequence,
+    term_of_now,
+)
+from tests.support.stages import ControlStream
 
-_PULSE_TIMEOUT_S = 30.0
+ACTIVATE = "StageService.Activate"
 
 
 class ActivateCaller:
@@ -26,29 +31,19 @@ class ActivateCaller:
     judged as a fault of the stage.
     """
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, channel: grpc.aio.Channel, control: ControlStream) -> None:
+        self._channel = channel
+        self._control = control
+        self._epoch = next_epoch()
         self._number = 0  # of links and micro-batches
 
-    async def __aenter__(self) -> ActivateCaller:
-        self._channel = open_channel(self._address)
-        stub: Any = stage_pb2_grpc.StageServiceStub(self._channel)
-        self._control = stub.Control(wait_for_ready=True)
-        order = opening(stage_index=1)
-        self._epoch = order.open.epoch
-        await self._order(order)
-        await self._order(stage_pb2.ControlRequest(updates=start_of_sequence()))
-        await self._await_pulse()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._control.cancel()
-        await self._channel.close()
+    async def open_stage(self) -> None:
+        """Takes the stage into a pipeline, with a sequence that frames are for."""
+        index = NUM_STAGES - 1
+        how = {"epoch": self._epoch, "term": term_of_now()}
+        await self._control.open(index=index, num_stages=NUM_STAGES, **how)
+        await self._control.send(updates=start_of_sequence())
+        await self._control.report()
 
     async def call(self, method: RpcMethod, messages: Sequence[bytes]) -> Outcome:
         """Sends a sequence with the placeholders of `stage_sequences.frames` filled in."""
@@ -58,9 +53,9 @@ class ActivateCaller:
         code, details = await self._converse(method, sent)
         try:
             abandon = stage_pb2.AbandonMicroBatches(ids=[self._number])
-            await self._order(stage_pb2.ControlRequest(abandon=abandon))
-            await self._await_pulse()
-        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            await self._control.send(abandon=abandon)
+            await self._control.report()
+        except (grpc.aio.AioRpcError, EOFError, TimeoutError) as error:
             code, details = grpc.StatusCode.UNKNOWN, f"the whole stage was left: {error!r}"
         return Outcome(code=code, details=details, seconds=time.monotonic() - started_s)
 
@@ -72,7 +67,7 @@ class ActivateCaller:
             await stream.write(sent[0])
             if self._is_right_opening(sent[0]) and len(sent) > 1:
                 await stream.read()  # the link stands
-                await self._order(stage_pb2.ControlRequest(micro_batch=self._batch()))
+                await self._control.send(micro_batch=self._batch())
             for message in sent[1:]:
                 await stream.write(message)
             await stream.done_writing()
@@ -113,22 +108,6 @@ class ActivateCaller:
             num_samples=[1],
             upstream_link=self._number,
         )
-
-    async def _order(self, order: stage_pb2.ControlRequest) -> None:
-        await self._control.write(order)
-
-    async def _await_pulse(self) -> None:
-        """Returns when the stage has said what it is at; raises what its stream ended with."""
-        await self._order(stage_pb2.ControlRequest(report=stage_pb2.ReportRequest()))
-        async with asyncio.timeout(_PULSE_TIMEOUT_S):
-            while not _is_report(await self._control.read()):
-                pass
-
-
-def _is_report(response: Any) -> bool:
-    if response is grpc.aio.EOF:
-        raise TimeoutError("the stage ended its stream")
-    return response.HasField("report")
 
 
 def _parsed(message: bytes) -> stage_pb2.ActivateRequest | None:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import grpc
-from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
-from services.common.credentials import AUTHORITIES, Credentials
-from services.common.identity import COORDINATOR, GATEWAY, OPERATOR, SUPERVISOR, stage_role
+from services.common.credentials import AUTHORITIES, Credentials, credentials_of_client
+from services.common.identity import (
+    COORDINATOR,
+    GATEWAY,
+    OPERATOR,
+    SUPERVISOR,
+    name_of,
+    stage_role,
+)
 from services.common.keys import AUTHORIZATION, as_metadata
 from services.gateway.access import OPEN_TO_ALL
 from tests.fuzz.rpc.calls import OPTIONS, Metadata
-from tests.fuzz.rpc.methods import METHODS, RpcMethod, World
-from tests.fuzz.rpc.servers import ANSWER_S, PROMPT, Serving, bad_lines, lives, mesh_processes
-from tests.support.client import Answer, make_request
+from tests.fuzz.rpc.methods import METHODS, RpcMethod
+from tests.fuzz.rpc.servers import STAGE_CALLED, LoneStage, Servers, lone_stages, tiny_mesh
+from tests.support.client import Client, connect_securely
 from tests.support.local_mesh import LocalMesh
-from tests.support.models import TinyModel, write_servable
 
-# Whose the server of an RPC is, and who may call it.
-_ROLE_OF = {"coordinator": COORDINATOR, "stage": stage_role(1), "supervisor": SUPERVISOR}
 _WRONG_ROLE = {"coordinator": stage_role(0), "stage": GATEWAY, "supervisor": GATEWAY}
+# Who may call a method; of all others an operator.
+_NEIGHBOUR = {
+    "CoordinatorService.Connect": GATEWAY,
+    "StageService.Control": COORDINATOR,
+    "StageService.Activate": stage_role(0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,10 @@ class Caller:
         return tuple(name for name, method in METHODS.items() if self.calls(method))
 
 
-def _neighbour(method: RpcMethod) -> str:
-    return GATEWAY if method.name.endswith(".Connect") else OPERATOR
+def _role_of_server(method: RpcMethod) -> str:
+    if method.server == "stage":
+        return stage_role(STAGE_CALLED[method.name])
+    return {"coordinator": COORDINATOR, "supervisor": SUPERVISOR}[method.server]
 
 
 def _asks_for_keys(method: RpcMethod) -> bool:
@@ -58,9 +69,9 @@ CALLERS: Mapping[str, Caller] = {
         role=lambda method: _WRONG_ROLE[method.server],
         must_end_with=grpc.StatusCode.PERMISSION_DENIED,
     ),
-    # Not of stages: they would leave the coordinator of the mesh.
     "neighbour": Caller(
-        calls=lambda method: method.server in ("coordinator", "supervisor"), role=_neighbour
+        calls=lambda method: method.server in _WRONG_ROLE,
+        role=lambda method: _NEIGHBOUR.get(method.name, OPERATOR),
     ),
     "wrong-key": Caller(
         calls=_asks_for_keys, draws_key=True, must_end_with=grpc.StatusCode.UNAUTHENTICATED
@@ -69,37 +80,23 @@ CALLERS: Mapping[str, Caller] = {
 }
 
 
-class GuardedServers:
-    """As `Servers` are to a trial, for one of the callers."""
+class GuardedServers(Servers):
+    """Servers that ask who calls; the calls of a trial are those of `caller`."""
 
-    stages = ()
-
-    def __init__(self, mesh: LocalMesh, *, key: str) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: LocalMesh, stages: Sequence[LoneStage], *, key: str) -> None:
+        self._certs = Path(mesh.record.certs)
         self._key = key
-        record = mesh.record
-        self._certs = Path(record.certs)
-        self._processes = mesh_processes(record)
-        stages = tuple(one.address for one in record.processes if "stage" in one.name)
-        self.world = World(model=record.model, stage_addresses=stages)
-        self._addresses = {
-            "gateway": record.gateway,
-            "coordinator": record.coordinator,
-            "supervisor": f"unix:{mesh.run_folder.socket_path}",
-            "stage": stages[1],
-        }
+        self.coordinator = Credentials(self._certs / COORDINATOR)
         self.caller = CALLERS["right-key"]
-        self._right_answer = self._ask()
+        super().__init__(mesh, stages)
 
     def open_channel(self, method: RpcMethod) -> grpc.aio.Channel:
-        """A channel on which its caller's calls of the method go."""
-        address = self._addresses[method.server]
-        role = self.caller.role(method)
+        role, address = self.caller.role(method), self.address(method)
         if not role:
-            return grpc.aio.secure_channel(address, self._public(), options=OPTIONS)
-        own = Credentials(self._certs / role.replace("/", "-"))
-        name = own.identity.peer(_ROLE_OF[method.server]).dns_name
-        options = [*OPTIONS, ("grpc.ssl_target_name_override", name)]
+            public = credentials_of_client(self._certs / AUTHORITIES)
+            return grpc.aio.secure_channel(address, public, options=OPTIONS)
+        own = Credentials(self._certs / name_of(role))
+        options = [*OPTIONS, _named(own, _role_of_server(method))]
         return grpc.aio.secure_channel(address, own.of_channel(), options=options)
 
     def metadata(self, random: Random) -> Metadata:
@@ -109,50 +106,28 @@ class GuardedServers:
     def must_end_with(self) -> grpc.StatusCode | None:
         return self.caller.must_end_with
 
-    def processes(self, server: str) -> list[Serving]:
-        return self._processes
+    def _connect(self) -> AbstractContextManager[Client]:
+        reached = {name: self._addresses[name] for name in ("gateway", "coordinator")}
+        return connect_securely(**reached, certs=self._certs, key=self._key)
 
-    def complaints(self, server: str) -> list[str]:
-        """What is wrong after calls: deaths, wrong answers."""
-        dead = [one.name for one in self._processes if not lives(one.process)]
-        if dead:
-            return [f"{', '.join(dead)} died"]
-        try:
-            answer = self._ask()
-        except grpc.RpcError as error:
-            return [f"a right call fails: {error!r}"[:400]]
-        wrong = answer != self._right_answer
-        return [f"a right call is answered by {answer}"] if wrong else []
-
-    def errors_logged(self) -> list[str]:
-        own = self.world.stage_addresses
-        logs = sorted({one.log for one in self._processes})
-        return [line for log in logs for line in bad_lines(log, own_stages=own)]
-
-    def _ask(self) -> list[int]:
-        sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
-        request = make_request(token_ids=PROMPT, sampling=sampling)
-        metadata = as_metadata(self._key)
-        with grpc.secure_channel(self._addresses["gateway"], self._public()) as channel:
-            stub = GenerationServiceStub(channel)
-            responses = stub.Generate(request, timeout=ANSWER_S, metadata=metadata)
-            return Answer(responses=tuple(responses)).token_ids
-
-    def _public(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials((self._certs / AUTHORITIES).read_bytes())
+    def _dial_supervisor(self, address: str) -> grpc.Channel:
+        operator = Credentials(self._certs / OPERATOR)
+        named = [_named(operator, SUPERVISOR)]
+        return grpc.secure_channel(address, operator.of_channel(), options=named)
 
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[GuardedServers]:
-    """Starts a mesh with certificates and keys around a tiny model, and ends it."""
-    model = write_servable(folder / "tiny", TinyModel(context_length=64))
-    mesh = LocalMesh(runtime=folder, environment={"PENSTOCK_KEYS": "1", "PENSTOCK_CERTS": "auto"})
-    mesh.start("--model", str(model), "--stages", "2", "--kv-memory", "16MiB")
-    try:
+    """Starts the same as `serving`, with certificates and keys, and ends it."""
+    asks = {"PENSTOCK_KEYS": "1", "PENSTOCK_CERTS": "auto"}
+    with tiny_mesh(folder, **asks) as mesh, lone_stages(mesh, folder) as stages:
         key = mesh.run("keys", "create", "--tenant", "fuzz").stdout.strip()
-        yield GuardedServers(mesh, key=key)
-    finally:
-        mesh.stop()
+        yield GuardedServers(mesh, stages, key=key)
+
+
+def _named(own: Credentials, role: str) -> tuple[str, str]:
+    """The option by which a channel asks for a role, whatever the address."""
+    return ("grpc.ssl_target_name_override", own.identity.peer(role).dns_name)
 
 
 def _wrong_keys(key: str, random: Random) -> Metadata:

@@ -9,30 +9,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import grpc
 import psutil
-from penstock.v1 import coordinator_pb2 as coordinator
-from penstock.v1.coordinator_pb2_grpc import CoordinatorServiceStub
+from penstock.v1.coordinator_pb2 import DrainReplicaRequest
 from penstock.v1.local_pb2 import KeepReplicaRequest
 from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
+from services.common.credentials import Credentials
+from services.common.identity import name_of, stage_role
 from services.local.process import ONE_THREAD
 from services.local.run_folder import MeshRecord
 from tests.fuzz.rpc.calls import Metadata, open_channel
 from tests.fuzz.rpc.methods import RpcMethod, World
 from tests.fuzz.rpc.stage_sequences import next_epoch, term_of_now
-from tests.support.client import connect
+from tests.support.client import Client, connect
 from tests.support.local_mesh import LocalMesh
 from tests.support.models import TinyModel, write_servable
-from tests.support.stages import HandDrivenCoordinator, micro_batch, start
+from tests.support.stages import ControlStream, HandDrivenCoordinator, micro_batch, start
 
 ROOT = Path(__file__).parents[3]
+MODEL = "tiny"
 LAYERS = ("0:2", "2:4")
+# Orders are those of the first stage, frames those for the last one.
+STAGE_CALLED = {"StageService.Control": 0, "StageService.Activate": 1}
 # Short, so that requests that say nothing of their length end soon.
 CONTEXT_LENGTH = 64
 STOP_S = 20.0
@@ -58,37 +62,37 @@ class LoneStage:
 
 
 class Servers:
-    """Everything that offers RPCs."""
+    """Everything that offers RPCs, of parts that ask nobody who they are."""
+
+    coordinator: Credentials | None = None  # that of the coordinator which drives the lone stages
 
     def __init__(self, mesh: LocalMesh, stages: Sequence[LoneStage]) -> None:
-        self._mesh = mesh
         self.stages = list(stages)
         record = mesh.record
-        self._supervisor = f"unix:{mesh.run_folder.socket_path}"
-        self._gateway, self._coordinator = record.gateway, record.coordinator
-        self._mesh_addresses = {
-            "gateway": self._gateway,
-            "coordinator": self._coordinator,
-            "supervisor": self._supervisor,
+        self._addresses = {
+            "gateway": record.gateway,
+            "coordinator": record.coordinators[0],
+            "supervisor": f"unix:{mesh.run_folder.socket_path}",
         }
         self._mesh_processes = mesh_processes(record)
         stage_addresses = [one.address for one in record.processes if "stage" in one.name]
         self.world = World(model=record.model, stage_addresses=tuple(stage_addresses))
         self._right_answers = {server: self._ask(server) for server in ("gateway", "stage")}
 
-    def addresses(self, server: str) -> list[str]:
-        """Where calls of that server's RPCs go, in turn."""
-        if server == "stage":
-            return [stage.address for stage in self.stages]
-        return [
-            {"gateway": self._gateway, "coordinator": self._coordinator}.get(
-                server, self._supervisor
-            )
-        ]
+    def address(self, method: RpcMethod) -> str:
+        """Where calls of the method go."""
+        if method.server == "stage":
+            return self.stages[STAGE_CALLED[method.name]].address
+        return self._addresses[method.server]
 
     def open_channel(self, method: RpcMethod) -> grpc.aio.Channel:
         """A channel on which calls of the method go."""
-        return open_channel(self.addresses(method.server)[0])
+        return open_channel(self.address(method))
+
+    def control_of(self, index: int) -> ControlStream:
+        """The stream of a coordinator to a lone stage."""
+        who = {"credentials": self.coordinator, "role": stage_role(index)}
+        return ControlStream(self.stages[index].address, **who)
 
     def metadata(self, random: Random) -> Metadata:
         return ()
@@ -132,7 +136,7 @@ class Servers:
     def _ask(self, server: str) -> list[int]:
         if server == "stage":
             return asyncio.run(self._ask_stages())
-        with connect(gateway=self._gateway, coordinator=self._coordinator) as client:
+        with self._connect() as client:
             client.wait_until_idle()
             sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
             answer = client.generate(token_ids=PROMPT, sampling=sampling, timeout_s=ANSWER_S)
@@ -141,14 +145,15 @@ class Servers:
 
     async def _ask_stages(self) -> list[int]:
         """A token of the whole pipeline, whose stages a coordinator of ours drives."""
-        driver = HandDrivenCoordinator(self.stages, epoch=next_epoch(), term=term_of_now())
+        how = {"epoch": next_epoch(), "term": term_of_now(), "credentials": self.coordinator}
+        driver = HandDrivenCoordinator(self.stages, **how)
         async with asyncio.timeout(ANSWER_S), driver:
             await driver.open()
             await driver.run(micro_batch(1, {0: PROMPT}, starts=[start(0)]))
             return list((await driver.sampled()).token_ids)
 
     def _ask_supervisor(self) -> None:
-        with grpc.insecure_channel(self._supervisor) as channel:
+        with self._dial_supervisor(self._addresses["supervisor"]) as channel:
             try:
                 SupervisorServiceStub(channel).KeepReplica(
                     KeepReplicaRequest(address="nobody:1"), timeout=ANSWER_S
@@ -159,40 +164,60 @@ class Servers:
 
     def _drain_strangers(self) -> None:
         """Lets replicas go that calls have added."""
-        with grpc.insecure_channel(self._coordinator) as channel:
-            stub = CoordinatorServiceStub(channel)
-            mesh = stub.GetMesh(coordinator.GetMeshRequest(), timeout=ANSWER_S)
-            for stage in mesh.stages:
+        with self._connect() as client:
+            for stage in client.mesh().stages:
                 if stage.address not in self.world.stage_addresses:
-                    request = coordinator.DrainReplicaRequest(address=stage.address)
-                    list(stub.DrainReplica(request, timeout=ANSWER_S))
+                    request = DrainReplicaRequest(address=stage.address)
+                    list(client.coordinator.DrainReplica(request, timeout=ANSWER_S))
+
+    def _connect(self) -> AbstractContextManager[Client]:
+        """A client who may do everything."""
+        reached = {name: self._addresses[name] for name in ("gateway", "coordinator")}
+        return connect(**reached)
+
+    def _dial_supervisor(self, address: str) -> grpc.Channel:
+        return grpc.insecure_channel(address)
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Servers]:
     """Starts everything around a tiny model, and ends it."""
-    model = write_servable(folder / "tiny", TinyModel(context_length=CONTEXT_LENGTH))
-    mesh = LocalMesh(runtime=folder, environment={})
+    with tiny_mesh(folder) as mesh, lone_stages(mesh, folder) as stages:
+        yield Servers(mesh, stages)
+
+
+@contextmanager
+def tiny_mesh(folder: Path, **environment: str) -> Iterator[LocalMesh]:
+    """A mesh of two stages around a tiny model."""
+    model = write_servable(folder / MODEL, TinyModel(context_length=CONTEXT_LENGTH))
+    mesh = LocalMesh(runtime=folder, environment=environment)
     mesh.start("--model", str(model), "--stages", "2", "--kv-memory", "16MiB")
     try:
-        with ExitStack() as stack:
-            stages = [
-                stack.enter_context(_lone_stage(model, folder, index))
-                for index in range(len(LAYERS))
-            ]
-            yield Servers(mesh, stages)
+        yield mesh
     finally:
         mesh.stop()
 
 
 @contextmanager
-def _lone_stage(model: Path, folder: Path, index: int) -> Iterator[LoneStage]:
+def lone_stages(mesh: LocalMesh, folder: Path) -> Iterator[list[LoneStage]]:
+    """The same two stages once more, that no coordinator drives, with the mesh's certificates."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(_lone_stage(folder, index, certs=mesh.record.certs))
+            for index in range(len(LAYERS))
+        ]
+
+
+@contextmanager
+def _lone_stage(folder: Path, index: int, *, certs: str) -> Iterator[LoneStage]:
     log = folder / f"lone-stage-{index}.log"
-    arguments = ("--model", str(model), "--name", "tiny", "--layers", LAYERS[index])
-    options = ("--listen", "127.0.0.1:0", "--kv-blocks", "64", "--dtype", "bf16")
+    arguments = ["--model", str(folder / MODEL), "--name", MODEL, "--layers", LAYERS[index]]
+    arguments += ["--listen", "127.0.0.1:0", "--kv-blocks", "64", "--dtype", "bf16"]
+    if certs:
+        arguments += ["--certs", str(Path(certs) / name_of(stage_role(index)))]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.stage", *arguments, *options, "--exit-with-parent"],
+            [sys.executable, "-m", "services.stage", *arguments, "--exit-with-parent"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stderr=stream,

@@ -5,31 +5,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 import grpc
 import psutil
 
 from tests.chaos.footprint import Footprint
-from tests.fuzz.rpc.activations import ActivateCaller
+from tests.fuzz.rpc.activations import ACTIVATE, ActivateCaller
 from tests.fuzz.rpc.calls import CLIENTS_OWN, NOT_AT_DEADLINE, Outcome, call
-from tests.fuzz.rpc.guarded import GuardedServers
 from tests.fuzz.rpc.hostile import serialise
 from tests.fuzz.rpc.methods import METHODS, RpcMethod
-from tests.fuzz.rpc.servers import Servers
+from tests.fuzz.rpc.servers import STAGE_CALLED, Servers
 from tests.fuzz.running import Finding, FuzzResult
 
 # Calls between two looks at the servers.
 BATCH = 500
 MOST_FINDINGS = 20
 _OUR_FAULT = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_TURNED_AWAY = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 _GIVEN_AWAY = ("Traceback", 'File "', ".py", "site-packages", "AssertionError")
 
 Messages = Sequence[bytes]
 
 
 def fuzz_rpc(
-    servers: Servers | GuardedServers,
+    servers: Servers,
     name: str,
     *,
     executions: int,
@@ -49,9 +50,11 @@ def fuzz_rpc(
 
 
 class _Trial:
-    def __init__(self, servers: Servers | GuardedServers, method: RpcMethod, *, seed: int) -> None:
+    def __init__(self, servers: Servers, method: RpcMethod, *, seed: int) -> None:
         self._servers = servers
-        self._method = method
+        # What must be refused is waited for, however long a busy server takes to say so.
+        refused = servers.must_end_with is not None
+        self._method = replace(method, may_wait=False, deadline_s=0.0) if refused else method
         self._seed = seed
         self._random = Random(f"metadata {seed}")
         self._num_tried = 0
@@ -99,9 +102,8 @@ class _Trial:
         return serialise(right, random)
 
     async def _send(self, batch: Sequence[Messages]) -> list[Outcome]:
-        if self._servers.stages and self._method.name == "StageService.Activate":
-            async with ActivateCaller(self._servers.stages[-1].address) as caller:
-                return [await caller.call(self._method, messages) for messages in batch]
+        if self._method.name == ACTIVATE and self._servers.must_end_with is None:
+            return await self._send_activations(batch)
         places = asyncio.Semaphore(self._method.num_at_once)
         async with self._servers.open_channel(self._method) as channel:
 
@@ -112,12 +114,23 @@ class _Trial:
 
             return list(await asyncio.gather(*map(send, batch)))
 
+    async def _send_activations(self, batch: Sequence[Messages]) -> list[Outcome]:
+        async with (
+            self._servers.open_channel(self._method) as channel,
+            self._servers.control_of(STAGE_CALLED[ACTIVATE]) as control,
+        ):
+            caller = ActivateCaller(channel, control)
+            await caller.open_stage()
+            return [await caller.call(self._method, messages) for messages in batch]
+
     def _judge(self, messages: Messages, outcome: Outcome) -> None:
         self._slowest_s = max(self._slowest_s, outcome.seconds)
         wanted = self._servers.must_end_with
         if wanted not in (None, outcome.code) and outcome.details != CLIENTS_OWN:
             ended = "waits" if outcome.code is None else f"{outcome.code.name}: {outcome.details}"
             self._note(f"not {wanted}, but {ended[:300]}", messages)
+        if wanted is None and outcome.code in _TURNED_AWAY:
+            self._note(f"who may call is turned away: {outcome.details[:300]}", messages)
         if outcome.code in _OUR_FAULT and outcome.details != CLIENTS_OWN:
             self._note(f"{outcome.code.name}: {outcome.details[:300]}", messages)
         if outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._may_last(outcome):

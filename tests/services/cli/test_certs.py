@@ -43,6 +43,17 @@ def test_a_stage_that_comes_later_gets_an_identity_too(tmp_path: Path) -> None:
     assert Credentials(tmp_path / "stage-7").identity.role == "stage/7"
 
 
+def test_what_is_revoked_every_part_is_told(tmp_path: Path) -> None:
+    penstock("init", "--folder", str(tmp_path), "--stages", "1")
+    lost = (tmp_path / "stage-0" / "cert.pem").read_bytes()
+    penstock("renew", "stage/0", "--folder", str(tmp_path), "--revoke")
+    penstock("renew", "stage/7", "--folder", str(tmp_path))
+    for name in ("coordinator", "stage-0", "stage-7"):
+        own = Credentials(tmp_path / name)
+        assert own.have_revoked(lost)
+        assert not own.have_revoked((tmp_path / name / "cert.pem").read_bytes())
+
+
 def test_who_made_certificates_is_in_the_audit_log(tmp_path: Path, audit_log: Path) -> None:
     penstock("init", "--folder", str(tmp_path), "--stages", "1")
     penstock("renew", "stage/7", "--folder", str(tmp_path))

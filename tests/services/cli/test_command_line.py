@@ -29,7 +29,7 @@ SAMPLING = [
 ]
 OPTIONS = {
     "mesh": [
-        *(*SHARED, "--replicas", "--spares", "--slow", "--device", "--wire"),
+        *(*SHARED, "--replicas", "--spares", "--coordinators", "--slow", "--device", "--wire"),
         *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
         *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
         *("--seal-keys", "--manifest", "--rehash-minutes"),
@@ -44,7 +44,7 @@ OPTIONS = {
     ],
     "tokenize": ["--model", "--address", "--ca", "--key"],
     "certs init": ["--folder", "--mesh", "--stages", "--host", "--days", "--replace"],
-    "certs renew": ["--folder", "--host", "--days"],
+    "certs renew": ["--folder", "--host", "--days", "--revoke"],
     "models": [],
     "pull": [],
     "plan": ["--stages", "--dtype", "--split", "--seal-keys", "--memory"],

@@ -8,11 +8,11 @@ import pytest
 from penstock.v1 import coordinator_pb2, local_pb2, stage_pb2
 
 from core.errors import InvalidInput, PermissionDenied
-from services.common.identity import Access, Identity
+from services.common.identity import CallPolicy, Identity
 
-STAGE_1 = Access(Identity(mesh="m", role="stage/1"))
-COORDINATOR = Access(Identity(mesh="m", role="coordinator"))
-SUPERVISOR = Access(Identity(mesh="m", role="supervisor"))
+STAGE_1 = CallPolicy(Identity(mesh="m", role="stage/1"))
+COORDINATOR = CallPolicy(Identity(mesh="m", role="coordinator"))
+SUPERVISOR = CallPolicy(Identity(mesh="m", role="supervisor"))
 CONTROL, ACTIVATE = "/penstock.v1.StageService/Control", "/penstock.v1.StageService/Activate"
 CONNECT = "/penstock.v1.CoordinatorService/Connect"
 GET_MESH = "/penstock.v1.CoordinatorService/GetMesh"
@@ -25,16 +25,16 @@ def caller(role: str, *, mesh: str = "m") -> dict[str, list[bytes]]:
     return {"peer_spiffe_id": [Identity(mesh=mesh, role=role).uri.encode()]}
 
 
-def may_call(access: Access, method: str, who: dict[str, list[bytes]]) -> bool:
+def may_call(policy: CallPolicy, method: str, who: dict[str, list[bytes]]) -> bool:
     try:
-        access.check(method, who)
+        policy.check(method, who)
     except PermissionDenied:
         return False
     return True
 
 
 @pytest.mark.parametrize(
-    ("access", "method", "allowed"),
+    ("policy", "method", "allowed"),
     [
         (STAGE_1, CONTROL, {"coordinator"}),
         (STAGE_1, ACTIVATE, {"stage/0"}),
@@ -52,13 +52,13 @@ def may_call(access: Access, method: str, who: dict[str, list[bytes]]) -> bool:
     ],
 )
 def test_each_method_is_for_these_roles_alone(
-    access: Access, method: str, allowed: set[str]
+    policy: CallPolicy, method: str, allowed: set[str]
 ) -> None:
-    assert {role for role in ALL if may_call(access, method, caller(role))} == allowed
+    assert {role for role in ALL if may_call(policy, method, caller(role))} == allowed
 
 
 def test_nobody_sends_activations_to_the_first_stage() -> None:
-    first = Access(Identity(mesh="m", role="stage/0"))
+    first = CallPolicy(Identity(mesh="m", role="stage/0"))
     assert not any(may_call(first, ACTIVATE, caller(role)) for role in ALL)
 
 

@@ -226,6 +226,32 @@ async def test_an_authority_is_replaced_step_by_step_and_nobody_is_shut_out(stag
         assert (await converse(channel, "Control")).HasField("report")
 
 
+async def test_a_revoked_certificate_calls_nothing_any_more_and_its_successor_does(
+    stage: Served,
+) -> None:
+    coordinator = credentials(stage.folder, "coordinator")
+    async with stage.dial(coordinator) as stolen:
+        assert (await converse(stolen, "Control")).HasField("report")
+        issue(stage.folder, "coordinator", revokes=True)
+        error = await refusal(stolen)
+        assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert "has been revoked" in str(error.details())
+    async with stage.dial(coordinator) as channel:
+        assert (await converse(channel, "Control")).HasField("report")
+
+
+async def test_nobody_is_let_in_while_nobody_can_tell_who_is_shut_out(stage: Served) -> None:
+    (stage.folder / "stage-1" / "revoked.txt").mkdir()
+    async with stage.dial(credentials(stage.folder, "coordinator")) as channel:
+        assert (await refusal(channel)).code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_what_is_not_there_cannot_be_revoked(tmp_path: Path) -> None:
+    write_mesh(tmp_path)
+    with pytest.raises(NotFound, match="nothing to revoke"):
+        issue(tmp_path, "stage/1", revokes=True)
+
+
 async def test_files_that_do_not_fit_together_are_passed_over(stage: Served) -> None:
     before = await serial_shown(stage)
     key = stage.folder / "stage-1" / "key.pem"

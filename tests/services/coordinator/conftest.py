@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from services.common.health import HealthService
 from services.common.servers import create_server
 from services.common.telemetry import Telemetry, start_telemetry
 from services.coordinator.conductor import Conductor
+from services.coordinator.roster import Roster
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
 from tests.support.fake_stages import FakeStage, fake_stages
@@ -191,6 +193,7 @@ async def coordinator(
     telemetry: Telemetry | None = None,
     *,
     spares: Sequence[FakeStage] = (),
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[RunningCoordinator]:
     """Runs a coordinator for these stages; fails the test when its loop fails."""
@@ -199,12 +202,14 @@ async def coordinator(
     conductor = Conductor(
         CoordinatorSettings(
             listen="127.0.0.1:0",
-            stages=by_stage(stages),
-            spares=frozenset(stage.address for stage in spares),
+            roster=Roster(
+                stages=by_stage(stages), spares=frozenset(stage.address for stage in spares)
+            ),
             **({"resume_grace_s": 0.0} | settings),
         ),
         telemetry,
         health,
+        clock=clock,
     )
     server = create_server(telemetry)
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(

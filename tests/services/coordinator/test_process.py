@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from core.errors import InvalidInput
-from services.coordinator.settings import CoordinatorSettings, parse_stages
+from services.coordinator.roster import Roster
+from services.coordinator.settings import CoordinatorSettings
 from tests.services.coordinator.conftest import Gateway
 from tests.support.fake_engine import completion
 from tests.support.fake_stages import fake_stages
@@ -72,11 +73,6 @@ async def test_a_port_for_everyone_without_certificates_is_one_clear_line() -> N
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("stages", ()),
-        ("stages", (("a:1",), ("a:1",))),
-        ("stages", (("a:1", ""),)),
-        ("stages", (("a:1",), ())),
-        ("spares", frozenset({"b:1"})),
         ("pulse_timeout_s", 0.0),
         ("max_sequences", 0),
         ("max_waiting", 0),
@@ -87,10 +83,6 @@ async def test_a_port_for_everyone_without_certificates_is_one_clear_line() -> N
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, value: object) -> None:
-    fields = {"listen": "127.0.0.1:0", "stages": (("a:1",),), name: value}
+    fields = {"listen": "127.0.0.1:0", "roster": Roster(stages=(("a:1",),)), name: value}
     with pytest.raises(InvalidInput, match=name):
         CoordinatorSettings(**fields)  # type: ignore[arg-type]
-
-
-def test_stages_part_by_commas_and_replicas_by_bars() -> None:
-    assert parse_stages("h:1|h:2, h:3") == (("h:1", "h:2"), ("h:3",))

@@ -23,6 +23,7 @@ from core.pipeline.events import (
 )
 from services.coordinator.replica_link import Incarnation
 from services.coordinator.replicas import Replicas
+from services.coordinator.roster import Roster
 from services.coordinator.settings import CoordinatorSettings
 from tests.services.coordinator.conftest import by_stage
 from tests.support.changes import Changes
@@ -70,8 +71,10 @@ class Running:
         self.replicas = Replicas(
             CoordinatorSettings(
                 listen="127.0.0.1:0",
-                stages=by_stage(stages),
-                spares=frozenset(stages[spare].address for spare in spares),
+                roster=Roster(
+                    stages=by_stage(stages),
+                    spares=frozenset(stages[spare].address for spare in spares),
+                ),
                 **settings,
             ),
             self.listener,

@@ -24,7 +24,7 @@ def test_stop_does_not_wait_for_a_process_that_has_ended_but_was_not_reaped(tmp_
                 model_path="/models/tiny.gguf",
                 number_format="bf16",
                 gateway="127.0.0.1:8001",
-                coordinator="127.0.0.1:9000",
+                coordinators=("127.0.0.1:9000",),
                 processes=(supervisor,),
             )
             folder = RunFolder(tmp_path)

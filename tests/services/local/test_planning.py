@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from core.errors import InvalidInput, NotFound, PlanImpossible
 from core.models.llama.config import LlamaConfig
+from services.coordinator.roster import parse_roster
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.memory import (
     SERVICE_BYTES,
@@ -54,6 +55,7 @@ def needs(**changes: int) -> MemoryNeeds:
         "kv_block_bytes": 2**20,
         "packing_bytes": 2**28,
         "num_replicas": 2,
+        "num_services": 2,
         "most_blocks": 10**9,
     }
     return MemoryNeeds(**(fields | changes))
@@ -217,9 +219,18 @@ def test_replicas_and_spares_are_processes_of_their_own(lay: Lay) -> None:
     ]
     assert len({command.address for command in commands}) == 7
     addresses = [command.address for command in commands]
-    options = dict(zip(commands[5].arguments[::2], commands[5].arguments[1::2], strict=False))
-    assert options["--stages"] == "{}|{},{}|{},{}".format(*addresses[:5])
-    assert options["--spares"] == addresses[1]
+    stages = "{}|{},{}|{},{}".format(*addresses[:5])
+    assert layout.roster == parse_roster(stages, spares=addresses[1])
+
+
+def test_coordinators_that_stand_by_are_known_to_the_gateway(lay: Lay) -> None:
+    layout = lay(coordinators=3)
+    *_, first, second, third, gateway = layout.commands()
+    names = [command.name for command in (first, second, third)]
+    assert names == ["coordinator", "coordinator-b", "coordinator-c"]
+    options = dict(zip(gateway.arguments[::2], gateway.arguments[1::2], strict=False))
+    assert options["--coordinator"] == f"{first.address},{second.address},{third.address}"
+    assert MeshLayout.from_json(layout.to_json()) == layout
 
 
 def test_more_replicas_leave_each_a_smaller_cache(lay: Lay) -> None:
@@ -334,6 +345,7 @@ def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
         ({"replicas": (0,)}, "replicas"),
         ({"replicas": (1, 2, 3)}, "replicas"),
         ({"spares": ()}, "spares"),
+        ({"coordinators": 0}, "coordinators"),
         ({"slow_down": {2: 2.0}}, "slow"),
         ({"slow_down": {1: 0.5}}, "slow"),
     ],
@@ -354,7 +366,7 @@ def test_a_new_stage_has_the_processes_of_the_old_one_with_its_first_layer(
     ]
     assert recut.layout.stages[2] == layout.stages[1]
     assert recut.leaving == {one.address for one in layout.stages[0].replicas}
-    assert recut.layout.coordinator_command().arguments != layout.coordinator_command().arguments
+    assert recut.layout.roster != layout.roster
 
 
 def test_where_the_wire_rounds_at_the_cut_there_is_no_other_cut(lay: Lay, ports: HeldPorts) -> None:

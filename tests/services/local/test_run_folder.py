@@ -25,7 +25,7 @@ def a_record() -> MeshRecord:
         model_path="/models/tiny.gguf",
         number_format="bf16",
         gateway="127.0.0.1:8001",
-        coordinator="127.0.0.1:9000",
+        coordinators=("127.0.0.1:9000",),
         processes=(supervisor,),
     )
 

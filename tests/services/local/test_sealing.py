@@ -57,6 +57,21 @@ def test_a_sealed_model_is_cut_as_it_was_sealed(sealed: Path, keys: Path) -> Non
     assert follow_seal(mesh_of(sealed, keys, split="0:2,2:4")).split == "0:2,2:4"
 
 
+def test_a_mesh_does_not_guess_its_cut_from_the_keys_of_two(sealed: Path, keys: Path) -> None:
+    write_identity(keys, "stage-2")
+    rewrap_model(sealed, wishes(keys, split="0:1,1:2,2:4"), revoked=(), deals=True, keeps=True)
+    words = r"no one cut \(stage-0 opens 0:1, stage-1 opens 1:4, stage-2 opens 2:4\); .* rewrap"
+    with pytest.raises(InvalidInput, match=words):
+        follow_seal(mesh_of(sealed, keys))
+    assert follow_seal(mesh_of(sealed, keys, split="0:1,1:4")).split == "0:1,1:4"
+
+
+def test_a_mesh_does_not_guess_its_cut_where_a_stage_has_no_keys(sealed: Path, keys: Path) -> None:
+    rewrap_model(sealed, wishes(keys), revoked=["stage-1"], deals=False)
+    with pytest.raises(InvalidInput, match=r"\(stage-0 opens 0:1\)"):
+        follow_seal(mesh_of(sealed, keys))
+
+
 def test_processes_are_told_where_their_keys_are(sealed: Path, keys: Path) -> None:
     layout = laid_out(mesh_of(sealed, keys))
     stages = [layout.stage_command(index, layout.stages[index].replicas[0]) for index in range(2)]
@@ -96,6 +111,26 @@ def test_while_layers_move_stages_can_have_both(sealed: Path, keys: Path) -> Non
     header = rewrap_model(sealed, wishes(keys, split="0:2,2:4"), revoked=(), deals=True, keeps=True)
     assert layers_of(header, "stage-0") == {"layer-0", "layer-1"}
     assert layers_of(header, "stage-1") == {"layer-1", "layer-2", "layer-3"}
+
+
+def test_whoever_is_no_stage_any_more_is_to_be_revoked(sealed: Path, keys: Path) -> None:
+    one_stage = wishes(keys, split="0:4")
+    before = read_header(sealed, sealer=read_public_identity(keys / "owner.pub"))
+    with pytest.raises(InvalidInput, match=r"stage-1 \(1:4\), which would keep .* --keep"):
+        rewrap_model(sealed, one_stage, revoked=(), deals=True)
+    assert read_header(sealed, sealer=read_public_identity(keys / "owner.pub")) == before
+    header = rewrap_model(sealed, one_stage, revoked=["stage-1"], deals=True)
+    assert sorted(header.holders) == ["owner", "stage-0"]
+
+
+def test_a_second_holder_does_not_keep_what_its_stage_has_lost(
+    sealed: Path, keys: Path, tmp_path: Path
+) -> None:
+    public = write_identity(tmp_path / "elsewhere", "host").with_suffix(".pub")
+    holders = dict([parse_holder(f"stage-1-b={public}")])
+    rewrap_model(sealed, wishes(keys, split="0:1,1:4", holders=holders), revoked=(), deals=True)
+    with pytest.raises(InvalidInput, match=r"revoke.*stage-1-b \(1:4\)"):
+        rewrap_model(sealed, wishes(keys, split="0:2,2:4"), revoked=(), deals=True)
 
 
 def test_revoking_deals_nothing_out(sealed: Path, keys: Path) -> None:

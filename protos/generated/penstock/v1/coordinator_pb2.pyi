@@ -115,7 +115,7 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetMeshResponse(_message.Message):
-    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens", "tokens_guessed", "tokens_guessed_right", "sequences_moved", "positions_restored", "split")
+    __slots__ = ("model", "stages", "requests_waiting", "requests_running", "tokens_per_second", "uptime", "prompt_tokens", "cached_tokens", "tokens_guessed", "tokens_guessed_right", "sequences_moved", "positions_restored", "split", "term")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,7 @@ class GetMeshResponse(_message.Message):
     SEQUENCES_MOVED_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_RESTORED_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     model: _generation_pb2.Model
     stages: _containers.RepeatedCompositeFieldContainer[StageState]
     requests_waiting: int
@@ -142,7 +143,8 @@ class GetMeshResponse(_message.Message):
     sequences_moved: int
     positions_restored: int
     split: str
-    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ..., sequences_moved: _Optional[int] = ..., positions_restored: _Optional[int] = ..., split: _Optional[str] = ...) -> None: ...
+    term: int
+    def __init__(self, model: _Optional[_Union[_generation_pb2.Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageState, _Mapping]]] = ..., requests_waiting: _Optional[int] = ..., requests_running: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., tokens_guessed: _Optional[int] = ..., tokens_guessed_right: _Optional[int] = ..., sequences_moved: _Optional[int] = ..., positions_restored: _Optional[int] = ..., split: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class StageState(_message.Message):
     __slots__ = ("index", "address", "first_layer", "end_layer", "ready", "weights_bytes", "bytes_read", "kv_blocks_used", "kv_blocks_total", "busy_fraction", "starved_fraction", "rows_per_second", "problem", "load_duration", "stolen_fraction", "starved_for_schedule", "starved_for_upstream", "starved_by_wire", "starved_by_serialising", "replica", "spare", "draining", "sequences", "weights_digest", "passed_over", "resting")

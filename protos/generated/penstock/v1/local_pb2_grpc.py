@@ -77,8 +77,9 @@ class SupervisorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def KeepReplica(self, request, context):
-        """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
-        told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+        """Makes a replica that is on trial a part of the mesh: it is kept alive, and coordinators that take
+        over from now on have new sequences take its weights. Errors: NOT_FOUND (no replica on trial has
+        the address).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,8 +98,8 @@ class SupervisorServiceServicer:
 
     def KeepCut(self, request, context):
         """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
-        longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
-        cut is not on trial).
+        longer are, and coordinators that take over from now on begin with it. Errors: NOT_FOUND (the cut
+        is not on trial).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,8 +42,9 @@ class SupervisorServiceStub:
     UNAVAILABLE (the process ended; the message has its last words).
     """
     KeepReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]
-    """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
-    told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+    """Makes a replica that is on trial a part of the mesh: it is kept alive, and coordinators that take
+    over from now on have new sequences take its weights. Errors: NOT_FOUND (no replica on trial has
+    the address).
     """
     TryCut: _grpc.UnaryStreamMultiCallable[_local_pb2.TryCutRequest, _local_pb2.TryCutResponse]
     """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
@@ -54,8 +55,8 @@ class SupervisorServiceStub:
     """
     KeepCut: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepCutRequest, _local_pb2.KeepCutResponse]
     """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
-    longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
-    cut is not on trial).
+    longer are, and coordinators that take over from now on begin with it. Errors: NOT_FOUND (the cut
+    is not on trial).
     """
     StopReplica: _grpc.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]
     """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
@@ -72,8 +73,9 @@ class SupervisorServiceAsyncStub(SupervisorServiceStub):
     UNAVAILABLE (the process ended; the message has its last words).
     """
     KeepReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepReplicaRequest, _local_pb2.KeepReplicaResponse]  # type: ignore[assignment]
-    """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
-    told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+    """Makes a replica that is on trial a part of the mesh: it is kept alive, and coordinators that take
+    over from now on have new sequences take its weights. Errors: NOT_FOUND (no replica on trial has
+    the address).
     """
     TryCut: _aio.UnaryStreamMultiCallable[_local_pb2.TryCutRequest, _local_pb2.TryCutResponse]  # type: ignore[assignment]
     """Starts the processes of those stages of another cut that the mesh does not have, on trial, as
@@ -84,8 +86,8 @@ class SupervisorServiceAsyncStub(SupervisorServiceStub):
     """
     KeepCut: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepCutRequest, _local_pb2.KeepCutResponse]  # type: ignore[assignment]
     """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
-    longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
-    cut is not on trial).
+    longer are, and coordinators that take over from now on begin with it. Errors: NOT_FOUND (the cut
+    is not on trial).
     """
     StopReplica: _aio.UnaryUnaryMultiCallable[_local_pb2.StopReplicaRequest, _local_pb2.StopReplicaResponse]  # type: ignore[assignment]
     """Ends a replica's process for good. Errors: NOT_FOUND (no replica of the mesh has the address)."""
@@ -111,8 +113,9 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _local_pb2.KeepReplicaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.KeepReplicaResponse, _abc.Awaitable[_local_pb2.KeepReplicaResponse]]:
-        """Makes a replica that is on trial a part of the mesh: it is kept alive, and the coordinator is
-        told of it when that is started again. Errors: NOT_FOUND (no replica on trial has the address).
+        """Makes a replica that is on trial a part of the mesh: it is kept alive, and coordinators that take
+        over from now on have new sequences take its weights. Errors: NOT_FOUND (no replica on trial has
+        the address).
         """
 
     @_abc_1.abstractmethod
@@ -135,8 +138,8 @@ class SupervisorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.KeepCutResponse, _abc.Awaitable[_local_pb2.KeepCutResponse]]:
         """Makes the cut on trial that of the mesh: its processes are kept alive, those of other stages no
-        longer are, and the coordinator is told of it when that is started again. Errors: NOT_FOUND (the
-        cut is not on trial).
+        longer are, and coordinators that take over from now on begin with it. Errors: NOT_FOUND (the cut
+        is not on trial).
         """
 
     @_abc_1.abstractmethod
