@@ -122,7 +122,7 @@ def _require_answers(name: str, figures: Figures) -> None:
     if figures.errors:
         raise PeerFailed(f"{name}: {figures.errors[0]}")
     if not figures.requests:
-        raise PeerFailed(f"{name}: no request of the trace ended in the time given")
+        raise PeerFailed(f"{name}: no request of the trace ended in time; give more SECONDS")
 
 
 def mesh_server(options: Sequence[str]) -> Server:
