@@ -59,11 +59,8 @@ models: $(RUN_STAMP) ## lists the models of the catalogue
 pull: $(RUN_STAMP) ## fetches a model of the catalogue into the cache: NAME=
 	@$(CLI) pull -- "$$PENSTOCK_NAME"
 
-# All tests: a process for each core, up to four, which take whole files in the order of tests/conftest.py.
-AT_ONCE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-
 test: $(DEV_STAMP) ## runs all tests: TESTS=tests/core runs some
-	@$(PYTHON) -m pytest $(or $(TESTS),$(AT_ONCE))
+	@$(PYTHON) -m pytest $(TESTS)
 
 check: $(DEV_STAMP) ## lint, format, types, layers, protos
 	$(VENV)/bin/ruff check .
