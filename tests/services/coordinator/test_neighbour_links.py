@@ -16,6 +16,7 @@ from services.common.credentials import Credentials
 from services.common.identity import COORDINATOR
 from services.coordinator.replica_link import Incarnation
 from services.coordinator.replicas import Replicas
+from services.coordinator.roster import Roster
 from services.coordinator.settings import CoordinatorSettings
 from tests.support.certificates import credentials, write_mesh
 from tests.support.fake_stages import FakeStage
@@ -51,7 +52,7 @@ class Moving:
         self._ids = itertools.count(1)
         self._dialled: list[tuple[Incarnation, str, int]] = []
         old = tuple((self._addresses[name],) for name in OLD)
-        settings = CoordinatorSettings(listen="127.0.0.1:0", stages=old)
+        settings = CoordinatorSettings(listen="127.0.0.1:0", roster=Roster(stages=old))
         self.replicas = Replicas(settings, Nobody(), credentials=own)
         for name in OLD:
             self.open(name)
