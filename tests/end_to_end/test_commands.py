@@ -47,8 +47,8 @@ def test_status_shows_each_stage(mesh: LocalMesh, client: Client) -> None:
     assert done.returncode == 0, done.stderr
     headline, columns, *stages = done.stdout.strip().splitlines()
     assert headline.startswith(
-        f"smollm2-135m-instruct ({automatic_formats()[0]}), cut into {client.mesh().split}, "
-        f"at {mesh.address}, "
+        f"smollm2-135m-instruct ({automatic_formats()[0]}, f32 on the wire), "
+        f"cut into {client.mesh().split}, at {mesh.address}, "
     )
     assert "KV blocks" in columns
     states = client.mesh().stages
