@@ -198,7 +198,7 @@ async def test_a_link_that_is_cut_within_a_frame_changes_nothing(
         coordinator = await stack.enter_async_context(HandDrivenCoordinator(stages))
         await coordinator.open()
         # Less than the rows of the prompts, more than it takes to open the link.
-        cutter = Cutter(stages[2].address, after=5000)
+        cutter = Cutter(stages[2].address, after=2500)
         address = await stack.enter_async_context(cutter.listening())
         assert (await coordinator.connect(1, 2, address=address)).stands
         generation = Generation(coordinator, [0, 1, 2])
