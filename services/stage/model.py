@@ -87,6 +87,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
             num_kv_blocks=settings.num_kv_blocks,
             num_slots=settings.max_sequences,
             max_rows=settings.max_rows,
+            num_threads=settings.threads,
+            num_threads_alone=settings.threads_alone,
             wire=settings.wire,
             keeps_log=not stage_slice.is_last,
         ),
