@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
-from penstock.v1 import generation_pb2 as pb
 
 from services.cli.console import out as console
 from services.cli.console import say
 from services.common.channels import open_channel
-from tests.benchmarks.load import LoadGenerator, Request
+from tests.benchmarks.load import LoadGenerator, Request, encode_grpc
+from tests.benchmarks.measurements import Measured, mesh_bench
 from tests.benchmarks.meters import read_processes
 from tests.benchmarks.report import Figures, latency_table, make_figures
 from tests.benchmarks.systems import System, started_mesh
@@ -38,26 +38,29 @@ def main(
     figures = []
     for cache in ("--no-prefix-cache", "--prefix-cache"):
         with started_mesh([cache]) as system:
-            figures += asyncio.run(_measure(system, cache, seconds=seconds))
-    console.print(latency_table(figures))
+            number_format, measured = asyncio.run(_measure(system, cache, seconds=seconds))
+            figures += measured
+    console.print(latency_table(figures, number_format))
 
 
-async def _measure(system: System, cache: str, *, seconds: float) -> list[Figures]:
+async def _measure(system: System, cache: str, *, seconds: float) -> Measured:
     channel = open_channel(system.address)
     try:
+        bench = await mesh_bench(system, channel)
         rng = random.Random(1)
         prompts = [_tokens(rng, COMMON_TOKENS) for _ in range(PROMPTS)]
         figures = []
         for turn in ("first", "again"):
-            generator = LoadGenerator(channel)
+            generator = LoadGenerator(bench.answers)
             requests = iter([_request(prompt, num_new_tokens=1) for prompt in prompts])
             load = f"{cache} 1,000 tokens, {turn}"
             figures.append(await _run(system, generator, [requests], load, seconds=None))
         common = _tokens(rng, COMMON_TOKENS)
         workers = [_shared(common, seed=client) for client in range(CLIENTS)]
         load = f"{cache} shared, {CLIENTS} clients"
-        figures.append(await _run(system, LoadGenerator(channel), workers, load, seconds=seconds))
-        return figures
+        generator = LoadGenerator(bench.answers)
+        figures.append(await _run(system, generator, workers, load, seconds=seconds))
+        return Measured(bench.number_format, figures)
     finally:
         await channel.close()
 
@@ -100,10 +103,8 @@ def _tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def _request(token_ids: list[int], *, num_new_tokens: int) -> Request:
-    sampling = pb.SamplingParameters(max_tokens=num_new_tokens, temperature=0, ignore_eos=True)
-    message = pb.GenerateRequest(token_ids=token_ids, sampling=sampling)
     return Request(
-        message=message.SerializeToString(),
+        message=encode_grpc(token_ids, num_new_tokens),
         num_prompt_tokens=len(token_ids),
         num_new_tokens=num_new_tokens,
     )

@@ -96,12 +96,17 @@ def test_a_model_that_another_owner_sealed_is_not_served(sealed: Path, tmp_path:
         laid_out(mesh_of(sealed, others))
 
 
+def deal_to_a_second_holder(sealed: Path, keys: Path, elsewhere: Path) -> None:
+    """Lets stage-1-b, whose keys are made in `elsewhere`, open what stage-1 opens in 0:1,1:4."""
+    public = write_identity(elsewhere, "host").with_suffix(".pub")
+    holders = dict([parse_holder(f"stage-1-b={public}")])
+    rewrap_model(sealed, wishes(keys, split="0:1,1:4", holders=holders), revoked=(), deals=True)
+
+
 def test_a_second_holder_of_a_stage_gets_the_same_layers(
     sealed: Path, keys: Path, tmp_path: Path
 ) -> None:
-    public = write_identity(tmp_path / "elsewhere", "host").with_suffix(".pub")
-    holders = dict([parse_holder(f"stage-1-b={public}")])
-    rewrap_model(sealed, wishes(keys, split="0:1,1:4", holders=holders), revoked=(), deals=True)
+    deal_to_a_second_holder(sealed, keys, tmp_path / "elsewhere")
     header = read_header(sealed, sealer=read_public_identity(keys / "owner.pub"))
     assert layers_of(header, "stage-1-b") == layers_of(header, "stage-1")
     assert layers_of(header, "stage-0") == {"layer-0"}
@@ -126,9 +131,7 @@ def test_whoever_is_no_stage_any_more_is_to_be_revoked(sealed: Path, keys: Path)
 def test_a_second_holder_does_not_keep_what_its_stage_has_lost(
     sealed: Path, keys: Path, tmp_path: Path
 ) -> None:
-    public = write_identity(tmp_path / "elsewhere", "host").with_suffix(".pub")
-    holders = dict([parse_holder(f"stage-1-b={public}")])
-    rewrap_model(sealed, wishes(keys, split="0:1,1:4", holders=holders), revoked=(), deals=True)
+    deal_to_a_second_holder(sealed, keys, tmp_path / "elsewhere")
     with pytest.raises(InvalidInput, match=r"revoke.*stage-1-b \(1:4\)"):
         rewrap_model(sealed, wishes(keys, split="0:2,2:4"), revoked=(), deals=True)
 
