@@ -19,7 +19,7 @@ $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
+.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security fuzz-coverage clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -102,8 +102,15 @@ soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MIN
 security: $(DEV_STAMP) ## tries for long to break what SECURITY.md promises: EXECUTIONS=20000 SEED=1 JSON=path
 	@$(PYTHON) -m tests.security
 
+fuzz-coverage: $(DEV_STAMP) ## shows how much of the files that read bytes from outside the fuzzers reach: EXECUTIONS=2000
+	@$(PYTHON) -m coverage erase
+	@$(PYTHON) -m coverage run -m tests.fuzz --executions "$${PENSTOCK_EXECUTIONS:-2000}"
+	@$(PYTHON) -m coverage run -m tests.fuzz.rpc --executions "$${PENSTOCK_EXECUTIONS:-2000}"
+	@$(PYTHON) -m coverage combine --quiet
+	@$(PYTHON) -m coverage report
+
 clean: ## removes the virtual environment and the tools' caches; models stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist
 
 $(RUN_STAMP): $(INSTALLED_FROM)
 	@VENV=$(VENV) infra/setup.sh run
