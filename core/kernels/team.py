@@ -53,6 +53,10 @@ def meet(team):
 
     The last to come resets the count and opens the next turn, for which the others wait: they
     cannot be overtaken, since it takes all of them to open another.
+
+    Who waits spins SPINS_BEFORE_YIELDING times, then yields its core between any two looks: where
+    there are fewer cores than members, those who have not come get them. It never sleeps, since
+    most waits are shorter than waking up takes; nor does it give up.
     """
     if team.size == 1:
         return

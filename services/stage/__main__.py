@@ -30,9 +30,11 @@ def stage(
     ] = "f32",
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
     max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,
-    threads: Annotated[int, typer.Option(help="Threads that compute a micro-batch, on a CPU")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="Threads that compute a micro-batch together, on a CPU")
+    ] = 1,
     threads_alone: Annotated[
-        int, typer.Option(help="Likewise while no other replica computes; if that is more")
+        int, typer.Option(help="Likewise while no other replica computes, if more than --threads")
     ] = 1,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
     kernel_cache: Annotated[

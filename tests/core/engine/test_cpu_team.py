@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from core.engine.cpu_team import CpuTeam
+from core.engine.cpu_team import ClockOf, CpuTeam
 from core.kernels.arithmetic import Arithmetic
 from core.models.llama.model import StageMember
 from core.sampling.parameters import SamplingParameters
@@ -110,9 +111,11 @@ class Members:
         assert self._computes.acquire(timeout=10)
 
 
-def test_as_many_members_compute_as_are_asked_for() -> None:
+@pytest.mark.parametrize("clock_of", [None, lambda identity: time.CLOCK_MONOTONIC])
+def test_as_many_members_compute_as_are_asked_for(clock_of: ClockOf | None) -> None:
+    """Also where the system does not say how long other threads had a core."""
     members = Members()
-    team = CpuTeam([members.lead, members.help, members.help])
+    team = CpuTeam([members.lead, members.help, members.help], clock_of=clock_of)
     team.run(1)
     team.run(2)
     members.wait()
@@ -121,6 +124,23 @@ def test_as_many_members_compute_as_are_asked_for() -> None:
     members.wait()
     members.wait()
     assert sorted(members.computed) == [0, 0, 0, 1, 1, 2]
+
+
+def test_helpers_that_hang_do_not_keep_a_team_from_ending() -> None:
+    goes_on = threading.Event()
+
+    def hang(member: StageMember) -> None:
+        goes_on.wait()
+
+    before = set(threading.enumerate())
+    team = CpuTeam([Members().lead, hang, hang])
+    helpers = set(threading.enumerate()) - before
+    del team
+    gc.collect()
+    assert [helper.is_alive() for helper in helpers] == [True, True]
+    goes_on.set()
+    for helper in helpers:
+        helper.join()
 
 
 def test_helpers_end_with_the_team() -> None:

@@ -346,6 +346,7 @@ def test_a_part_is_not_used_by_two_meshes(lay: Lay) -> None:
         ({"replicas": (1, 2, 3)}, "replicas"),
         ({"spares": ()}, "spares"),
         ({"threads": 0}, "threads"),
+        ({"threads": 10_000}, "threads"),
         ({"coordinators": 0}, "coordinators"),
         ({"slow_down": {2: 2.0}}, "slow"),
         ({"slow_down": {1: 0.5}}, "slow"),
