@@ -59,7 +59,7 @@ class CpuTeam:
 
     def choose(self, most: int) -> int:
         """How many members, up to `most`, are to compute the next micro-batch."""
-        return most if most > 1 and self._attendance.allows_team() else 1
+        return self._attendance.choose(most) if most > 1 else 1
 
     def run(self, num_members: int) -> None:
         """Has so many members, the leader among them, compute; returns when all have."""
@@ -74,6 +74,7 @@ class CpuTeam:
         self._compute(self._leader)
         after_ns = [time.thread_time_ns(), *(helper.cpu_ns() for helper in helpers)]
         self._attendance.note(
+            num_members,
             wall_ns=time.perf_counter_ns() - began_ns,
             least_cpu_ns=min(b - a for a, b in zip(before_ns, after_ns, strict=True)),
         )

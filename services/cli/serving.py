@@ -169,8 +169,8 @@ def mesh(
         int | None,
         typer.Option(
             envvar="PENSTOCK_THREADS",
-            help="Threads of each stage that compute a micro-batch. Default: as many as keep all "
-            "cores busy.",
+            help="Threads of each stage that compute a micro-batch. Default: all stages "
+            "together three quarters of the cores.",
         ),
     ] = None,
     shortcuts: Annotated[

@@ -20,7 +20,8 @@ class Threads(NamedTuple):
 
 
 def choose_threads(settings: MeshSettings, *, num_cores: int | None = None) -> Threads:
-    """As told; or so many that all stages together have a core each, and one alone has all of them.
+    """As told; or so many that all stages together leave a quarter of the cores to event loops,
+    gateway, coordinator and clients, and one alone has all of them.
 
     `num_cores`: None for those that this process may use. Spares do not count: they compute when
     others have failed.
@@ -29,7 +30,8 @@ def choose_threads(settings: MeshSettings, *, num_cores: int | None = None) -> T
         return Threads(settings.threads, settings.threads)
     cores = _usable_cores() if num_cores is None else num_cores
     num_replicas = sum(map(settings.replicas_of, range(settings.num_stages)))
-    return Threads(min(max(1, cores // num_replicas), MOST_MEMBERS), min(cores, MOST_MEMBERS))
+    share = cores * 3 // 4 // num_replicas
+    return Threads(min(max(1, share), MOST_MEMBERS), min(cores, MOST_MEMBERS))
 
 
 def _usable_cores() -> int:
