@@ -39,17 +39,7 @@ async def start_in_background(
     why, when it is not ready; then nothing is left running. A caller that is cancelled meanwhile
     takes the mesh down with it.
     """
-    run_folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log_path = run_folder.log_path("mesh")
-    with log_path.open("wb") as log:
-        # Not a process of asyncio's: it kills those that outlive the event loop.
-        process = subprocess.Popen(
-            [*supervisor, str(run_folder.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-        )
+    process = _start(supervisor, run_folder)
     try:
         await asyncio.to_thread(_hand_over, process, layout.to_json())
         await _follow(process, listener)
@@ -61,6 +51,19 @@ async def start_in_background(
     finally:
         assert process.stdout is not None
         process.stdout.close()
+
+
+def _start(supervisor: Sequence[str], run_folder: RunFolder) -> subprocess.Popen[bytes]:
+    """Not a process of asyncio's, which kills those that outlive the event loop."""
+    run_folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with run_folder.log_path("mesh").open("wb") as log:
+        return subprocess.Popen(
+            [*supervisor, str(run_folder.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def _hand_over(process: subprocess.Popen[bytes], text: str) -> None:
