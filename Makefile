@@ -77,7 +77,7 @@ format: $(DEV_STAMP) ## puts the code into its standard form
 protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto files
 	$(PYTHON) protos/generate.py
 
-bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
+bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= DEVICE= THREADS= KV_MEMORY= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
 	@$(PYTHON) -m tests.benchmarks
 
 bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
