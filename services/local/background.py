@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import IO
 
 import psutil
 
@@ -40,17 +41,19 @@ async def start_in_background(
     takes the mesh down with it.
     """
     process = _start(supervisor, run_folder)
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
     try:
-        await asyncio.to_thread(_hand_over, process, layout.to_json())
-        await _follow(process, listener)
+        await asyncio.to_thread(_hand_over, stdin, layout.to_json())
+        await _follow(process, stdout, listener)
     except BaseException:
         if process.poll() is None:
             process.terminate()
             await asyncio.to_thread(process.wait)
         raise
     finally:
-        assert process.stdout is not None
-        process.stdout.close()
+        stdout.close()
 
 
 def _start(supervisor: Sequence[str], run_folder: RunFolder) -> subprocess.Popen[bytes]:
@@ -66,16 +69,14 @@ def _start(supervisor: Sequence[str], run_folder: RunFolder) -> subprocess.Popen
         )
 
 
-def _hand_over(process: subprocess.Popen[bytes], text: str) -> None:
-    assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin:  # one that has ended says why on its own
-        process.stdin.write(text.encode())
+def _hand_over(stdin: IO[bytes], text: str) -> None:
+    with suppress(BrokenPipeError), stdin:  # one that has ended says why on its own
+        stdin.write(text.encode())
 
 
-async def _follow(process: subprocess.Popen[bytes], listener: Listener) -> None:
+async def _follow(process: subprocess.Popen[bytes], stdout: IO[bytes], listener: Listener) -> None:
     """Passes on what the supervisor says until it is ready."""
-    assert process.stdout is not None
-    while line := await asyncio.to_thread(process.stdout.readline):
+    while line := await asyncio.to_thread(stdout.readline):
         fields = json.loads(line)
         if "progress" in fields:
             listener.progress([StageProgress(**stage) for stage in fields["progress"]])
