@@ -9,7 +9,7 @@ INSTALLED_FROM := pyproject.toml infra/constraints.txt infra/setup.sh
 # PENSTOCK_<OPTION> in the environment, raw: neither make nor the shell expands what a prompt
 # or a path contains.
 OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE WIRE SPLIT KV_MEMORY PREFIX_CACHE SPECULATION GRPC_PORT METRICS_PORT DETACH \
-	SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
+	THREADS SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WIRES WINDOWS QUESTIONS \
 	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
@@ -19,7 +19,7 @@ $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option
 CLI := $(PYTHON) -m services.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security clean
+.PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security fuzz-coverage clean
 
 help: ## shows this list
 	@echo "Penstock: make TARGET [OPTION=value ...]"
@@ -29,7 +29,7 @@ help: ## shows this list
 	@echo "The first run sets everything up in $(VENV). TORCH_INDEX=URL takes torch from a package"
 	@echo "index of CPU builds, where the default one has a CUDA build of several GB."
 
-mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 COORDINATORS=1 SLOW= DTYPE=auto DEVICE=cpu WIRE=f32 SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 SHORTCUTS=1 CERTS=auto DETACH=1
+mesh: $(RUN_STAMP) ## starts a local mesh: MODEL= STAGES=2 REPLICAS=1 SPARES=0 COORDINATORS=1 SLOW= DTYPE=auto DEVICE=cpu WIRE=f32 SPLIT=0:14,14:30 KV_MEMORY=2GiB PREFIX_CACHE=1 SPECULATION=16 KEYS=0 SEAL_KEYS= MANIFEST= REHASH_MINUTES=10 GRPC_PORT=8001 METRICS_PORT=8002 THREADS= SHORTCUTS=1 CERTS=auto DETACH=1
 	@$(CLI) mesh
 
 generate: $(RUN_STAMP) ## streams an answer of the running mesh: PROMPT="..." MAX_TOKENS= TEMPERATURE=0 TOP_K= TOP_P= MIN_P= SEED= STOP= RAW=1 USAGE=1 ADDRESS=host:port CA=path KEY=
@@ -77,7 +77,7 @@ format: $(DEV_STAMP) ## puts the code into its standard form
 protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto files
 	$(PYTHON) protos/generate.py
 
-bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
+bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= DEVICE= THREADS= KV_MEMORY= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
 	@$(PYTHON) -m tests.benchmarks
 
 bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
@@ -102,8 +102,15 @@ soak: $(DEV_STAMP) ## all kinds of clients for a long time, while parts die: MIN
 security: $(DEV_STAMP) ## tries for long to break what SECURITY.md promises: EXECUTIONS=20000 SEED=1 JSON=path
 	@$(PYTHON) -m tests.security
 
+fuzz-coverage: $(DEV_STAMP) ## shows how much of the files that read bytes from outside the fuzzers reach: EXECUTIONS=2000
+	@$(PYTHON) -m coverage erase
+	@$(PYTHON) -m coverage run -m tests.fuzz --executions "$${PENSTOCK_EXECUTIONS:-2000}"
+	@$(PYTHON) -m coverage run -m tests.fuzz.rpc --executions "$${PENSTOCK_EXECUTIONS:-2000}"
+	@$(PYTHON) -m coverage combine --quiet
+	@$(PYTHON) -m coverage report
+
 clean: ## removes the virtual environment and the tools' caches; models stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist
 
 $(RUN_STAMP): $(INSTALLED_FROM)
 	@VENV=$(VENV) infra/setup.sh run

@@ -26,6 +26,7 @@ class StageRows:
     """The rows of a micro-batch, checked; arrays may be longer than `num_rows`."""
 
     num_rows: int
+    is_alone: bool  # whether nothing else is being computed, as far as is known
     token_ids_T: IntArray  # of meaning on the first stage only
     slots_T: IntArray
     positions_T: IntArray

@@ -1,30 +1,40 @@
-"""A stage on the CPU: one compiled call for each micro-batch, without the GIL.
+"""A stage on the CPU: one compiled call for each micro-batch and thread, without the GIL.
 
 Letters: see `core.models.llama.model`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from core.engine.backend import StageRows
+from core.engine.cpu_team import CpuTeam
 from core.engine.port import make_port
 from core.engine.settings import EngineSettings
 from core.engine.stage_memory import (
     allocate_attention,
     allocate_cache,
+    allocate_inputs,
     allocate_outputs,
-    allocate_workspace,
+    allocate_workspaces,
     load_weights,
 )
 from core.kernels.arithmetic import Arithmetic, host_arithmetic
-from core.kernels.attention.cpu import RowTable
 from core.kernels.fingerprint import kernel_cache_key
 from core.models.llama.config import LlamaConfig
-from core.models.llama.model import StageInputs, run_stage
+from core.models.llama.model import (
+    BLOCK_TABLES,
+    NUM_GREEDY,
+    NUM_LOGITS,
+    NUM_MEMBERS,
+    NUM_ROWS,
+    TABLE_BYTES,
+    run_stage,
+)
 from core.models.llama.packing import StageLayout
 from core.pipeline.plan import StageSlice
 from core.sampling.sampler import Sampler
@@ -67,8 +77,12 @@ class CpuBackend:
         layout = StageLayout(config, self._arithmetic)
         self._weights = load_weights(layout, checkpoint, stage_slice, num_positions=num_positions)
         self._cache = allocate_cache(layout, num_layers, settings.num_kv_blocks)
-        self._work = allocate_workspace(layout, settings, projects=projects)
-        self._attention_work = allocate_attention(layout, num_positions=num_positions)
+        self._most_members = max(settings.num_threads, settings.num_threads_alone)
+        works = allocate_workspaces(
+            layout, settings, projects=projects, num_members=self._most_members
+        )
+        self._inputs = allocate_inputs(settings, stage_slice)
+        self._work = works[0]
         self._outputs = allocate_outputs(layout, settings, projects=projects)
         self._port = make_port(
             settings.wire,
@@ -76,8 +90,24 @@ class CpuBackend:
             hidden_TG=self._work.hidden_TG,
             hidden_size=config.hidden_size,
         )
-        self._sizes = layout.stage_sizes(num_layers, rounds_residual=settings.wire == "bf16")
-        self._heads = layout.head_sizes()
+        sizes = layout.stage_sizes(num_layers, rounds_residual=settings.wire == "bf16")
+        self._team = CpuTeam(
+            [
+                functools.partial(
+                    run_stage,
+                    self._arithmetic,
+                    sizes,
+                    layout.head_sizes(),
+                    self._weights,
+                    self._cache,
+                    self._inputs,
+                    work,
+                    allocate_attention(layout, num_positions=num_positions),
+                    self._outputs,
+                )
+                for work in works
+            ]
+        )
         self._warm_up()
 
     @property
@@ -103,31 +133,31 @@ class CpuBackend:
         return self._port.give(num_rows)
 
     def run(self, rows: StageRows) -> CpuOutputs:
-        """One call into compiled code."""
-        inputs = StageInputs(
-            embeds=self._stage_slice.is_first,
-            projects=self._stage_slice.is_last,
-            token_ids_T=rows.token_ids_T,
-            greedy_rows_S=rows.greedy_rows,
-            num_greedy=len(rows.greedy_rows),
-            logits_rows_S=rows.logits_rows,
-            num_logits=len(rows.logits_rows),
-        )
-        table = RowTable(rows.num_rows, rows.slots_T, rows.positions_T, rows.block_tables_SB)
-        run_stage(
-            self._arithmetic,
-            self._sizes,
-            self._heads,
-            self._weights,
-            self._cache,
-            inputs,
-            table,
-            self._work,
-            self._attention_work,
-            self._outputs,
-        )
+        """One call into compiled code, or one of each member of the team."""
+        most = self._most_members if rows.is_alone else self._settings.num_threads
+        num_members = self._team.choose(most)
+        self._note(rows, num_members)
+        self._team.run(num_members)
         logits_SV = self._outputs.logits_SV[: len(rows.logits_rows), : self._config.vocab_size]
         return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV, self._are_finite(rows))
+
+    def _note(self, rows: StageRows, num_members: int) -> None:
+        """Puts a micro-batch where the members look for it."""
+        inputs, num_rows = self._inputs, rows.num_rows
+        for target, source, count in (
+            (inputs.token_ids_T, rows.token_ids_T, num_rows),
+            (inputs.slots_T, rows.slots_T, num_rows),
+            (inputs.positions_T, rows.positions_T, num_rows),
+            (inputs.greedy_rows_S, rows.greedy_rows, len(rows.greedy_rows)),
+            (inputs.logits_rows_S, rows.logits_rows, len(rows.logits_rows)),
+        ):
+            target[:count] = source[:count]
+        inputs.counts[NUM_MEMBERS] = num_members
+        inputs.counts[NUM_ROWS] = num_rows
+        inputs.counts[NUM_GREEDY] = len(rows.greedy_rows)
+        inputs.counts[NUM_LOGITS] = len(rows.logits_rows)
+        inputs.counts[BLOCK_TABLES] = rows.block_tables_SB.ctypes.data
+        inputs.counts[TABLE_BYTES] = rows.block_tables_SB.strides[0]
 
     def _are_finite(self, rows: StageRows) -> npt.NDArray[np.bool_]:
         """By what enters the final norm: one NaN or infinity makes all logits of its row NaN, and
@@ -145,6 +175,7 @@ class CpuBackend:
         self.run(
             StageRows(
                 num_rows=0,
+                is_alone=True,
                 token_ids_T=nothing,
                 slots_T=nothing,
                 positions_T=nothing,

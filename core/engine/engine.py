@@ -160,7 +160,7 @@ class Engine:
             return StepResult(hidden_TH=self._replay(batch))
         num_rows = self._prepare(batch, hidden_TH)
         if self._sampler is None:
-            self._run(num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
+            self._run(batch, num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
             self._sequences.advance(batch)
             rows_TH = self._backend.give(num_rows)
             if self._log is not None:
@@ -174,7 +174,7 @@ class Engine:
             raise ProtocolViolation("guesses are to be verified where penalties count tokens")
         is_greedy_S = self._is_greedy_S[slots_S]
         outputs = self._run(
-            num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S]
+            batch, num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S]
         )
         self._sequences.advance(batch)
         return StepResult(sampled=self._sample(batch.id, outputs, slots_S, rows_S, is_greedy_S))
@@ -190,7 +190,7 @@ class Engine:
             raise InvalidInput("stage", self.stage_slice.end_layer, "the last stage")
         num_rows = self._prepare(batch, hidden_TH)
         outputs = self._run(
-            num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows]
+            batch, num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows]
         )
         self._sequences.advance(batch)
         return self._backend.host_logits(outputs, num_rows)
@@ -236,6 +236,7 @@ class Engine:
 
     def _run(
         self,
+        batch: MicroBatch,
         num_rows: int,
         *,
         greedy_rows: npt.NDArray[np.int32],
@@ -244,6 +245,7 @@ class Engine:
         return self._backend.run(
             StageRows(
                 num_rows=num_rows,
+                is_alone=batch.is_alone,
                 token_ids_T=self._token_ids_T,
                 slots_T=self._slots_T,
                 positions_T=self._positions_T,

@@ -8,6 +8,8 @@ from core.errors import InvalidInput
 from core.kernels.arithmetic import NUMBER_FORMATS
 from core.wire.codecs import check_wire
 
+MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -25,6 +27,9 @@ class EngineSettings:
     # nearly halves them again, and rounds at the cut alone: so other cuts compute other bits. See
     # docs/decisions.md for what they cost.
     wire: str = "f32"
+    # Threads that compute a micro-batch on a CPU; and one that has the machine to itself, if more.
+    num_threads: int = 1
+    num_threads_alone: int = 1
     # Keeps the rows that are sent, so that they can be sent again. A last stage sends none.
     keeps_log: bool = False
 
@@ -35,5 +40,8 @@ class EngineSettings:
         for name in ("num_kv_blocks", "num_slots", "max_rows"):
             if not 1 <= getattr(self, name) <= 1 << 30:
                 raise InvalidInput(name, getattr(self, name), "1 to 2^30")
+        for name in ("num_threads", "num_threads_alone"):
+            if not 1 <= getattr(self, name) <= MOST_THREADS:
+                raise InvalidInput(name, getattr(self, name), f"1 to {MOST_THREADS}")
         if self.context_length is not None and self.context_length < 1:
             raise InvalidInput("context_length", self.context_length, "at least 1")

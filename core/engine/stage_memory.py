@@ -5,14 +5,24 @@ Letters: see `core.models.llama.model`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from core.engine.settings import EngineSettings
 from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
 from core.kernels.memory import aligned_zeros
 from core.models.llama.config import LlamaConfig
-from core.models.llama.model import StageOutputs, StageWeights, StageWorkspace, WordArray
+from core.models.llama.model import (
+    NUM_COUNTS,
+    StageInputs,
+    StageOutputs,
+    StageWeights,
+    StageWorkspace,
+    WordArray,
+)
 from core.models.llama.packing import (
     VOCABULARY_PART,
     StageLayout,
@@ -113,12 +123,13 @@ def kv_bytes_per_block(
     return kv_bytes + LANES * codec_named(settings.wire).row_bytes(config.hidden_size)
 
 
-def allocate_workspace(
-    layout: StageLayout, settings: EngineSettings, *, projects: bool
-) -> StageWorkspace:
-    """Buffers for `max_rows` rows; those of the head only where the stage `projects`."""
+def allocate_workspaces(
+    layout: StageLayout, settings: EngineSettings, *, projects: bool, num_members: int
+) -> list[StageWorkspace]:
+    """Buffers for `max_rows` rows, as each member sees them; those of the head only where the stage
+    `projects`."""
     rows, sampled = settings.max_rows, settings.max_rows if projects else 0
-    return StageWorkspace(
+    leaders = StageWorkspace(
         hidden_TG=aligned_zeros((rows, layout.hidden), np.float32),
         normed_T=aligned_zeros(
             (rows * layout.input_words(max(layout.hidden, layout.attention)),), np.uint32
@@ -127,13 +138,27 @@ def allocate_workspace(
             (rows * layout.attention_input_words(layout.attention),), np.uint32
         ),
         qkv_TC=aligned_zeros((rows, layout.qkv), np.float32),
-        gate_up_T=aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
         intermediate_T=aligned_zeros((rows * layout.input_words(layout.intermediate),), np.uint32),
         sampled_hidden_SG=aligned_zeros((sampled, layout.hidden), np.float32),
-        panel_logits_S=aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
-        head_scratch=aligned_zeros((layout.head_width,), np.uint32),
-        wide_panel=aligned_zeros((PANEL_COLUMNS * MOST_INPUTS_OF_WIDE_PANEL,), np.float32),
+        best_MS=aligned_zeros((num_members, sampled), np.float32),
+        best_tokens_MS=aligned_zeros((num_members, sampled), np.int32),
+        **_scratch(layout, rows=rows, sampled=sampled),
     )
+    others = (
+        leaders._replace(**_scratch(layout, rows=rows, sampled=sampled))
+        for _ in range(1, num_members)
+    )
+    return [leaders, *others]
+
+
+def _scratch(layout: StageLayout, *, rows: int, sampled: int) -> dict[str, npt.NDArray[Any]]:
+    """What each member has for itself."""
+    return {
+        "gate_up_T": aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
+        "panel_logits_S": aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
+        "head_scratch": aligned_zeros((layout.head_width,), np.uint32),
+        "wide_panel": aligned_zeros((PANEL_COLUMNS * MOST_INPUTS_OF_WIDE_PANEL,), np.float32),
+    }
 
 
 def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionWorkspace:
@@ -149,6 +174,16 @@ def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionW
         weights_QP=aligned_zeros((queries, layout.attention_input_words(positions)), np.uint32),
         outputs_QD=aligned_zeros((queries, layout.head_width), np.float32),
         scales_Q=aligned_zeros((queries,), np.float32),
+    )
+
+
+def allocate_inputs(settings: EngineSettings, stage_slice: StageSlice) -> StageInputs:
+    """Room for what a micro-batch of `max_rows` rows says."""
+    return StageInputs(
+        stage_slice.is_first,
+        stage_slice.is_last,
+        np.zeros(NUM_COUNTS, np.int64),
+        *(np.zeros(settings.max_rows, np.int32) for _ in range(5)),
     )
 
 

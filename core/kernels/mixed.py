@@ -83,16 +83,16 @@ def multiply_panels(
 @kernel
 def greedy_tokens(
     arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-    logits, tokens, wide_panel,
+    logits, tokens, best, wide_panel,
 ):  # fmt: skip
     """See `core.kernels.linear.cpu`."""
     if has_nibbles(arithmetic) and not nibbles:
         greedy_tokens_as(
             of_bytes(arithmetic), inputs, input_stride, num_rows, panels, num_inputs, num_panels,
-            bias, logits, tokens, wide_panel,
+            bias, logits, tokens, best, wide_panel,
         )  # fmt: skip
     else:
         greedy_tokens_as(
             arithmetic, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-            logits, tokens, wide_panel,
+            logits, tokens, best, wide_panel,
         )  # fmt: skip

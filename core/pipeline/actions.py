@@ -44,6 +44,7 @@ class RunMicroBatch:
     to the next; the last one answers. Where `replays`, the first one computes nothing and sends
     from its log. The runs are the same for all; `updates_P` has each replica's own (its block ids;
     a last stage's starts carry sampling). Plain lists, because they go straight into messages.
+    `is_alone`: nothing is in flight that another replica would compute meanwhile.
     """
 
     micro_batch_id: int
@@ -56,6 +57,7 @@ class RunMicroBatch:
     num_samples_R: list[int]
     token_ids_T: list[int]  # for the model's first stage; empty where it does not take part
     updates_P: list[SequenceUpdates]
+    is_alone: bool = False
 
     def for_replica(self, number: int) -> MicroBatch:
         """The micro-batch as the engine of the path's replica `number`, from 0, takes it."""
@@ -70,6 +72,7 @@ class RunMicroBatch:
             ),
             updates=self.updates_P[number],
             replays=self.replays and number == 0,
+            is_alone=self.is_alone,
         )
 
 

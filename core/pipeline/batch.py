@@ -58,7 +58,8 @@ class MicroBatch:
 
     `num_samples_R[r]` asks for a token after each of the last rows of run r; more than one
     verify guessed tokens. `token_ids_T` is empty except on the first stage. One that `replays`
-    computes nothing: the stage sends the activations of these rows again, from its log.
+    computes nothing: the stage sends the activations of these rows again, from its log. `is_alone`:
+    nothing else was in flight that could be computed meanwhile.
     """
 
     id: int
@@ -69,6 +70,7 @@ class MicroBatch:
     token_ids_T: npt.NDArray[np.int32]
     updates: SequenceUpdates = field(default_factory=SequenceUpdates)
     replays: bool = False
+    is_alone: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -47,8 +47,6 @@ class DecoderShape:
     # Of the layers' products: 1.06 for int8 with its scales, 2 for bf16, 4 for fp32.
     bytes_per_weight: float
     bytes_per_head_weight: float | None = None  # None: as the layers'
-    # How much longer a weight of the head takes where the layers have a faster number format.
-    head_slowness: float = 1.0
     bytes_per_embedding: int = 2  # of one element
     bytes_per_kv: int = 2  # of one element
     kv_block_size: int = 16
@@ -75,6 +73,6 @@ def estimate_costs(shape: DecoderShape) -> ModelCosts:
         layer_bytes=(int(layer_weights * shape.bytes_per_weight),) * shape.num_layers,
         kv_block_bytes=(kv_block_bytes,) * shape.num_layers,
         embedding_bytes=vocabulary_weights * shape.bytes_per_embedding,
-        head_s=vocabulary_weights * _HEAD_S_PER_WEIGHT * shape.head_slowness,
+        head_s=vocabulary_weights * _HEAD_S_PER_WEIGHT,
         head_bytes=int(vocabulary_weights * head_bytes),
     )

@@ -72,6 +72,11 @@ class Flight:
     restored: list[Restored] = field(default_factory=list)
 
     @property
+    def computing(self) -> tuple[Replica, ...]:
+        """The replicas that compute it."""
+        return self.replicas[1:] if self.replays else self.replicas
+
+    @property
     def beginnings(self) -> Iterator[tuple[Sequence, int]]:
         """Sequences that it computes new rows of, and the position of the first."""
         decoding = (sampler.sequence for sampler in self.samplers[: self.num_decodes])
@@ -96,8 +101,8 @@ class Traffic:
             self.num_restored_rows += flight.rows
         for replica in flight.replicas:
             replica.flights[flight.micro_batch_id] = flight
-            if not flight.replays or replica is not flight.replicas[0]:
-                replica.history.add(flight)
+        for replica in flight.computing:
+            replica.history.add(flight)
 
     def land(self, flight: Flight) -> None:
         """Lets one go that has returned: all its replicas have performed it."""
@@ -112,6 +117,19 @@ class Traffic:
         del self.flights[flight.micro_batch_id]
         for replica in flight.replicas:
             del replica.flights[flight.micro_batch_id]
+
+    def leaves_others_idle(self, flight: Flight) -> bool:
+        """Whether no other replica is likely to compute while one computes this.
+
+        So it is for the only one in flight; and for one that restores a single replica as long as
+        all others have to pass that replica too, where they wait behind it.
+        """
+        if len(self.flights) == 1:
+            return True
+        if not flight.restored or len(flight.computing) > 1:
+            return False
+        (bottleneck,) = flight.computing
+        return all(bottleneck in other.computing for other in self.flights.values())
 
     def carries(self, sequence: Sequence) -> bool:
         """Whether something of a sequence is in flight."""

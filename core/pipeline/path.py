@@ -133,16 +133,16 @@ class Path:
     @property
     def has_newcomers(self) -> bool:
         """Whether sequences of lost paths are about to come."""
-        return bool(self._restoring.newcomers)
+        return self._restoring.has_newcomers
 
     def expect(self, sequence: Sequence) -> None:
         """A stranded sequence will come here, when what it lacks can be sent again."""
         sequence.destination = self
-        self._restoring.newcomers.append(sequence)
+        self._restoring.expect(sequence)
 
     def forget_newcomers(self) -> None:
         """They will be told anew where to go."""
-        self._restoring.newcomers.clear()
+        self._restoring.forget_newcomers()
 
     def make_ready(self, sequence: Sequence) -> None:
         """Its tokens came back: what follows the last of them can be scheduled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from core.pipeline.actions import Action, FlushUpdates
+from core.pipeline.actions import Action, FlushUpdates, RunMicroBatch
 from core.pipeline.admission import Admission
 from core.pipeline.events import (
     CutChosen,
@@ -173,6 +173,7 @@ class Pipeline:
             self.failover.evacuate(now_s)
         paths = list(self.failover.paths.values())
         self._launch(paths, actions, now_s)
+        self._mark_alone(actions)
         for replica in self.topology.replicas.values():
             if not replica.is_told and not replica.flights:
                 updates = replica.take_updates()
@@ -190,3 +191,12 @@ class Pipeline:
                 has_launched = has_launched or bool(launched)
             if len(paths) == 1:
                 return
+
+    def _mark_alone(self, actions: list[Action]) -> None:
+        """Marks what may have a machine to itself, once all that goes out now is known."""
+        for action in actions:
+            if isinstance(action, RunMicroBatch):
+                flight = self.traffic.flights[action.micro_batch_id]
+                action.is_alone = self.traffic.leaves_others_idle(flight)
+                if flight.restored:  # whether others of its path are in flight tells nothing here
+                    flight.overlapped = not action.is_alone

@@ -7,6 +7,7 @@ token ids. The last one of the run answers, without tokens.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -23,28 +24,44 @@ _MOST_FLIGHTS = 3
 # No fewer in one, unless there are no more.
 _LEAST_ROWS = 16
 
+_Turn = tuple[int, int, int]  # higher priority first, then what is soon restored, then who is older
+
 
 class Restoring:
     """Sequences that come to a path from others, and cannot go on before something has been sent
     again.
 
-    They come one by one, in order, each when all that the one before lacks has been launched: so
-    it finds what that one has restored of a common beginning. Pieces of several that lack the
-    same stages share a micro-batch.
+    They come one by one, each when all that the one before lacks has been launched: so it finds
+    what that one has restored of a common beginning. Within a priority the shortest come first,
+    which makes the mean pause the shortest (W. E. Smith, Naval Research Logistics Quarterly 3,
+    1956). Pieces of several that lack the same stages share a micro-batch.
     """
 
     def __init__(self, path: Path) -> None:
-        self.newcomers: deque[Sequence] = deque()  # those that come; some have ended meanwhile
+        self._newcomers: list[tuple[_Turn, Sequence]] = []  # a heap; some have ended meanwhile
         self.backlog: deque[Sequence] = deque()  # those that came, and lack something
         self.num_flights = 0
         self._path = path
         self._shared = path.shared
 
     @property
+    def has_newcomers(self) -> bool:
+        return bool(self._newcomers)
+
+    def expect(self, sequence: Sequence) -> None:
+        """One will come, in its turn."""
+        turn = (-sequence.priority, sequence.num_scheduled, sequence.order)
+        heapq.heappush(self._newcomers, (turn, sequence))
+
+    def forget_newcomers(self) -> None:
+        """They will not come, or be announced again."""
+        self._newcomers.clear()
+
+    @property
     def num_rows(self) -> int:
         """Rows that are not scheduled, or more."""
         own = sum(piece.end - piece.first for s in self.backlog for piece in s.pieces)
-        return own + sum(sequence.num_scheduled for sequence in self.newcomers)
+        return own + sum(sequence.num_scheduled for _, sequence in self._newcomers)
 
     def launch(self, now_s: float) -> list[Action]:
         """The next micro-batch that restores, if there is work and not enough is in flight.
@@ -52,7 +69,7 @@ class Restoring:
         Sequences of which nothing is left to restore go on at once: what they launch follows
         behind.
         """
-        if self.num_flights >= _MOST_FLIGHTS or not (self.backlog or self.newcomers):
+        if self.num_flights >= _MOST_FLIGHTS or not (self.backlog or self._newcomers):
             return []
         load = self._load()
         actions: list[Action] = [] if load is None else [self._launch(load, now_s)]
@@ -92,8 +109,8 @@ class Restoring:
 
     def _next(self) -> Sequence | None:
         """The sequence to restore now, at the head of the backlog."""
-        while not self.backlog and self.newcomers:
-            sequence = self.newcomers.popleft()
+        while not self.backlog and self._newcomers:
+            _, sequence = heapq.heappop(self._newcomers)
             if sequence.destination is not self._path:
                 continue
             if not self._shared.admission.move(sequence, self._path):

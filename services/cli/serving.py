@@ -165,6 +165,14 @@ def mesh(
             help="Port of the gateway's metrics; those of the other processes follow. 0: any.",
         ),
     ] = 8002,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            envvar="PENSTOCK_THREADS",
+            help="Threads of each stage that compute a micro-batch. Default: all stages "
+            "together three quarters of the cores.",
+        ),
+    ] = None,
     shortcuts: Annotated[
         bool,
         typer.Option(
@@ -212,6 +220,7 @@ def mesh(
         require_keys=require_keys,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        threads=threads,
         shortcuts=shortcuts,
         certs=run_folder.path / "certs" if certs == "auto" else Path(certs) if certs else None,
         makes_certs=certs == "auto",

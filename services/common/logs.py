@@ -36,6 +36,8 @@ def configure_logging(service: str, *, level: str = "INFO", stream: TextIO | Non
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    # Of its CUDA driver each module that is loaded or freed is news to numba.
+    logging.getLogger("numba").setLevel(logging.WARNING)
 
 
 class JsonFormatter(logging.Formatter):

@@ -47,6 +47,7 @@ def micro_batch_requests(
         num_rows=action.num_rows_R,
         num_samples=action.num_samples_R,
         sent_unix_ns=time.time_ns(),
+        is_alone=action.is_alone,
     )
     requests = []
     upstream_link = 0

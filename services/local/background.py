@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import IO
 
 import psutil
 
@@ -21,60 +24,69 @@ from services.local.supervisor import Listener
 # Gateway, coordinator and stages end in turn; each may take its whole grace.
 STOP_TIMEOUT_S = 3 * STOP_GRACE_S + 5.0
 POLL_S = 0.02
+SUPERVISOR = (sys.executable, "-m", "services.local")
 
 
 async def start_in_background(
-    layout: MeshLayout, *, run_folder: RunFolder, listener: Listener
+    layout: MeshLayout,
+    *,
+    run_folder: RunFolder,
+    listener: Listener,
+    supervisor: Sequence[str] = SUPERVISOR,
 ) -> None:
     """Returns when the mesh is ready, and leaves it running.
 
-    Raises Unavailable, saying why, when it is not; then nothing is left running. A caller that is
-    cancelled meanwhile takes the mesh down with it.
+    `supervisor` is the command that runs it, and is given the folder. Raises Unavailable, saying
+    why, when it is not ready; then nothing is left running. A caller that is cancelled meanwhile
+    takes the mesh down with it.
     """
+    process = _start(supervisor, run_folder)
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    try:
+        await asyncio.to_thread(_hand_over, stdin, layout.to_json())
+        await _follow(process, stdout, listener)
+    except BaseException:
+        if process.poll() is None:
+            process.terminate()
+            await asyncio.to_thread(process.wait)
+        raise
+    finally:
+        stdout.close()
+
+
+def _start(supervisor: Sequence[str], run_folder: RunFolder) -> subprocess.Popen[bytes]:
+    """Not a process of asyncio's, which kills those that outlive the event loop."""
     run_folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log_path = run_folder.log_path("mesh")
-    with log_path.open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.local",
-            str(run_folder.path),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+    with run_folder.log_path("mesh").open("wb") as log:
+        return subprocess.Popen(
+            [*supervisor, str(run_folder.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,
         )
-    try:
-        await _hand_over(process, layout.to_json())
-        await _follow(process, listener)
-    except BaseException:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-        raise
 
 
-async def _hand_over(process: asyncio.subprocess.Process, text: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(text.encode())
-    await process.stdin.drain()
-    process.stdin.close()
+def _hand_over(stdin: IO[bytes], text: str) -> None:
+    with suppress(BrokenPipeError), stdin:  # one that has ended says why on its own
+        stdin.write(text.encode())
 
 
-async def _follow(process: asyncio.subprocess.Process, listener: Listener) -> None:
+async def _follow(process: subprocess.Popen[bytes], stdout: IO[bytes], listener: Listener) -> None:
     """Passes on what the supervisor says until it is ready."""
-    assert process.stdout is not None
-    async for line in process.stdout:
+    while line := await asyncio.to_thread(stdout.readline):
         fields = json.loads(line)
         if "progress" in fields:
             listener.progress([StageProgress(**stage) for stage in fields["progress"]])
         elif "error" in fields:
-            await process.wait()
+            await asyncio.to_thread(process.wait)
             raise Unavailable(fields["error"])
         else:
             await listener.ready()
             return
-    code = await process.wait()
+    code = await asyncio.to_thread(process.wait)
     raise Unavailable(f"the mesh ended before it was ready (exit code {code})")
 
 

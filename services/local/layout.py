@@ -67,6 +67,8 @@ class MeshLayout:
     prefix_cache: bool
     max_sequences: int
     max_rows: int
+    threads: int  # of a stage that compute a micro-batch
+    threads_alone: int  # likewise, while no other stage computes
     speculation: int
     drain_s: int
     require_keys: bool
@@ -168,6 +170,8 @@ class MeshLayout:
                 "--wire": self.wire,
                 "--kv-blocks": str(self.kv_blocks),
                 "--max-rows": str(self.max_rows),
+                "--threads": str(self.threads),
+                "--threads-alone": str(self.threads_alone),
                 "--max-sequences": str(self.max_sequences),
                 "--slow-down": str(self.stages[index].slow_down),
                 "--rehash-minutes": str(self.rehash_minutes),

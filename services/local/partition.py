@@ -17,8 +17,6 @@ _INT8_WEIGHT_BYTES = 1 + 4 / 64
 # 4 bits, and a float16 scale and minimum for 32 of them. Matrices that have more bits in the file
 # are int8, such as the head of most files: the estimate takes the layers for 4 bits throughout.
 _INT4_WEIGHT_BYTES = 1 / 2 + 4 / 32
-# 175 and 117 GOP/s of one core with AVX2, in layers of 4 bits and a head of 8.
-_INT4_HEAD_SLOWNESS = 1.5
 _LAYER_BYTES = {"int8": _INT8_WEIGHT_BYTES, "int4": _INT4_WEIGHT_BYTES}
 
 
@@ -37,7 +35,6 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
             vocab_size=config.vocab_size,
             bytes_per_weight=_LAYER_BYTES.get(number_format, size),
             bytes_per_head_weight=_INT8_WEIGHT_BYTES if is_integer else size,
-            head_slowness=_INT4_HEAD_SLOWNESS if number_format == "int4" else 1.0,
             bytes_per_embedding=size,
             bytes_per_kv=size,
             kv_block_size=POSITIONS_PER_BLOCK,

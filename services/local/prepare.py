@@ -33,6 +33,7 @@ from services.local.partition import model_costs, plan_stages, stage_block_bytes
 from services.local.ports import HOST, HeldPorts, require_free
 from services.local.seal_keys import follow_seal, seal_keys
 from services.local.settings import MeshSettings
+from services.local.threads import choose_threads
 
 # What is in flight when a mesh is told to stop has this long to end.
 DRAIN_S = 3
@@ -79,6 +80,7 @@ def prepare(
         prefix_cache=settings.prefix_cache,
         max_sequences=settings.max_sequences,
         max_rows=settings.max_rows,
+        **choose_threads(settings)._asdict(),
         speculation=settings.speculation,
         drain_s=DRAIN_S,
         require_keys=settings.require_keys,

@@ -15,6 +15,7 @@ from services.local.catalogue import DEFAULT_MODEL
 from services.local.number_format import NUMBER_FORMATS
 
 DEVICES = ("auto", "cpu", "cuda")
+MOST_THREADS = 1024
 
 
 def default_keys_folder() -> Path:
@@ -73,6 +74,8 @@ class MeshSettings:
     speculation: int = 16
     # Most rows (tokens) in a micro-batch.
     max_rows: int = 512
+    # Threads of a stage that compute a micro-batch; None: as many as keep all cores busy.
+    threads: int | None = None
     # Whether what stages on this machine say to each other may go beside gRPC.
     shortcuts: bool = True
     # Folder of the identities with which the processes know each other; None: all in the clear.
@@ -90,6 +93,8 @@ class MeshSettings:
             raise InvalidInput("speculation", self.speculation, "0 or more")
         if not 0 <= self.rehash_minutes < math.inf:
             raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise InvalidInput("threads", self.threads, f"1 to {MOST_THREADS}")
         if self.stages < 1:
             raise InvalidInput("stages", self.stages, "1 to the model's number of layers")
         if self.coordinators < 1:

@@ -30,6 +30,12 @@ def stage(
     ] = "f32",
     kv_blocks: Annotated[int, typer.Option(help="KV blocks in all")] = 1024,
     max_rows: Annotated[int, typer.Option(help="Most rows of a micro-batch")] = 512,
+    threads: Annotated[
+        int, typer.Option(help="Threads that compute a micro-batch together, on a CPU")
+    ] = 1,
+    threads_alone: Annotated[
+        int, typer.Option(help="Likewise while no other replica computes, if more than --threads")
+    ] = 1,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
     kernel_cache: Annotated[
         Path | None, typer.Option(help="Folder of compiled kernels; default: beside their sources")
@@ -77,6 +83,8 @@ def stage(
             wire=wire,
             num_kv_blocks=kv_blocks,
             max_rows=max_rows,
+            threads=threads,
+            threads_alone=threads_alone,
             max_sequences=max_sequences,
             kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,

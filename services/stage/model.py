@@ -60,6 +60,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
 
     if settings.kernel_cache is not None:
         use_kernel_cache(settings.kernel_cache)
+    from core.engine.cpu_backend import CpuBackend
     from core.engine.devices import choose_backend
     from core.engine.engine import Engine, EngineSettings
     from core.models.llama.weight_names import layer_tensors
@@ -76,7 +77,10 @@ def load_model(settings: StageSettings) -> LoadedModel:
         end_layer=settings.end_layer,
         num_layers=config.num_layers,
     )
-    if not kernels_are_compiled(settings.number_format):
+    make_backend = choose_backend(settings.device, number_format=settings.number_format)
+    # Those of a GPU are compiled at every start.
+    keeps_kernels = make_backend is CpuBackend
+    if keeps_kernels and not kernels_are_compiled(settings.number_format):
         _LOG.info(COMPILING, extra={"number_format": settings.number_format})
     engine = Engine(
         checkpoint,
@@ -87,12 +91,15 @@ def load_model(settings: StageSettings) -> LoadedModel:
             num_kv_blocks=settings.num_kv_blocks,
             num_slots=settings.max_sequences,
             max_rows=settings.max_rows,
+            num_threads=settings.threads,
+            num_threads_alone=settings.threads_alone,
             wire=settings.wire,
             keeps_log=not stage_slice.is_last,
         ),
-        make_backend=choose_backend(settings.device, number_format=settings.number_format),
+        make_backend=make_backend,
     )
-    note_compiled(settings.number_format)
+    if keeps_kernels:
+        note_compiled(settings.number_format)
     digests = [
         checkpoint.digest_of(layer_tensors(checkpoint, config, layer))
         for layer in range(settings.first_layer, settings.end_layer)

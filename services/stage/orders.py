@@ -49,6 +49,7 @@ def decode_micro_batch(message: stage_pb2.MicroBatch, limits: OrderLimits) -> Mi
         token_ids_T=_array(message.token_ids),
         updates=decode_updates(message.updates, limits),
         replays=message.replays,
+        is_alone=message.is_alone,
     )
     _check_links(message, limits)
     _check_rows(batch, limits)

@@ -10,6 +10,7 @@ from core.wire.codecs import check_wire
 
 NUMBER_FORMATS = ("fp32", "bf16", "int8", "int4")
 DEVICES = ("auto", "cpu", "cuda")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class StageSettings:
     wire: str = "f32"  # codec of activations between stages; see `core.wire.codecs`
     num_kv_blocks: int = 1024
     max_rows: int = 512  # of a micro-batch
+    threads: int = 1  # that compute a micro-batch on a CPU
+    threads_alone: int = 1  # one that has the machine to itself, if that is more
     max_sequences: int = 256  # at a time
     kernel_cache: Path | None = None  # folder of compiled kernels; None: beside their sources
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
@@ -62,6 +65,9 @@ class StageSettings:
             raise InvalidInput("slow_down", self.slow_down, "at least 1")
         if not 0 <= self.rehash_minutes < float("inf"):
             raise InvalidInput("rehash_minutes", self.rehash_minutes, "0 (never) or more")
+        for name in ("threads", "threads_alone"):
+            if not 1 <= getattr(self, name) <= MOST_THREADS:
+                raise InvalidInput(name, getattr(self, name), f"1 to {MOST_THREADS}")
         for name in ("num_kv_blocks", "max_rows", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InvalidInput(name, getattr(self, name), "at least 1")

@@ -51,6 +51,9 @@ def main(
     model: Annotated[str | None, typer.Option(envvar="PENSTOCK_MODEL")] = None,
     stages: Annotated[str | None, typer.Option(envvar="PENSTOCK_STAGES")] = None,
     dtype: Annotated[str | None, typer.Option(envvar="PENSTOCK_DTYPE")] = None,
+    device: Annotated[str | None, typer.Option(envvar="PENSTOCK_DEVICE")] = None,
+    threads: Annotated[str | None, typer.Option(envvar="PENSTOCK_THREADS")] = None,
+    kv_memory: Annotated[str | None, typer.Option(envvar="PENSTOCK_KV_MEMORY")] = None,
     split: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPLIT")] = None,
     speculation: Annotated[str | None, typer.Option(envvar="PENSTOCK_SPECULATION")] = None,
     certs: Annotated[
@@ -78,6 +81,7 @@ def main(
         open_loop_seconds=open_loop_seconds,
     )
     chosen = {"--model": model, "--stages": stages, "--dtype": dtype, "--split": split}
+    chosen |= {"--device": device, "--threads": threads, "--kv-memory": kv_memory}
     chosen |= {"--speculation": speculation, "--certs": certs}
     options = [part for name, value in chosen.items() if value for part in (name, value)]
     options.append("--prefix-cache" if prefix_cache else "--no-prefix-cache")

@@ -27,6 +27,7 @@ from core.kernels.compile import kernel
 from core.kernels.memory import aligned_zeros
 from core.kernels.rotary.cpu import rotate_and_write
 from core.kernels.rotary.reference import rotary_tables
+from core.kernels.team import Share
 from core.kernels.vectors import address, load_floats, maximum, splat, sum_of_lanes
 from core.models.llama.config import LlamaConfig
 from core.models.llama.packing import StageLayout
@@ -98,8 +99,9 @@ def rotate_layers(arithmetic, heads, rows, qkv_TC, cos, sin, norms, cache_L, scr
     """Rotation and writes of every layer."""
     for layer in range(cache_L.shape[0]):
         rotate_and_write(
-            arithmetic, heads, rows, qkv_TC, cos, sin, norms, address(cache_L[layer]), scratch
-        )
+            arithmetic, heads, Share(0, heads.num_kv_heads), rows, qkv_TC, cos, sin, norms,
+            address(cache_L[layer]), scratch,
+        )  # fmt: skip
 
 
 @kernel
@@ -107,8 +109,8 @@ def attend_layers(arithmetic, heads, rows, qkv_TC, cache_L, work, out, out_strid
     """Attention of every layer."""
     for layer in range(cache_L.shape[0]):
         attend(
-            arithmetic, heads, rows, qkv_TC, address(cache_L[layer]), EVERYTHING, work, out,
-            out_stride,
+            arithmetic, heads, Share(0, heads.num_kv_heads), rows, qkv_TC,
+            address(cache_L[layer]), EVERYTHING, work, out, out_stride,
         )  # fmt: skip
 
 
@@ -152,7 +154,8 @@ class Layers:
             positions += np.arange(case.num_rows, dtype=np.int32)
         else:
             slots += np.arange(case.num_rows, dtype=np.int32)
-        self.rows = RowTable(case.num_rows, slots, positions, tables)
+        self._tables = tables  # which the row table has by address
+        self.rows = RowTable(case.num_rows, slots, positions, tables.ctypes.data, tables.strides[0])
         self.cache = allocate_cache(self.layout, NUM_LAYERS, case.num_slots * blocks)
         # Both halves of every word: between 0.5 and 1, or minus that.
         self.cache[:] = 0x3F003F00

@@ -52,13 +52,14 @@ async def run_campaign(campaign: Campaign, *, folder: Path) -> list[Round]:
 
 def say_result(campaign: Campaign, result: Round) -> None:
     """One line while it runs; the seed repeats it."""
-    longest_s = max(result.pauses_s, default=0.0)
+    pauses = sorted(result.pauses_s)
     recovery = "never" if result.recovery_s is None else f"{result.recovery_s:.2f} s"
     red = "never" if result.red_s is None else f"after {result.red_s:.2f} s"
     say(
         f"{campaign.title}: {result.fault} ({result.part}, seed {result.seed}): "
         f"lost {len(result.lost)}, changed {len(result.changed)}, "
-        f"longest pause {longest_s:.2f} s, red {red}, recovery {recovery}"
+        f"pause p50 {_seconds(pauses, 0.5)}, longest {_seconds(pauses, 1.0)}, "
+        f"red {red}, recovery {recovery}"
     )
 
 

@@ -62,6 +62,7 @@ class Chain:
         arithmetic: Arithmetic | None = None,
         wire: str = "f32",
         keeps_log: bool = False,
+        num_threads: int = 1,
         make_backend: MakeBackend | None = None,
     ) -> None:
         """`arithmetic` overrides the host's best, `make_backend` the CPU."""
@@ -72,6 +73,7 @@ class Chain:
             max_rows=max_rows,
             wire=wire,
             keeps_log=keeps_log,
+            num_threads=num_threads,
         )
         make_backend = make_backend or functools.partial(CpuBackend, arithmetic=arithmetic)
         self.engines = [

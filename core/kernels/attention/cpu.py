@@ -69,7 +69,8 @@ class RowTable(NamedTuple):
     num_rows: int
     slots_T: npt.NDArray[np.int32]
     positions_T: npt.NDArray[np.int32]
-    block_tables_SB: npt.NDArray[np.int32]
+    block_tables: int  # address of each slot's blocks (int32), in order of position
+    table_bytes: int  # from slot to slot
 
 
 class AttentionWorkspace(NamedTuple):
@@ -265,9 +266,15 @@ def visible_blocks(table, position, num_rows, window, keys, block_stride):
 def first_blocks_of_run(rows, row, window, cache, block_stride):
     """The blocks that the row sees with its first head; those of the last row behind it."""
     row = min(row, rows.num_rows - 1)
-    table = address(rows.block_tables_SB[rows.slots_T[row]])
     position = np.int64(rows.positions_T[row])
+    table = table_of_row(rows, row)
     return visible_blocks(table, position, 1, window, cache, block_stride)
+
+
+@kernel
+def table_of_row(rows, row):
+    """Address of the blocks of the row's sequence."""
+    return rows.block_tables + rows.slots_T[row] * rows.table_bytes
 
 
 @kernel
@@ -305,8 +312,8 @@ def attend_tile(
 
 @kernel
 def attend_run(
-    arithmetic, heads, table, position, num_rows, following, window, queries, query_stride,
-    buffers, out, out_stride,
+    arithmetic, heads, num_kv_heads, table, position, num_rows, following, window, queries,
+    query_stride, buffers, out, out_stride,
 ):  # fmt: skip
     """Attention of neighbouring rows of one sequence, the first at `position`.
 
@@ -318,7 +325,7 @@ def attend_run(
     most_rows = max(1, TILE_QUERIES // group)
     head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
     cache, block_stride = following.keys, following.block_stride
-    for kv_head in range(heads.num_kv_heads):
+    for kv_head in range(num_kv_heads):
         keys = cache + kv_head * head_bytes
         first_head = kv_head * group * heads.width
         for row in range(0, num_rows, most_rows):
@@ -327,7 +334,7 @@ def attend_run(
             ahead = blocks
             if row + count == num_rows:
                 ahead = following
-                if kv_head + 1 < heads.num_kv_heads:
+                if kv_head + 1 < num_kv_heads:
                     ahead = visible_blocks(
                         table, position, 1, window, keys + head_bytes, block_stride
                     )
@@ -339,8 +346,10 @@ def attend_run(
 
 
 @kernel
-def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride):
+def attend(arithmetic, heads, mine, rows, qkv_TC, cache, window, work, out, out_stride):
     """Attention of every row over its sequence's cached positions, its own included.
+
+    Of the KV heads from `mine.first` on and before `mine.end`, and the query heads that are theirs.
 
     Queries (rotated and scaled) are the first columns of `qkv_TC`; `cache` is the address of
     the layer's cache (layout: `core.kernels.rotary.cpu`), `out` that of the results as
@@ -357,14 +366,18 @@ def attend(arithmetic, heads, rows, qkv_TC, cache, window, work, out, out_stride
     head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
     block_stride = heads.num_kv_heads * head_bytes
     query_stride = qkv_TC.shape[1] * 4
+    first_element = mine.first * (heads.num_heads // heads.num_kv_heads) * heads.width
+    queries = address(qkv_TC) + first_element * 4
+    out += first_element * input_bytes(arithmetic)
+    cache += mine.first * head_bytes
     row = 0
     while row < rows.num_rows:
         count = rows_of_run(rows, row)
         attend_run(
-            arithmetic, heads, address(rows.block_tables_SB[rows.slots_T[row]]),
+            arithmetic, heads, mine.end - mine.first, table_of_row(rows, row),
             np.int64(rows.positions_T[row]), count,
             first_blocks_of_run(rows, row + count, window, cache, block_stride), window,
-            address(qkv_TC) + row * query_stride, query_stride, buffers,
+            queries + row * query_stride, query_stride, buffers,
             out + row * out_stride, out_stride,
         )  # fmt: skip
         row += count

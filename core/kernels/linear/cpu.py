@@ -224,15 +224,16 @@ def greedy_tokens(
     bias,
     logits,
     tokens,
+    best,
     wide_panel,
 ):
     """The column with the largest product for each row, the lowest one among equals.
 
-    `logits` is scratch [T, 64] and `tokens` int32 [T]. The panel's products never leave the
-    cache. `bias` must be minus infinity for columns beyond the vocabulary. By address, except
-    `logits`, `tokens` and `wide_panel` (scratch as of `multiply_panels`).
+    `logits` is scratch [T, 64], `tokens` int32 [T] and `best` float32 [T], the products. The
+    panel's products never leave the cache. `bias` must be minus infinity for columns beyond the
+    vocabulary. By address, except `logits`, `tokens`, `best` and `wide_panel` (scratch as of
+    `multiply_panels`).
     """
-    best = np.empty(num_rows, np.float32)
     for row in range(num_rows):
         best[row] = -np.inf
         tokens[row] = 0

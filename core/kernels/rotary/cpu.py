@@ -59,9 +59,12 @@ def write_value(arithmetic, head, num_vectors, values, position):
 
 
 @kernel
-def rotate_and_write(arithmetic, heads, rows, qkv_TC, cos_LF, sin_LF, norms, cache, scratch):
+def rotate_and_write(
+    arithmetic, heads, mine, rows, qkv_TC, cos_LF, sin_LF, norms, cache, scratch
+):  # fmt: skip
     """Norms (where `heads.norms_heads`), rotates and scales q in place, and writes k and v.
 
+    Of the KV heads from `mine.first` on and before `mine.end`, and the query heads that are theirs.
     `heads` is a HeadSizes, `rows` a RowTable, `norms` the address of q's and k's norm
     weights, `cache` that of this layer's cache, `scratch` of room for one head in words.
     """
@@ -69,21 +72,30 @@ def rotate_and_write(arithmetic, heads, rows, qkv_TC, cos_LF, sin_LF, norms, cac
     half = heads.head_dim // 2
     first_key = heads.num_heads * heads.width
     first_value = first_key + heads.num_kv_heads * heads.width
+    group = heads.num_heads // heads.num_kv_heads
+    first_query, num_kv_heads = mine.first * group * heads.width, mine.end - mine.first
+    first_own_key = first_key + mine.first * heads.width
     half_bytes = LANES * heads.width * element_bytes(arithmetic)
     for t in range(rows.num_rows):
         row = address(qkv_TC[t])
         position = rows.positions_T[t]
         cos_F, sin_F = cos_LF[position], sin_LF[position]
         if heads.norms_heads:
-            for head in range(heads.num_heads + heads.num_kv_heads):
-                weight = norms + (heads.width * 4 if head >= heads.num_heads else 0)
+            for head in range(mine.first * group, mine.end * group):
                 where = row + head * heads.width * 4
+                norm_head(where, num_vectors, heads.head_dim, norms, heads.norm_eps)
+            for head in range(mine.first, mine.end):
+                where, weight = row + (first_key + head * heads.width) * 4, norms + heads.width * 4
                 norm_head(where, num_vectors, heads.head_dim, weight, heads.norm_eps)
-        rotate_heads(qkv_TC[t], 0, heads.num_heads, heads.width, half, cos_F, sin_F, heads.scale)
+        rotate_heads(
+            qkv_TC[t], first_query, num_kv_heads * group, heads.width, half, cos_F, sin_F,
+            heads.scale,
+        )  # fmt: skip
         one = np.float32(1.0)
-        rotate_heads(qkv_TC[t], first_key, heads.num_kv_heads, heads.width, half, cos_F, sin_F, one)
-        block = np.int64(rows.block_tables_SB[rows.slots_T[t], position // LANES])
-        for head in range(heads.num_kv_heads):
+        rotate_heads(qkv_TC[t], first_own_key, num_kv_heads, heads.width, half, cos_F, sin_F, one)
+        table = rows.block_tables + rows.slots_T[t] * rows.table_bytes
+        block = np.int64(load_word(table + position // LANES * 4))
+        for head in range(mine.first, mine.end):
             keys = cache + (block * heads.num_kv_heads + head) * 2 * half_bytes
             key = row + (first_key + head * heads.width) * 4
             write_key(arithmetic, key, num_vectors, keys, position % LANES, scratch)

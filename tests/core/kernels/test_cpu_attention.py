@@ -21,6 +21,7 @@ from core.kernels.memory import aligned_zeros
 from core.kernels.norm.reference import rms_norm
 from core.kernels.rotary.cpu import rotate_and_write
 from core.kernels.rotary.reference import RotaryTables, rotary_tables, rotate
+from core.kernels.team import Share
 from tests.support.arithmetics import host_arithmetics, inputs_to_floats, rounded
 
 each_arithmetic = pytest.mark.parametrize("arithmetic", host_arithmetics(), ids=lambda a: a.name)
@@ -52,6 +53,7 @@ class Layer:
         self.heads = HeadSizes(
             heads, kv_heads, head_dim, self.width, norms, 1e-6, np.float32(head_dim**-0.5)
         )
+        self.all_heads = Share(0, kv_heads)
         blocks = -(-MAX_POSITIONS // LANES)
         order = np.random.default_rng(seed + 100).permutation(num_slots * blocks)
         self.tables = order.astype(np.int32).reshape(num_slots, blocks)
@@ -77,15 +79,18 @@ class Layer:
     def rows(self, runs: list[Run]) -> RowTable:
         slots = np.concatenate([np.full(run.num_rows, run.slot, np.int32) for run in runs])
         positions = np.concatenate([run.first + np.arange(run.num_rows) for run in runs])
-        return RowTable(len(slots), slots, positions.astype(np.int32), self.tables)
+        return RowTable(
+            len(slots), slots, positions.astype(np.int32), self.tables.ctypes.data,
+            self.tables.strides[0],
+        )  # fmt: skip
 
     def write(self, rows: RowTable, qkv_TNW: FloatArray) -> FloatArray:
         """Rotates and writes; returns the columns as the kernel left them."""
         columns = qkv_TNW.reshape(rows.num_rows, -1).copy()
         scratch = np.full(self.width, NAN_WORD, np.uint32)
         rotate_and_write(
-            self.arithmetic, self.heads, rows, columns, self.rotary.cos_LF, self.rotary.sin_LF,
-            self.norms.ctypes.data, self.cache.ctypes.data, scratch.ctypes.data,
+            self.arithmetic, self.heads, self.all_heads, rows, columns, self.rotary.cos_LF,
+            self.rotary.sin_LF, self.norms.ctypes.data, self.cache.ctypes.data, scratch.ctypes.data,
         )  # fmt: skip
         return columns
 
@@ -93,8 +98,8 @@ class Layer:
         size = self.heads.num_heads * self.width * self.arithmetic.input_bytes // 4
         out = np.full((rows.num_rows, size), NAN_WORD, np.uint32)
         attend(
-            self.arithmetic, self.heads, rows, columns, self.cache.ctypes.data, window, self.work,
-            out.ctypes.data, out.strides[0],
+            self.arithmetic, self.heads, self.all_heads, rows, columns, self.cache.ctypes.data,
+            window, self.work, out.ctypes.data, out.strides[0],
         )  # fmt: skip
         floats = inputs_to_floats(self.arithmetic, out)
         return floats.reshape(rows.num_rows, self.heads.num_heads, self.width)

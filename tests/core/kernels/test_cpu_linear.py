@@ -140,7 +140,8 @@ def test_greedy_tokens_are_the_arg_max_of_the_logits_and_ties_go_to_the_lowest(
     greedy_tokens(
         arithmetic, inputs.ctypes.data, inputs.strides[0], num_rows, matrix.panels.ctypes.data,
         matrix.padded_inputs, 5, matrix.bias.ctypes.data,
-        np.full((num_rows, 64), np.nan, np.float32), tokens, WIDE_PANEL,
+        np.full((num_rows, 64), np.nan, np.float32), tokens, np.zeros(num_rows, np.float32),
+        WIDE_PANEL,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, logits[:, :vocab_size].argmax(axis=1))
     assert tokens[4] == 0

@@ -154,7 +154,7 @@ def test_greedy_tokens_are_the_arg_max_of_the_logits(arithmetic: Arithmetic) -> 
     greedy_tokens(
         arithmetic, inputs.ctypes.data, inputs.strides[0], 9, matrix.panels.ctypes.data,
         matrix.padded_inputs, matrix.num_panels, matrix.bias.ctypes.data,
-        np.full((9, 64), np.nan, np.float32), tokens, NO_SCRATCH,
+        np.full((9, 64), np.nan, np.float32), tokens, np.zeros(9, np.float32), NO_SCRATCH,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, matrix.multiply(x_TK).argmax(axis=1))
 

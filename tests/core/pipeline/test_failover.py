@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 
 from core.errors import DeadlineExceeded, Unavailable
@@ -31,6 +33,11 @@ def restoring(pipeline: ExactPipeline) -> list[RunMicroBatch]:
     """Micro-batches of the latest turn that compute nothing new."""
     launched = [action for action in pipeline.actions if isinstance(action, RunMicroBatch)]
     return [batch for batch in launched if not any(batch.num_samples_R)]
+
+
+def run_starts(batch: RunMicroBatch) -> list[int]:
+    """Of each run of a micro-batch, the number of its first row."""
+    return [0, *accumulate(batch.num_rows_R[:-1])]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -76,6 +83,26 @@ def test_the_next_token_does_not_wait_for_the_restoring_to_end() -> None:
     restore, decode = [a for a in pipeline.actions if isinstance(a, RunMicroBatch)]
     assert restore.replays
     assert decode.first_positions_R == [len(PROMPT) + 3 - 1]
+
+
+@pytest.mark.parametrize(("priority", "expected"), [(0, [1, 2, 0]), (1, [0, 1, 2])])
+def test_within_a_priority_who_has_least_to_restore_goes_on_first(
+    priority: int, expected: list[int]
+) -> None:
+    pipeline = ExactPipeline(1, 1, max_rows=16)
+    pipeline.open(0, is_spare=True)
+    pipeline.ask([0] * 30, priority=priority, max_tokens=20)
+    pipeline.ask([1] * 10, max_tokens=20)
+    pipeline.ask([2] * 20, max_tokens=20)
+    while any(len(asked.output) < 2 for asked in pipeline.asked.values()):
+        pipeline.turn()
+    num_before = len(pipeline.batches)
+    pipeline.kill(used_in(pipeline, 0))
+    pipeline.finish()
+    restored = [batch for batch in pipeline.batches[num_before:] if not any(batch.num_samples_R)]
+    begun = [batch.token_ids_T[run_start] for batch in restored for run_start in run_starts(batch)]
+    assert list(dict.fromkeys(begun)) == expected
+    assert pipeline.answers() == [True] * 3
 
 
 def test_a_lost_replica_costs_the_others_nothing_but_what_was_in_flight() -> None:

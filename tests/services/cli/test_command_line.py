@@ -31,7 +31,7 @@ OPTIONS = {
     "mesh": [
         *(*SHARED, "--replicas", "--spares", "--coordinators", "--slow", "--device", "--wire"),
         *("--kv-memory", "--prefix-cache", "--speculation", "--require-keys", "--key"),
-        *("--grpc-port", "--metrics-port", "--shortcuts", "--certs", "--detach"),
+        *("--grpc-port", "--metrics-port", "--threads", "--shortcuts", "--certs", "--detach"),
         *("--seal-keys", "--manifest", "--rehash-minutes"),
     ],
     "stop": [],

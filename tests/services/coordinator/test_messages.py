@@ -41,6 +41,13 @@ def test_each_replica_of_the_path_hears_its_links_and_its_own_updates() -> None:
     assert all(list(b.num_rows) == [2, 1] and b.id == 7 and not b.replays for b in batches)
 
 
+def test_all_replicas_hear_whether_a_micro_batch_is_alone() -> None:
+    action = run((1, 2))
+    assert not any(r.micro_batch.is_alone for r in micro_batch_requests(action, link_id))
+    action.is_alone = True
+    assert all(r.micro_batch.is_alone for r in micro_batch_requests(action, link_id))
+
+
 @pytest.mark.parametrize("first_stage", [0, 1])
 def test_a_part_of_the_path_replays_at_its_head_only(first_stage: int) -> None:
     requests = micro_batch_requests(run((2, 5), first_stage=first_stage, replays=True), link_id)

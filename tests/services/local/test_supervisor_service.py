@@ -122,6 +122,8 @@ async def running(
         prefix_cache=True,
         max_sequences=1,
         max_rows=1,
+        threads=1,
+        threads_alone=1,
         speculation=0,
         drain_s=0,
         require_keys=False,

@@ -18,6 +18,11 @@ from services.stage.settings import StageSettings
         ("slow_down", float("inf")),
         ("slow_down", float("nan")),
         ("max_rows", 0),
+        ("threads", 0),
+        ("threads", -1),
+        ("threads", 10_000),
+        ("threads_alone", 0),
+        ("threads_alone", 1025),
         ("rehash_minutes", -1.0),
         ("rehash_minutes", float("nan")),
         ("sealer", Path("owner.pub")),  # without an identity

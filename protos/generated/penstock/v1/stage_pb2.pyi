@@ -96,7 +96,7 @@ class SequenceStart(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[int] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParameters, _Mapping]] = ..., known_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., num_cached_positions: _Optional[int] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
-    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids", "sent_unix_ns", "upstream_link", "downstream_link", "replays")
+    __slots__ = ("id", "updates", "slots", "first_positions", "num_rows", "num_samples", "token_ids", "sent_unix_ns", "upstream_link", "downstream_link", "replays", "is_alone")
     ID_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class MicroBatch(_message.Message):
     UPSTREAM_LINK_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_LINK_FIELD_NUMBER: _ClassVar[int]
     REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    IS_ALONE_FIELD_NUMBER: _ClassVar[int]
     id: int
     updates: SequenceUpdates
     slots: _containers.RepeatedScalarFieldContainer[int]
@@ -119,7 +120,8 @@ class MicroBatch(_message.Message):
     upstream_link: int
     downstream_link: int
     replays: bool
-    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., num_samples: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sent_unix_ns: _Optional[int] = ..., upstream_link: _Optional[int] = ..., downstream_link: _Optional[int] = ..., replays: _Optional[bool] = ...) -> None: ...
+    is_alone: bool
+    def __init__(self, id: _Optional[int] = ..., updates: _Optional[_Union[SequenceUpdates, _Mapping]] = ..., slots: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., num_samples: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., sent_unix_ns: _Optional[int] = ..., upstream_link: _Optional[int] = ..., downstream_link: _Optional[int] = ..., replays: _Optional[bool] = ..., is_alone: _Optional[bool] = ...) -> None: ...
 
 class ControlResponse(_message.Message):
     __slots__ = ("ready", "sampled", "report", "link")
