@@ -181,6 +181,7 @@ class MeshLayout:
             }
             | self._identity(stage_role(index)),
             flags=() if self.shortcuts else ("--no-shortcuts",),
+            role=stage_role(index),
         )
 
     @property
@@ -267,6 +268,7 @@ def _command(
     options: dict[str, str],
     *,
     flags: tuple[str, ...] = (),
+    role: str = "",
 ) -> ProcessCommand:
     shared = {"--listen": address, "--metrics-port": str(metrics_port)}
     arguments = [part for option in (shared | options).items() for part in option]
@@ -277,4 +279,5 @@ def _command(
         address=address,
         metrics_port=metrics_port,
         stop_turn=stop_turn,
+        role=role,
     )

@@ -2,7 +2,8 @@
 
 The parts may start in any order: each waits for its neighbours. A part that ends while
 the mesh starts ends the start; one that ends while the mesh serves is started again, at once and
-then after a pause that doubles, until it has failed too often.
+then after a pause that doubles, until it has failed too often. One whose work another one takes is
+started a little later: a start takes a core for seconds, which restoring what was lost needs more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Patience:
     # Pause before the second restart of a process, the first being at once; it doubles with each
     # one that follows soon.
     first_pause_s: float = 0.2
+    # Pause before the restart of a process while another one of its role runs.
+    stand_in_pause_s: float = 2.0
     # Restarts of one process within the window; one more, and the mesh gives up.
     most_restarts: int = 5
     window_s: float = 60.0
@@ -175,15 +178,25 @@ class Mesh:
             if len(restarts_at) == patience.most_restarts:
                 self._check_patience(process, code, since_s=now - restarts_at[0])
             restarts_at.append(now)
-            when = f"in {pause_s:.1f} s" if pause_s else "at once"
+            courtesy_s = patience.stand_in_pause_s if self._has_stand_in(process) else 0.0
+            wait_s = max(pause_s, courtesy_s)
+            when = f"in {wait_s:.1f} s" if wait_s else "at once"
             self._say(
                 f"{process.name} ended ({describe_exit(code)}: {process.last_words()}); "
                 f"starting it again {when}"
             )
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(wait_s)
             pause_s = max(2 * pause_s, patience.first_pause_s)
             await process.start()
             self._restarted()
+
+    def _has_stand_in(self, process: MeshProcess) -> bool:
+        role = process.command.role
+        return bool(role) and any(
+            other.command.role == role and other.is_running
+            for other in self.processes
+            if other is not process
+        )
 
     def _check_patience(self, process: MeshProcess, code: int, *, since_s: float) -> None:
         patience = self._patience

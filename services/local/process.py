@@ -30,7 +30,8 @@ ONE_THREAD = {
 class ProcessCommand:
     """What to run. `name` is for people: "gateway", "coordinator", "stage-0".
 
-    Processes with a smaller `stop_turn` are ended first, those with the same together.
+    Processes with a smaller `stop_turn` are ended first, those with the same together. Those of the
+    same `role`, unless it is "", can take each other's work.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ProcessCommand:
     address: str
     metrics_port: int
     stop_turn: int = 0
+    role: str = ""
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -88,6 +90,10 @@ class MeshProcess:
             log=str(self.log_path),
         )
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     async def wait(self) -> int:
         """Waits for its end; returns the exit code, negative for a signal."""
         assert self._process is not None
@@ -100,7 +106,7 @@ class MeshProcess:
 
     async def stop(self, *, grace_s: float) -> None:
         """Asks it to drain, and kills it when it has not ended after `grace_s`."""
-        if self._process is None or self._process.returncode is not None:
+        if self._process is None or not self.is_running:
             return
         self._process.send_signal(signal.SIGTERM)
         try:

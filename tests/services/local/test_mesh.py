@@ -147,6 +147,35 @@ async def test_the_first_restart_is_at_once_and_faults_of_others_do_not_count(
     assert all(line.endswith("starting it again at once") for line in said_lines)
 
 
+@pytest.mark.parametrize(
+    ("roles", "when"),
+    [
+        (("stage/0", "stage/0"), "in 0.1 s"),
+        (("stage/0", "stage/1"), "at once"),
+        (("", ""), "at once"),
+    ],
+)
+async def test_a_restart_waits_a_little_while_another_process_does_the_work(
+    tmp_path: Path, roles: tuple[str, str], when: str
+) -> None:
+    said_lines: list[str] = []
+    restarted = asyncio.Event()
+    mesh = Mesh(
+        tuple(replace(part(f"part-{i}", "serve"), role=role) for i, role in enumerate(roles)),
+        run_folder=RunFolder(tmp_path),
+        say=said_lines.append,
+        patience=Patience(stand_in_pause_s=0.1),
+    )
+    async with mesh.running():
+        for process in mesh.processes:
+            await said_something(process)
+        keeping = asyncio.create_task(mesh.keep_alive(restarted=restarted.set))
+        os.kill(mesh.processes[0].record().pid, signal.SIGKILL)
+        await restarted.wait()
+        keeping.cancel()
+    assert said_lines[0].endswith(f"starting it again {when}")
+
+
 async def test_processes_that_die_together_are_all_started_again(tmp_path: Path) -> None:
     names = ("stage-0", "stage-1", "gateway")
     mesh = Mesh(
