@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -20,8 +21,10 @@ from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
 from services.local.coordinators import Coordinators
+from services.local.mesh import Patience
 from services.local.ports import HOST, HeldPorts
-from tests.chaos.parts import Part, PartCommand
+from services.local.threads import MOST_MEMBERS
+from tests.chaos.parts import RESTART_PAUSE_S, Part, PartCommand
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
 
@@ -221,10 +224,16 @@ class ChaosMesh:
             *("--kv-blocks", str(self.shape.kv_blocks)),
             *("--max-sequences", str(self.shape.max_sequences)),
             *("--slow-down-file", str(self.pace_file(name))),
+            *("--threads-alone", str(min(os.cpu_count() or 1, MOST_MEMBERS))),
         )
+        has_stand_in = self.shape.num_replicas + self.shape.num_spares > 1
         replica = Replica(
             name=name,
-            address=await self._add(name, options),
+            address=await self._add(
+                name,
+                options,
+                restart_pause_s=Patience.stand_in_pause_s if has_stand_in else RESTART_PAUSE_S,
+            ),
             stage_index=stage_index,
             layers=layers,
             version=version,
@@ -287,12 +296,20 @@ class ChaosMesh:
     async def _channel(self, address: str) -> grpc.aio.Channel:
         return await self._stack.enter_async_context(open_channel(address))
 
-    async def _add(self, name: str, options: tuple[str, ...]) -> str:
+    async def _add(
+        self, name: str, options: tuple[str, ...], *, restart_pause_s: float = RESTART_PAUSE_S
+    ) -> str:
         """Starts a part behind a wire; returns the wire's address."""
         address = f"{HOST}:{self._ports.take()}"
         arguments = ("--listen", address, "--exit-with-parent", *options)
         module = f"services.{name.split('-')[0]}"
-        command = PartCommand(name=name, module=module, arguments=arguments, address=address)
+        command = PartCommand(
+            name=name,
+            module=module,
+            arguments=arguments,
+            address=address,
+            restart_pause_s=restart_pause_s,
+        )
         part = self.parts[name] = Part(command, folder=self._folder)
         self._stack.push_async_callback(part.stop)
         await part.start()

@@ -14,7 +14,8 @@ import psutil
 from services.local.process import ONE_THREAD
 
 ROOT = Path(__file__).parents[2]
-# As the local mesh does, which starts a process again after a short pause.
+# As the local mesh does, which starts a process again after a short pause; one that another one
+# stands in for a little later.
 RESTART_PAUSE_S = 0.2
 STOP_GRACE_S = 10.0
 
@@ -27,6 +28,7 @@ class PartCommand:
     module: str
     arguments: tuple[str, ...]
     address: str
+    restart_pause_s: float = RESTART_PAUSE_S
 
 
 class Part:
@@ -87,7 +89,7 @@ class Part:
             assert self._process is not None
             await self._process.wait()
             self._close_input()
-            await asyncio.sleep(RESTART_PAUSE_S)
+            await asyncio.sleep(self.command.restart_pause_s)
             await self._spawn()
 
     async def _spawn(self) -> None:
