@@ -28,6 +28,13 @@ print(json.dumps({"ready": True}), flush=True)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 time.sleep(60)
 """
+# Never asks what became of its child, as the first process of a container may not; a shell does,
+# until it has become another program.
+PARENT = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+time.sleep(60)
+"""
 FAILING = """print('{"error": "no memory"}')"""
 
 
@@ -68,9 +75,8 @@ def test_a_mesh_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 def test_stop_does_not_wait_for_a_process_that_has_ended_but_was_not_reaped(tmp_path: Path) -> None:
-    # The parent never asks what became of its child, as the first process of a container may not.
-    script = "sleep 60 & echo $!; exec sleep 60"
-    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    command = [sys.executable, "-c", PARENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         try:
             assert parent.stdout is not None
             supervisor = record_process("supervisor", int(parent.stdout.readline()))
