@@ -147,7 +147,7 @@ class Restoring:
         path = self._path
         plan = path.policy.prefill_plan(
             backlog_rows=max(self.num_rows, 1),
-            num_decodes=path.num_decodes,
+            num_decodes=max(path.num_decodes, 1),  # who is restored generates right behind it
             free_kv=1.0,
             max_rows=path.max_rows,
         )

@@ -92,13 +92,18 @@ def rewrap(
     A holder in `grants` has what the grant says from then on, and nothing else unless it `keeps`
     what it had. Whoever had a key before may have kept it anyway: only sealing anew takes a model
     away from him. Raises SealBroken where the owner has not signed the header, InvalidInput for a
-    holder or a part that there is not.
+    holder or a part that there is not, and for a grant to a key that is revoked at the same time.
     """
     header = read_header(folder, sealer=owner.public)
     for name in revoked:
         if name not in header.holders or name == OWNER:
             holders = ", ".join(sorted(header.holders.keys() - {OWNER})) or "nobody"
             raise InvalidInput("revoke", name, f"a holder: {holders}")
+    lost = {header.holders[name].opening_key: name for name in revoked}
+    for name, grant in grants.items():
+        if (holder := lost.get(grant.identity.opening)) is not None:
+            allowed = f"a holder whose key is given nothing, as {name} would be: name another key"
+            raise InvalidInput("revoke", holder, f"{allowed} with --for {name}=FILE")
     data_keys = DataKeys(header, owner)
     keys = {part: data_keys[part] for part in header.parts}
     kept = {name: holder for name, holder in header.holders.items() if name not in revoked}

@@ -83,6 +83,27 @@ def test_a_revoked_holder_is_refused_and_the_others_are_not(sealed: SealedModel)
     open_sealed(sealed.folder, sealed.keys(0)).read("blk.0.attn_q.weight")
 
 
+@pytest.mark.parametrize("name", ["stage-1", "stage-1-b"])
+def test_a_key_is_not_revoked_and_given_layers_at_once(
+    plain: Path, sealed: SealedModel, name: str
+) -> None:
+    header = read_header(sealed.folder, sealer=sealed.owner.public)
+    grants = {name: grant_for(plain, sealed.stages[1].public, 2, 4)}
+    with pytest.raises(InvalidInput, match=f"revoke is 'stage-1'.*--for {name}=FILE"):
+        rewrap(sealed.folder, owner=sealed.owner, grants=grants, revoked=["stage-1"])
+    assert read_header(sealed.folder, sealer=sealed.owner.public) == header
+
+
+def test_a_holder_whose_key_was_lost_gets_another(plain: Path, sealed: SealedModel) -> None:
+    newcomer = make_identity()
+    grants = {"stage-1": grant_for(plain, newcomer.public, 2, 4)}
+    rewrap(sealed.folder, owner=sealed.owner, grants=grants, revoked=["stage-1"])
+    with pytest.raises(KeyRefused):
+        open_sealed(sealed.folder, sealed.keys(1)).read("blk.3.attn_q.weight")
+    keys = SealKeys(sealer=sealed.owner.public, identity=newcomer)
+    open_sealed(sealed.folder, keys).read("blk.3.attn_q.weight")
+
+
 def test_a_replica_can_be_let_in_later(plain: Path, sealed: SealedModel) -> None:
     newcomer = make_identity()
     grants = {"stage-0-b": grant_for(plain, newcomer.public, 0, 2)}
