@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -23,7 +22,8 @@ from services.common.channels import open_channel
 from services.local.coordinators import Coordinators
 from services.local.mesh import Patience
 from services.local.ports import HOST, HeldPorts
-from services.local.threads import MOST_MEMBERS
+from services.local.settings import MeshSettings
+from services.local.threads import choose_threads
 from tests.chaos.parts import RESTART_PAUSE_S, Part, PartCommand
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
@@ -224,7 +224,7 @@ class ChaosMesh:
             *("--kv-blocks", str(self.shape.kv_blocks)),
             *("--max-sequences", str(self.shape.max_sequences)),
             *("--slow-down-file", str(self.pace_file(name))),
-            *("--threads-alone", str(min(os.cpu_count() or 1, MOST_MEMBERS))),
+            *("--threads-alone", str(choose_threads(MeshSettings()).threads_alone)),
         )
         has_stand_in = self.shape.num_replicas + self.shape.num_spares > 1
         replica = Replica(
