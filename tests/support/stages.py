@@ -253,7 +253,8 @@ class HandDrivenCoordinator:
         for upstream, place in enumerate(self._places):
             for downstream, other in enumerate(self._places):
                 if other == place + 1:
-                    assert (await self.connect(upstream, downstream)).stands
+                    link = await self.connect(upstream, downstream)
+                    assert link.stands
         return readies
 
     async def _open(self, index: int) -> None:
