@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from core.cache_folder import cache_folder
 from core.errors import CorruptWeights, Exhausted, NotFound, Unavailable
 from services.local.catalogue import CATALOGUE, CatalogueModel, Part, find_model
 from services.local.hub import fetch_from_hub
@@ -44,12 +44,6 @@ class FetchProgress:
 
 
 Report = Callable[[FetchProgress], None]
-
-
-def cache_folder() -> Path:
-    """Where fetched models lie."""
-    folder = os.environ.get("PENSTOCK_CACHE") or "~/.cache/penstock"
-    return Path(folder).expanduser().absolute()
 
 
 def fetched_path(model: CatalogueModel) -> Path | None:

@@ -38,7 +38,7 @@ def stage(
     ] = 1,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
     kernel_cache: Annotated[
-        Path | None, typer.Option(help="Folder of compiled kernels; default: beside their sources")
+        Path | None, typer.Option(help="Folder of compiled kernels; default: in the user's cache")
     ] = None,
     shortcuts: Annotated[
         bool, typer.Option(help="Sockets beside the gRPC streams, for peers on the same host")

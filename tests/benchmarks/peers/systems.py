@@ -12,9 +12,9 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from core.cache_folder import cache_folder
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
-from services.local.fetch import cache_folder
 from services.local.ports import HeldPorts
 from tests.benchmarks.peers.export import export
 from tests.benchmarks.peers.trace_contest import Server, ServerCommand, openai_server

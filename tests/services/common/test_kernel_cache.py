@@ -1,4 +1,4 @@
-"""The kernel cache: machine code lands in the folder named by what it depends on."""
+"""The kernel cache: machine code lands in the folder named by what it depends on, for everyone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from services.common.kernel_cache import use_kernel_cache
 
 use_kernel_cache(Path(sys.argv[1]))
-from core.kernels.compile import CACHE_FOLDER
+import core.kernels.compile
 from numba.core import config
 
 print(config.CACHE_DIR)
@@ -31,6 +31,51 @@ def test_kernels_are_cached_below_the_folder_that_was_asked_for(tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path / kernel_cache_key()
     assert (tmp_path / kernel_cache_key()).is_dir()
+
+
+COMPILING = """
+import numpy as np
+from core.kernels.packing.cpu import gather_rows
+
+rows = np.arange(32, dtype=np.float32).reshape(2, 16)
+target = np.zeros((1, 16), np.float32)
+gather_rows(rows, np.array([1], np.int32), 1, target)
+assert (target[0] == rows[1]).all()
+counts = gather_rows.stats
+print(f"{sum(counts.cache_hits.values())} hits, {sum(counts.cache_misses.values())} misses")
+"""
+
+
+def hits_and_misses(checkout: Path, *, cache: Path) -> str:
+    """Of a kernel that a process calls from a folder of its own with the same sources."""
+    checkout.mkdir()
+    for room in ("core", "services"):
+        (checkout / room).symlink_to(ROOT / room)
+    own = {"PENSTOCK_CACHE": str(cache), "PYTHONPATH": str(checkout), "NUMBA_CACHE_DIR": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING],
+        cwd=checkout,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_kernel_is_compiled_once_for_all_installations_of_the_same_sources(
+    tmp_path: Path,
+) -> None:
+    cache = tmp_path / "cache"
+    first = hits_and_misses(tmp_path / "first", cache=cache)
+    second = hits_and_misses(tmp_path / "second", cache=cache)
+    assert (first, second) == ("0 hits, 1 misses", "1 hits, 0 misses")
+    assert [path.name for path in (cache / "kernels").iterdir()] == [f"numba-{kernel_cache_key()}"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert hits_and_misses(tmp_path / "first", cache=tmp_path / "cache")
 
 
 def make_folder(parent: Path, name: str, *, age_s: float) -> Path:

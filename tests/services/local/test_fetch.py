@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from core.cache_folder import cache_folder
 from core.errors import CorruptWeights, Exhausted, NotFound, Unavailable
 from services.local.catalogue import CATALOGUE, DEFAULT_MODEL, CatalogueModel
-from services.local.fetch import FetchProgress, cache_folder, fetch_model, resolve_model
+from services.local.fetch import FetchProgress, fetch_model, resolve_model
 from tests.support.models import write_servable
 from tests.support.packages import (
     VERSION,
