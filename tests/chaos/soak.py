@@ -20,6 +20,7 @@ import typer
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
+from core.errors import PenstockError
 from services.cli.console import say
 from services.common.channels import open_channel
 from tests.chaos.faults import Fault, find_faults
@@ -166,7 +167,12 @@ class Soak:
             part = fault.choose_part(self._mesh, self._rng)
             say(f"{fault.name} ({part})")
             self._report.faults[fault.name] += 1
-            await fault.deed(self._mesh, part)
+            try:
+                await fault.deed(self._mesh, part)
+            except* (grpc.aio.AioRpcError, PenstockError) as refused:
+                # An update or a move, though nothing else was done to the mesh.
+                why = "; ".join(str(error) for error in refused.exceptions)
+                self._report.problems.append(f"{fault.name} ({part}): {why}")
             await asyncio.sleep(FAULT_GAP_S / 2)
 
     def _wrong_counts(self) -> list[str]:

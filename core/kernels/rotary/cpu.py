@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from core.kernels.arithmetic import LANES, element_bytes, elements_per_word
+from core.kernels.attention.cpu import table_of_row
 from core.kernels.compile import kernel
 from core.kernels.elements import merge_elements, store_elements
 from core.kernels.norm.cpu import norm_head
@@ -93,8 +94,7 @@ def rotate_and_write(
         )  # fmt: skip
         one = np.float32(1.0)
         rotate_heads(qkv_TC[t], first_own_key, num_kv_heads, heads.width, half, cos_F, sin_F, one)
-        table = rows.block_tables + rows.slots_T[t] * rows.table_bytes
-        block = np.int64(load_word(table + position // LANES * 4))
+        block = np.int64(load_word(table_of_row(rows, t) + position // LANES * 4))
         for head in range(mine.first, mine.end):
             keys = cache + (block * heads.num_kv_heads + head) * 2 * half_bytes
             key = row + (first_key + head * heads.width) * 4
