@@ -2,42 +2,24 @@
 
 numba notices neither a change in a function that a cached kernel calls nor one in an
 intrinsic. So the cache lies in a folder that is named by `kernel_cache_key`, unless
-the user chose one for numba (NUMBA_CACHE_DIR), whose upkeep is then theirs. Every
-installation with the same sources finds the same kernels there.
+the user chose one for numba (NUMBA_CACHE_DIR), whose upkeep is then theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numba.extending
 from numba import njit
-from numba.core.caching import UserProvidedCacheLocator
 
 from core.cache_folder import cache_folder
+from core.kernels.cache import KernelCache
 from core.kernels.fingerprint import kernel_cache_key
-
-_ROOT = Path(__file__).parents[2]
-# Tried after ours, where its folder cannot be written.
-_LOCATORS_OF_NUMBA = ("InTreeCacheLocator", "UserWideCacheLocator")
 
 # Functions of LLVM instructions. numba's annotations forget that it passes the first argument.
 intrinsic: Any = numba.extending.intrinsic
-
-
-class KernelLocator(UserProvidedCacheLocator):
-    """numba's own, but that a source's folder is named for where it lies in this project."""
-
-    @classmethod
-    def get_suitable_cache_subpath(cls, py_file: str) -> str:
-        """Below the cache's folder."""
-        source = Path(py_file).absolute()
-        if source.is_relative_to(_ROOT):
-            return ".".join(source.relative_to(_ROOT).parent.parts)
-        return str(super().get_suitable_cache_subpath(py_file))  # type: ignore[no-untyped-call]
 
 
 def _choose_cache_folder() -> None:
@@ -49,9 +31,6 @@ def _choose_cache_folder() -> None:
         except (OSError, RuntimeError):
             return  # nothing can be written, or there is no home: numba looks for a place itself
         options.CACHE_DIR = str(folder)
-    if not options.CACHE_LOCATOR_CLASSES:
-        names = (f"{__name__}.{KernelLocator.__name__}", *_LOCATORS_OF_NUMBA)
-        options.CACHE_LOCATOR_CLASSES = ",".join(names)
 
 
 _choose_cache_folder()
@@ -63,4 +42,16 @@ def kernel(function: Callable[..., Any]) -> Any:
     No fast-math: sums keep their written order, so that a row's result never depends on
     how loops are cut.
     """
-    return njit(nogil=True, error_model="numpy", cache=True)(function)
+    return _kept(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `kernel`, and LLVM puts it where it is called, so that loops around it vectorise."""
+    return _kept(function, forceinline=True)
+
+
+def _kept(function: Callable[..., Any], *, forceinline: bool = False) -> Any:
+    compiled: Any = njit(nogil=True, error_model="numpy", forceinline=forceinline)(function)
+    # As numba's `enable_caching` does.
+    compiled._cache = KernelCache(function)  # type: ignore[no-untyped-call]
+    return compiled

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.kernels.compile import kernel
+from core.kernels.compile import inlined, kernel
 from core.kernels.sampling.constants import LOG2_E, ONE
 from core.kernels.sampling.cpu_arithmetic import (
     CHUNK,
@@ -30,7 +30,6 @@ from core.kernels.sampling.cpu_arithmetic import (
     float_of,
     float_weight,
     id_of,
-    inlined,
     order_of,
     pair,
     random_bits,

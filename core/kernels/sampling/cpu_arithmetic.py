@@ -7,9 +7,8 @@ of `reference`. What loops call is inlined by LLVM, so that the loops vectorise.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from core.kernels.compile import kernel
+from core.kernels.compile import inlined, kernel
 from core.kernels.sampling.constants import (
     EXP2_COEFFICIENTS,
     FRACTION_BITS,
@@ -41,7 +40,6 @@ _WORD, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(PHILOX_MULTIPLIER_0), np.uint64(PHILOX_MULTIPLIER_1)
 _W0, _W1 = np.uint64(PHILOX_WEYL_0), np.uint64(PHILOX_WEYL_1)
 
-inlined = njit(nogil=True, error_model="numpy", cache=True, forceinline=True)
 scale_of = kernel(exponent_scale)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from core.kernels.cache import LOCK
 from core.kernels.fingerprint import kernel_cache_key
 from services.common.kernel_cache import NUM_KEPT, SPARED_S, prune
 
@@ -71,6 +74,26 @@ def test_a_kernel_is_compiled_once_for_all_installations_of_the_same_sources(
     second = hits_and_misses(tmp_path / "second", cache=cache)
     assert (first, second) == ("0 hits, 1 misses", "1 hits, 0 misses")
     assert [path.name for path in (cache / "kernels").iterdir()] == [f"numba-{kernel_cache_key()}"]
+
+
+def test_one_process_at_a_time_keeps_what_it_compiled(tmp_path: Path) -> None:
+    """Of two that number their files alike, the second would overwrite the first one's."""
+    cache = tmp_path / "cache"
+    hits_and_misses(tmp_path / "first", cache=cache)
+    kept = sorted((cache / "kernels").rglob("*gather_rows-*"))
+    for file in kept:
+        file.unlink()
+    [folder] = {file.parent for file in kept}
+    with (folder / LOCK).open() as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(hits_and_misses, tmp_path / "second", cache=cache)
+        waiter = f"-> FLOCK  ADVISORY  WRITE .*:{os.fstat(lock.fileno()).st_ino} "
+        while not re.search(waiter, Path("/proc/locks").read_text()):
+            assert not second.done()
+        assert not any(file.exists() for file in kept)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result() == "0 hits, 1 misses"
+    assert all(file.exists() for file in kept)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
