@@ -8,6 +8,7 @@ the user chose one for numba (NUMBA_CACHE_DIR), whose upkeep is then theirs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -52,6 +53,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 def _kept(function: Callable[..., Any], *, forceinline: bool = False) -> Any:
     compiled: Any = njit(nogil=True, error_model="numpy", forceinline=forceinline)(function)
-    # As numba's `enable_caching` does.
-    compiled._cache = KernelCache(function)  # type: ignore[no-untyped-call]
+    with suppress(RuntimeError):  # nothing can be written anywhere: every process compiles it
+        # As numba's `enable_caching` does.
+        compiled._cache = KernelCache(function)  # type: ignore[no-untyped-call]
     return compiled

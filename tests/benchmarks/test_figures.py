@@ -17,9 +17,11 @@ from penstock.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 
-from tests.benchmarks.load import LoadGenerator, Tally, grpc_answers, make_request
+from tests.benchmarks.load import LoadGenerator, Request, Tally, grpc_answers, make_request
+from tests.benchmarks.measurements import Bench, traced_requests
 from tests.benchmarks.meters import STARVATION_CAUSES, ProcessReading
 from tests.benchmarks.report import make_figures
+from tests.benchmarks.systems import System
 from tests.benchmarks.trace import TracedRequest, clip, read_trace, scale
 
 
@@ -139,3 +141,16 @@ def test_scaling_keeps_the_pattern_and_sets_the_rate() -> None:
         TracedRequest(at_s=at_s, num_prompt_tokens=1, num_new_tokens=1) for at_s in (5, 6, 9)
     ]
     assert [one.at_s for one in scale(requests, requests_per_s=2)] == pytest.approx([0, 0.25, 1])
+
+
+async def test_as_many_requests_of_the_trace_arrive_as_the_rate_says() -> None:
+    """Though its first minute is emptier than others."""
+
+    async def answers(_: Request) -> AsyncIterator[int]:
+        yield 1
+
+    system = System(name="echo", address="")
+    bench = Bench(system=system, answers=answers, vocab_size=100, context_length=64)
+    traced, _ = traced_requests(bench.context_length)
+    figures = await bench.arriving(traced, requests_per_s=200.0, seconds=0.1)
+    assert figures.requests == 20
