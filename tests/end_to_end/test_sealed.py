@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core import config
 
 from core.models.registry import load_config
 from core.sampling.parameters import SamplingParameters
@@ -29,11 +30,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mesh(plain: Path, tmp_path: Path) -> Iterator[LocalMesh]:
-    """A mesh whose processes write nowhere but below `tmp_path`; the model is sealed for it."""
+    """A mesh whose processes write nowhere but below `tmp_path` and where all keep their compiled
+    kernels; the model is sealed for it."""
     folders = {name: tmp_path / name for name in ("XDG_CONFIG_HOME", "TMPDIR", "HOME", "runtime")}
     for folder in folders.values():
         folder.mkdir()
     environment = {name: str(folder) for name, folder in folders.items() if name != "runtime"}
+    environment["NUMBA_CACHE_DIR"] = config.CACHE_DIR
     mesh = LocalMesh(runtime=folders["runtime"], environment=environment)
     run(mesh, "seal", "keygen")
     run(mesh, "seal", "make", str(plain), "--to", str(tmp_path / "sealed"), "--split", "0:1,1:4")
@@ -91,7 +94,7 @@ def test_it_answers_as_the_plain_model_and_plaintext_never_touches_the_disk(
     assert files_with(markers, plain) == [plain / "model.safetensors"]
     with served(mesh, tmp_path / "sealed") as tokens:
         assert tokens == expected_tokens(plain)
-        assert not files_with(markers, tmp_path, ROOT / "core")
+        assert not files_with(markers, tmp_path, ROOT / "core", Path(config.CACHE_DIR))
         layers = [
             argument
             for command in ("0:1", "1:4")
@@ -100,7 +103,7 @@ def test_it_answers_as_the_plain_model_and_plaintext_never_touches_the_disk(
         ]
         assert layers == ["0:1", "1:4"]
     mesh.stop()
-    assert not files_with(markers, tmp_path, ROOT / "core")
+    assert not files_with(markers, tmp_path, ROOT / "core", Path(config.CACHE_DIR))
 
 
 def test_a_stage_whose_key_was_revoked_ends_the_start_and_says_why(
