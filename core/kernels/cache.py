@@ -1,7 +1,9 @@
 """Where the machine code of kernels is kept: once for all installations of the same sources.
 
-numba keeps a function's machine code in a folder that is named for the absolute path of its
-source. Here that is the source's place in this project. Besides, of two processes that save other
+numba notices neither a change in a function that a cached kernel calls nor one in an intrinsic. So
+the folder is named by `kernel_cache_key`, unless the user chose one for numba (NUMBA_CACHE_DIR),
+whose upkeep is then theirs. In it numba names a folder for the absolute path of a function's
+source; here that is the source's place in this project. Besides, of two processes that save other
 signatures of a function at the same moment, numba may give both the same file: one saves at a time.
 """
 
@@ -13,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numba
 from numba.core.caching import (
     CompileResultCacheImpl,
     FunctionCache,
@@ -20,6 +23,9 @@ from numba.core.caching import (
     UserProvidedCacheLocator,
     UserWideCacheLocator,
 )
+
+from core.cache_folder import cache_folder
+from core.kernels.fingerprint import kernel_cache_key
 
 _ROOT = Path(__file__).parents[2]
 LOCK = "lock"
@@ -54,3 +60,17 @@ class KernelCache(FunctionCache):
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+def _choose_folder() -> None:
+    options: Any = numba.config
+    if not options.CACHE_DIR:
+        try:
+            folder = cache_folder() / "kernels" / f"numba-{kernel_cache_key()}"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):
+            return  # nothing can be written, or there is no home: numba looks for a place itself
+        options.CACHE_DIR = str(folder)
+
+
+_choose_folder()

@@ -1,9 +1,4 @@
-"""How every CPU kernel is compiled, and where the machine code is kept.
-
-numba notices neither a change in a function that a cached kernel calls nor one in an
-intrinsic. So the cache lies in a folder that is named by `kernel_cache_key`, unless
-the user chose one for numba (NUMBA_CACHE_DIR), whose upkeep is then theirs.
-"""
+"""How every CPU kernel is compiled."""
 
 from __future__ import annotations
 
@@ -11,30 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import numba
 import numba.extending
 from numba import njit
 
-from core.cache_folder import cache_folder
 from core.kernels.cache import KernelCache
-from core.kernels.fingerprint import kernel_cache_key
 
 # Functions of LLVM instructions. numba's annotations forget that it passes the first argument.
 intrinsic: Any = numba.extending.intrinsic
-
-
-def _choose_cache_folder() -> None:
-    options: Any = numba.config
-    if not options.CACHE_DIR:
-        try:
-            folder = cache_folder() / "kernels" / f"numba-{kernel_cache_key()}"
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):
-            return  # nothing can be written, or there is no home: numba looks for a place itself
-        options.CACHE_DIR = str(folder)
-
-
-_choose_cache_folder()
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -16,23 +16,6 @@ NUM_KEPT = 3
 SPARED_S = 3600.0
 
 
-def use_kernel_cache(folder: Path) -> Path:
-    """Points numba at `folder`/KEY, and returns that folder.
-
-    The key covers all kernel sources, the CPU and numba's version, because numba's
-    own index sees neither a changed callee in another module nor another CPU. To be
-    called before the kernels are imported: numba asks for the folder when a function
-    is decorated.
-    """
-    from numba.core import config
-
-    keyed = folder / kernel_cache_key()
-    keyed.mkdir(parents=True, exist_ok=True)
-    # numba sets its options dynamically.
-    config.CACHE_DIR = str(keyed)  # type: ignore[attr-defined]
-    return keyed
-
-
 def kernels_are_compiled(number_format: str) -> bool:
     """Whether an engine of this number format has been made with these kernels on this machine.
 

@@ -37,9 +37,6 @@ def stage(
         int, typer.Option(help="Likewise while no other replica computes, if more than --threads")
     ] = 1,
     max_sequences: Annotated[int, typer.Option(help="Most sequences at a time")] = 256,
-    kernel_cache: Annotated[
-        Path | None, typer.Option(help="Folder of compiled kernels; default: in the user's cache")
-    ] = None,
     shortcuts: Annotated[
         bool, typer.Option(help="Sockets beside the gRPC streams, for peers on the same host")
     ] = True,
@@ -86,7 +83,6 @@ def stage(
             threads=threads,
             threads_alone=threads_alone,
             max_sequences=max_sequences,
-            kernel_cache=kernel_cache.expanduser() if kernel_cache else None,
             offers_shortcuts=shortcuts,
             slow_down=slow_down,
             sealer=sealer,

@@ -54,18 +54,14 @@ def load_model(settings: StageSettings) -> LoadedModel:
     (layers that this stage may not open) or Exhausted (too little memory).
     """
     started = time.perf_counter_ns()
-    # Imported here, by the compute thread: compiled kernels load while the port is open
-    # already, and their cache folder must be known before.
-    from services.common.kernel_cache import kernels_are_compiled, note_compiled, use_kernel_cache
-
-    if settings.kernel_cache is not None:
-        use_kernel_cache(settings.kernel_cache)
+    # Imported here, by the compute thread: compiled kernels load while the port is open already.
     from core.engine.cpu_backend import CpuBackend
     from core.engine.devices import choose_backend
     from core.engine.engine import Engine, EngineSettings
     from core.models.llama.weight_names import layer_tensors
     from core.models.registry import load_config
     from core.pipeline.plan import StageSlice
+    from services.common.kernel_cache import kernels_are_compiled, note_compiled
 
     checkpoint = _open(settings)
     config = load_config(checkpoint)

@@ -31,7 +31,6 @@ class StageSettings:
     threads: int = 1  # that compute a micro-batch on a CPU
     threads_alone: int = 1  # one that has the machine to itself, if that is more
     max_sequences: int = 256  # at a time
-    kernel_cache: Path | None = None  # folder of compiled kernels; None: in the cache
     offers_shortcuts: bool = True  # sockets beside the streams, for peers on the same host
     slow_down: float = 1.0  # computing takes so many times as long; to try what slow nodes do
     # Of a sealed model: whose signature counts, and what opens this stage's layers.
