@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from core.engine.settings import EngineSettings
+from core.kernels.ahead import AHEAD_SIZE
 from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
+from core.kernels.linear.cpu import PanelScratch
 from core.kernels.memory import aligned_zeros
 from core.models.llama.config import LlamaConfig
 from core.models.llama.model import (
@@ -151,13 +152,16 @@ def allocate_workspaces(
     return [leaders, *others]
 
 
-def _scratch(layout: StageLayout, *, rows: int, sampled: int) -> dict[str, npt.NDArray[Any]]:
+def _scratch(layout: StageLayout, *, rows: int, sampled: int) -> dict[str, Any]:
     """What each member has for itself."""
     return {
         "gate_up_T": aligned_zeros((rows * 2 * PANEL_COLUMNS,), np.float32),
         "panel_logits_S": aligned_zeros((sampled, PANEL_COLUMNS), np.float32),
         "head_scratch": aligned_zeros((layout.head_width,), np.uint32),
-        "wide_panel": aligned_zeros((PANEL_COLUMNS * MOST_INPUTS_OF_WIDE_PANEL,), np.float32),
+        "scratch": PanelScratch(
+            wide_panel=aligned_zeros((PANEL_COLUMNS * MOST_INPUTS_OF_WIDE_PANEL,), np.float32),
+            ahead=aligned_zeros((AHEAD_SIZE,), np.int64),
+        ),
     }
 
 

@@ -65,34 +65,34 @@ def panel_bytes(arithmetic, nibbles, num_inputs):
 @kernel
 def multiply_panels(
     arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-    outputs, output_stride, accumulates, wide_panel,
+    outputs, output_stride, accumulates, scratch,
 ):  # fmt: skip
     """See `core.kernels.linear.cpu`."""
     if has_nibbles(arithmetic) and not nibbles:
         multiply_panels_as(
             of_bytes(arithmetic), inputs, input_stride, num_rows, panels, num_inputs, num_panels,
-            bias, outputs, output_stride, accumulates, wide_panel,
+            bias, outputs, output_stride, accumulates, scratch,
         )  # fmt: skip
     else:
         multiply_panels_as(
             arithmetic, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-            outputs, output_stride, accumulates, wide_panel,
+            outputs, output_stride, accumulates, scratch,
         )  # fmt: skip
 
 
 @kernel
 def greedy_tokens(
     arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-    logits, tokens, best, wide_panel,
+    logits, tokens, best, scratch,
 ):  # fmt: skip
     """See `core.kernels.linear.cpu`."""
     if has_nibbles(arithmetic) and not nibbles:
         greedy_tokens_as(
             of_bytes(arithmetic), inputs, input_stride, num_rows, panels, num_inputs, num_panels,
-            bias, logits, tokens, best, wide_panel,
+            bias, logits, tokens, best, scratch,
         )  # fmt: skip
     else:
         greedy_tokens_as(
             arithmetic, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-            logits, tokens, best, wide_panel,
+            logits, tokens, best, scratch,
         )  # fmt: skip

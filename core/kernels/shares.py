@@ -9,7 +9,9 @@ team changes no bit.
 
 from __future__ import annotations
 
+from core.kernels.ahead import list_blocks
 from core.kernels.arithmetic import GROUP, elements_per_word
+from core.kernels.attention.cpu import block_bytes
 from core.kernels.compile import kernel
 from core.kernels.mixed import group_bytes, multiply_panels, norm_rows, panel_bytes
 from core.kernels.team import Share, share
@@ -25,7 +27,7 @@ def row_bytes(arithmetic, nibbles, num_inputs):
 @kernel
 def multiply_share(
     arithmetic, nibbles, team, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-    outputs, output_stride, accumulates, wide_panel,
+    outputs, output_stride, accumulates, scratch,
 ):  # fmt: skip
     """The member's panels of a product; arguments as of `multiply_panels`."""
     mine = share(team, num_panels)
@@ -34,7 +36,7 @@ def multiply_share(
         arithmetic, nibbles, inputs, input_stride, num_rows,
         panels + mine.first * panel_bytes(arithmetic, nibbles, num_inputs), num_inputs,
         mine.end - mine.first, bias + offset, outputs + offset, output_stride, accumulates,
-        wide_panel,
+        scratch,
     )  # fmt: skip
 
 
@@ -68,3 +70,12 @@ def whole_words(arithmetic, rows, row):
     ):
         row += 1
     return row
+
+
+@kernel
+def list_share(arithmetic, heads, team, rows, window, ahead):
+    """Notes the blocks that attention of the member's rows reads; see `core.kernels.ahead`."""
+    mine = Share(0, rows.num_rows)
+    if rows.num_rows >= team.size:
+        mine = share_of_rows(arithmetic, team, rows)
+    list_blocks(rows, mine.first, mine.end, window, block_bytes(arithmetic, heads), ahead)

@@ -11,7 +11,7 @@ in the tile, so that a row's result never depends on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -130,6 +130,24 @@ def emit_prefetch(builder: Any, where: Any, num_lines: int) -> None:
         hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, level 2, data
         pointer = builder.inttoptr(line, ir.PointerType())
         emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+
+
+class Fetches(NamedTuple):
+    """Two pieces of memory that a tile fetches: where each begins, and how many bytes further it
+    goes for each row of weights."""
+
+    first: Any
+    first_step: Any
+    second: Any
+    second_step: Any
+
+    def emit(self, builder: Any, number: Any, num_lines: int) -> None:
+        """Asks for so many cache lines beside row `number` of the weights: half of each piece."""
+        first = builder.add(self.first, builder.mul(number, self.first_step))
+        second = builder.add(self.second, builder.mul(number, self.second_step))
+        half = max(1, num_lines // 2)
+        emit_prefetch(builder, first, half)
+        emit_prefetch(builder, second, half)
 
 
 def vector_addresses(builder: Any, start: Any, count: int) -> list[Any]:

@@ -112,6 +112,12 @@ class Blocks(NamedTuple):
 
 
 @kernel
+def block_bytes(arithmetic, heads):
+    """Bytes of the keys and values of all heads in a block of a layer."""
+    return heads.num_kv_heads * 2 * LANES * heads.width * element_bytes(arithmetic)
+
+
+@kernel
 def keys_of_block(blocks, index):
     """Address of the keys of a block, counted from the first that is seen."""
     number = np.int64(load_word(blocks.table + index * 4))

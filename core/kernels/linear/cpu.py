@@ -13,8 +13,12 @@ Letters: T rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from core.kernels.ahead import LINE, is_due, next_piece
 from core.kernels.arithmetic import (
     GROUP,
     LANES,
@@ -49,6 +53,13 @@ from core.kernels.vectors import (
 # 256 rows 140, 147.
 LEAST_ROWS_TO_WIDEN_ONCE = 128
 MOST_INPUTS_TO_WIDEN_ONCE = 1024
+
+
+class PanelScratch(NamedTuple):
+    """What a product works in."""
+
+    wide_panel: npt.NDArray[np.float32]  # a panel of weights, widened
+    ahead: npt.NDArray[np.int64]  # what is fetched meanwhile, see `core.kernels.ahead`
 
 
 @kernel
@@ -110,6 +121,23 @@ def panel_bytes(arithmetic, num_inputs):
 
 
 @kernel
+def cut_into_tiles(arithmetic, num_rows):
+    """Tiles of nearly equal height that rows are cut into, and a tile's columns."""
+    most_rows = most_tile_rows(arithmetic)
+    if num_rows <= MAX_TILE_ROWS:
+        most_rows = min(most_rows, MAX_TILE_ROWS)
+    num_tiles = (num_rows + most_rows - 1) // most_rows
+    return num_tiles, tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
+
+
+@kernel
+def tiles_of_panel(arithmetic, num_rows):
+    """How many tiles the product with one panel consists of."""
+    num_tiles, columns = cut_into_tiles(arithmetic, num_rows)
+    return num_tiles * (PANEL_COLUMNS // columns)
+
+
+@kernel
 def multiply_panel(
     arithmetic,
     inputs,
@@ -121,24 +149,26 @@ def multiply_panel(
     outputs,
     output_stride,
     accumulates,
+    ahead,
 ):
     """The product with one panel; arguments as of `multiply_panels`.
 
     Rows are cut into tiles of nearly equal height.
     """
-    most_rows = most_tile_rows(arithmetic)
-    if num_rows <= MAX_TILE_ROWS:
-        most_rows = min(most_rows, MAX_TILE_ROWS)
-    num_tiles = (num_rows + most_rows - 1) // most_rows
-    columns = tile_columns(arithmetic, (num_rows + num_tiles - 1) // num_tiles)
+    num_tiles, columns = cut_into_tiles(arithmetic, num_rows)
     # Every tile fetches its share of the next panel, so that memory never rests.
     size = panel_bytes(arithmetic, num_inputs)
     num_shares = num_tiles * (PANEL_COLUMNS // columns)
-    fetch = panel + size
+    fetch, fetch_step = panel + size, PANEL_ROW_BYTES // num_shares
+    # For that, several tiles need half of their fetches each.
+    half = max(LINE, columns * 4 // 2)
     for first in range(0, PANEL_COLUMNS, columns):
         row = 0
         for tile in range(num_tiles):
             rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
+            also, also_step = fetch + half, fetch_step
+            if num_tiles > 1 and is_due(ahead):
+                also, also_step = next_piece(ahead, size // PANEL_ROW_BYTES)
             product_tile(
                 arithmetic,
                 rows,
@@ -151,7 +181,9 @@ def multiply_panel(
                 output_stride,
                 accumulates,
                 fetch,
-                PANEL_ROW_BYTES // num_shares,
+                fetch_step,
+                also,
+                also_step,
             )
             row += rows
             fetch += size // num_shares
@@ -181,15 +213,17 @@ def multiply_panels(
     outputs,
     output_stride,
     accumulates,
-    wide_panel,
+    scratch,
 ):
     """outputs[T, 64 x num_panels] = bias + inputs[T, K] x panels, or adds that to outputs.
 
     All by address, strides in bytes: `inputs` in the input format, the others float32. K is
     `num_inputs`, a multiple of 64.
-    `wide_panel` (float32, flat) is scratch: where many rows share a panel that fits there,
-    widening it once costs less than in each tile, and the sums are the same.
+    `scratch` is a PanelScratch: where many rows share a panel that fits its `wide_panel`,
+    widening it once costs less than in each tile, and the sums are the same. Where rows make
+    several tiles, these fetch what is due `ahead`, too.
     """
+    wide_panel, ahead = scratch.wide_panel, scratch.ahead
     widens_once = (
         widens(arithmetic)
         and num_rows >= LEAST_ROWS_TO_WIDEN_ONCE
@@ -203,12 +237,12 @@ def multiply_panels(
             widen_panel(panel, num_inputs, wide)
             multiply_panel(
                 widened(arithmetic), inputs, input_stride, num_rows, wide, num_inputs,
-                bias + offset, outputs + offset, output_stride, accumulates,
+                bias + offset, outputs + offset, output_stride, accumulates, ahead,
             )  # fmt: skip
         else:
             multiply_panel(
                 arithmetic, inputs, input_stride, num_rows, panel, num_inputs,
-                bias + offset, outputs + offset, output_stride, accumulates,
+                bias + offset, outputs + offset, output_stride, accumulates, ahead,
             )  # fmt: skip
 
 
@@ -225,13 +259,13 @@ def greedy_tokens(
     logits,
     tokens,
     best,
-    wide_panel,
+    scratch,
 ):
     """The column with the largest product for each row, the lowest one among equals.
 
     `logits` is scratch [T, 64], `tokens` int32 [T] and `best` float32 [T], the products. The
     panel's products never leave the cache. `bias` must be minus infinity for columns beyond the
-    vocabulary. By address, except `logits`, `tokens`, `best` and `wide_panel` (scratch as of
+    vocabulary. By address, except `logits`, `tokens`, `best` and `scratch` (as of
     `multiply_panels`).
     """
     for row in range(num_rows):
@@ -251,7 +285,7 @@ def greedy_tokens(
             where,
             PANEL_ROW_BYTES,
             0,
-            wide_panel,
+            scratch,
         )
         for row in range(num_rows):
             at = where + row * PANEL_ROW_BYTES

@@ -21,9 +21,9 @@ from llvmlite import ir
 from core.kernels.arithmetic import GROUP, LANES, Arithmetic
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
+    Fetches,
     emit_for_rows,
     emit_loop,
-    emit_prefetch,
     emit_row_addresses,
     vector_addresses,
 )
@@ -55,6 +55,7 @@ _PAIRS = ir.VectorType(I16, LANES)
 def emit_integer_tiles(
     builder: Any,
     kind: Arithmetic,
+    fetches: Fetches,
     num_rows: Any,
     inputs: Any,
     input_stride: Any,
@@ -64,8 +65,6 @@ def emit_integer_tiles(
     outputs: Any,
     output_stride: Any,
     accumulates: Any,
-    fetch: Any,
-    fetch_step: Any,
 ) -> None:
     """Code for a tile of any number of rows; see `core.kernels.linear.tiles.product_tile`."""
     num_groups = builder.udiv(num_inputs, index(GROUP))
@@ -85,8 +84,7 @@ def emit_integer_tiles(
             groups = [builder.add(row, offset) for row in input_rows]
             panel = builder.add(weights, builder.mul(group, index(kind.weight_group_bytes)))
             rows_before = builder.mul(group, index(STEPS + 1))
-            ahead = builder.add(fetch, builder.mul(rows_before, fetch_step))
-            sums = _emit_group(builder, kind, groups, panel, ahead, fetch_step, vectors)
+            sums = _emit_group(builder, kind, groups, panel, rows_before, fetches, vectors)
             return _emit_scaled(builder, kind, groups, panel, sums, floats, vectors)
 
         biases = [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)]
@@ -107,8 +105,8 @@ def _emit_group(
     kind: Arithmetic,
     groups: list[Any],
     panel: Any,
-    fetch: Any,
-    fetch_step: Any,
+    rows_before: Any,
+    fetches: Fetches,
     vectors: int,
 ) -> list[Any]:
     """The integer sums of one group, row by row."""
@@ -122,8 +120,7 @@ def _emit_group(
         for word in range(STEPS_AT_A_TIME):
             number = builder.add(builder.mul(step, index(STEPS_AT_A_TIME)), index(word))
             row = builder.add(panel, builder.mul(number, index(PANEL_ROW_BYTES)))
-            ahead = builder.add(fetch, builder.mul(number, fetch_step))
-            emit_prefetch(builder, ahead, vectors)
+            fetches.emit(builder, builder.add(rows_before, number), vectors)
             weights = [
                 emit_load(builder, at, WORDS) for at in vector_addresses(builder, row, vectors)
             ]
@@ -133,8 +130,7 @@ def _emit_group(
                 sums = _emit_bytes(builder, kind, groups, number, weights, sums)
         return sums
 
-    scales = builder.add(fetch, builder.mul(fetch_step, index(STEPS)))
-    emit_prefetch(builder, scales, vectors)
+    fetches.emit(builder, builder.add(rows_before, index(STEPS)), vectors)
     return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
 
 

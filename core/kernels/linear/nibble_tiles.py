@@ -23,9 +23,9 @@ from llvmlite import ir
 from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
+    Fetches,
     emit_for_rows,
     emit_loop,
-    emit_prefetch,
     emit_row_addresses,
 )
 from core.kernels.vectors import F32, I8, I16, I32, emit_call, emit_load, emit_store, index
@@ -41,6 +41,7 @@ _PARTS = GROUP // NIBBLE_GROUP
 def emit_nibble_tiles(
     builder: Any,
     kind: Arithmetic,
+    fetches: Fetches,
     num_rows: Any,
     inputs: Any,
     input_stride: Any,
@@ -50,8 +51,6 @@ def emit_nibble_tiles(
     outputs: Any,
     output_stride: Any,
     accumulates: Any,
-    fetch: Any,
-    fetch_step: Any,
 ) -> None:
     """Code for a tile of any number of rows; see `core.kernels.linear.tiles.product_tile`."""
     num_groups = builder.udiv(num_inputs, index(NIBBLE_GROUP))
@@ -73,9 +72,8 @@ def emit_nibble_tiles(
             at = builder.add(whole, builder.mul(part, index(NIBBLE_GROUP)))
             rows_before = builder.mul(group, index(GROUP_ROWS))
             panel = builder.add(weights, builder.mul(rows_before, index(PANEL_ROW_BYTES)))
-            ahead = builder.add(fetch, builder.mul(rows_before, fetch_step))
             integers = [builder.add(row, at) for row in input_rows]
-            sums = _emit_sums(vector, integers, panel, ahead, fetch_step, count)
+            sums = _emit_sums(vector, integers, panel, rows_before, fetches, count)
             at = builder.add(whole, builder.mul(part, index(4)))
             scales = [
                 (
@@ -138,7 +136,7 @@ def _emit_start(vector: _Vector, is_new: Any, biases: list[Any], targets: list[l
 
 
 def _emit_sums(
-    vector: _Vector, rows: list[Any], panel: Any, fetch: Any, fetch_step: Any, count: int
+    vector: _Vector, rows: list[Any], panel: Any, rows_before: Any, fetches: Fetches, count: int
 ) -> list[list[Any]]:
     """The integer sums of 32 inputs, row by row: int32 in each lane."""
     builder = vector.builder
@@ -146,8 +144,8 @@ def _emit_sums(
     zero = vector.constant(I16, 0, per_lane=2) if avx2 else vector.constant(I32, 0)
 
     def add_row(number: Any, flat: list[Any]) -> list[Any]:
-        ahead = builder.add(fetch, builder.mul(number, fetch_step))
-        emit_prefetch(builder, ahead, -(-count * vector.lanes // 16))
+        num_lines = -(-count * vector.lanes // 16)
+        fetches.emit(builder, builder.add(rows_before, number), num_lines)
         at = builder.add(panel, builder.mul(number, index(PANEL_ROW_BYTES)))
         words = [vector.load(where, I32) for where in vector.addresses(at, count)]
         inputs = [builder.add(row, builder.mul(number, index(8))) for row in rows]

@@ -14,11 +14,11 @@ from core.kernels.linear.integer_tiles import emit_integer_tiles
 from core.kernels.linear.nibble_tiles import emit_nibble_tiles
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
+    Fetches,
     emit_dot,
     emit_for_rows,
     emit_inputs,
     emit_loop,
-    emit_prefetch,
     emit_row_addresses,
     emit_weights,
     vector_addresses,
@@ -41,6 +41,8 @@ def product_tile(
     accumulates,
     fetch,
     fetch_step,
+    also,
+    also_step,
 ):
     """outputs = bias + inputs x weights for some rows and the columns of a tile of as many rows.
 
@@ -49,20 +51,21 @@ def product_tile(
     Arguments are addresses and byte strides: `inputs` rows in the input format, `weights` a
     packed panel, `bias` and `outputs` float32; `num_inputs` is a multiple of 64. Where
     `accumulates` is not 0, what `outputs` holds is added.
-    Meanwhile memory from the address `fetch` on is fetched, for each word of weights `fetch_step`
-    bytes further, such as a share of the next panel: few rows are bound by memory.
+    Meanwhile memory from the addresses `fetch` and `also` on is fetched, for each row of weights
+    `fetch_step` and `also_step` bytes further.
     """
     kind = arithmetic.arithmetic
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if kind.has_nibbles:
-            emit_nibble_tiles(builder, kind, *args[1:])
+            emit_nibble_tiles(builder, kind, Fetches(*args[10:]), *args[1:10])
             return context.get_dummy_value()
         if kind.is_integer:
-            emit_integer_tiles(builder, kind, *args[1:])
+            emit_integer_tiles(builder, kind, Fetches(*args[10:]), *args[1:10])
             return context.get_dummy_value()
         _, num_rows, inputs, input_stride, weights, num_inputs, bias, outputs, *rest = args
-        output_stride, accumulates, fetch, fetch_step = rest
+        output_stride, accumulates, *rest = rest
+        fetches = Fetches(*rest)
         num_words = builder.udiv(num_inputs, index(kind.elements_per_word))
 
         def emit(rows: int) -> None:
@@ -74,8 +77,7 @@ def product_tile(
 
             def body(step: Any, sums: list[Any]) -> list[Any]:
                 row = builder.add(weights, builder.mul(step, index(PANEL_ROW_BYTES)))
-                ahead = builder.add(fetch, builder.mul(step, fetch_step))
-                emit_prefetch(builder, ahead, vectors)
+                fetches.emit(builder, step, vectors)
                 panel = [
                     emit_weights(builder, kind, at)
                     for at in vector_addresses(builder, row, vectors)
@@ -97,7 +99,7 @@ def product_tile(
         emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
         return context.get_dummy_value()
 
-    return types.void(arithmetic, *[types.intp] * 11), codegen
+    return types.void(arithmetic, *[types.intp] * 13), codegen
 
 
 def _emit_output(builder: Any, value: Any, where: Any, accumulates: Any) -> None:

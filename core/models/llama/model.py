@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from core.kernels.ahead import begin_layer, end_layer
 from core.kernels.arithmetic import PANEL_COLUMNS, input_bytes, is_integer, unquantised
 from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
 from core.kernels.compile import kernel
+from core.kernels.linear.cpu import PanelScratch, tiles_of_panel
 from core.kernels.mixed import (
     greedy_tokens,
     group_bytes,
@@ -34,7 +36,7 @@ from core.kernels.mixed import (
 )
 from core.kernels.packing.cpu import gather_rows, gather_widened_rows
 from core.kernels.rotary.cpu import rotate_and_write
-from core.kernels.shares import multiply_share, norm_share, row_bytes, share_of_rows
+from core.kernels.shares import list_share, multiply_share, norm_share, row_bytes, share_of_rows
 from core.kernels.team import Share, Team, is_called, meet, share
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import address
@@ -95,7 +97,7 @@ class StageWorkspace(NamedTuple):
     gate_up_T: FloatArray  # [T, 128]
     panel_logits_S: FloatArray  # [S, 64]
     head_scratch: WordArray
-    wide_panel: FloatArray  # one weight panel, widened
+    scratch: PanelScratch
 
 
 class StageInputs(NamedTuple):
@@ -160,8 +162,24 @@ def attend_share(
 
 
 @kernel
+def fetch_for_layer(arithmetic, team, sizes, num_rows, layer, cache_L, work):
+    """From now on products fetch what attention of that layer reads, if there is such a layer."""
+    if layer == sizes.num_layers:
+        end_layer(work.scratch.ahead)
+        return
+    padded_hidden = work.hidden_TG.shape[1]
+    num_columns = sizes.qkv_columns + 2 * padded_hidden + 2 * sizes.intermediate_size
+    num_panels = num_columns // PANEL_COLUMNS // team.size
+    begin_layer(
+        work.scratch.ahead, address(cache_L[layer]),
+        num_panels * tiles_of_panel(arithmetic, num_rows),
+        panel_bytes(arithmetic, False, padded_hidden) // PANEL_ROW_BYTES,
+    )  # fmt: skip
+
+
+@kernel
 def run_attention(
-    arithmetic, team, sizes, heads, weights, layer, cache, rows, work, attention_work
+    arithmetic, team, sizes, heads, weights, layer, cache_L, rows, work, attention_work
 ):  # fmt: skip
     """The attention half of a layer: hidden += output(attention(q, k, v(norm(hidden))))."""
     beside = unquantised(arithmetic)
@@ -180,15 +198,16 @@ def run_attention(
         arithmetic, nibbles_M[QKV], team, normed,
         row_bytes(arithmetic, nibbles_M[QKV], padded_hidden), num_rows, panels + offsets_M[QKV],
         padded_hidden, sizes.qkv_columns // PANEL_COLUMNS,
-        qkv_bias, address(work.qkv_TC), sizes.qkv_columns * 4, 0, work.wide_panel,
+        qkv_bias, address(work.qkv_TC), sizes.qkv_columns * 4, 0, work.scratch,
     )  # fmt: skip
     meet(team)
     attended_bytes = sizes.attention_size * input_bytes(beside)
     attend_share(
-        beside, heads, team, rows, weights, layer, head_norms, cache, work, attention_work,
-        attended, attended_bytes,
+        beside, heads, team, rows, weights, layer, head_norms, address(cache_L[layer]), work,
+        attention_work, attended, attended_bytes,
     )  # fmt: skip
     meet(team)
+    fetch_for_layer(arithmetic, team, sizes, num_rows, layer + 1, cache_L, work)
     output_bytes = row_bytes(arithmetic, nibbles_M[OUTPUT], sizes.attention_size)
     if is_integer(arithmetic):
         mine = share(team, num_rows)
@@ -202,7 +221,7 @@ def run_attention(
         arithmetic, nibbles_M[OUTPUT], team, attended, output_bytes, num_rows,
         panels + offsets_M[OUTPUT], sizes.attention_size, padded_hidden // PANEL_COLUMNS,
         qkv_bias + sizes.qkv_columns * 4, address(work.hidden_TG), padded_hidden * 4, 1,
-        work.wide_panel,
+        work.scratch,
     )  # fmt: skip
     meet(team)
 
@@ -231,7 +250,7 @@ def run_mlp(arithmetic, team, sizes, heads, weights, layer, num_rows, work):
             panels + offsets_M[GATE_UP] + panel * 2 * panel_bytes(arithmetic, wide, padded_hidden),
             padded_hidden, 2,
             biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
-            work.wide_panel,
+            work.scratch,
         )  # fmt: skip
         silu_multiply_panel(
             arithmetic, narrow, gate_up, num_rows,
@@ -241,7 +260,7 @@ def run_mlp(arithmetic, team, sizes, heads, weights, layer, num_rows, work):
     multiply_share(
         arithmetic, narrow, team, intermediate, inner_bytes, num_rows, panels + offsets_M[DOWN],
         inner, padded_hidden // PANEL_COLUMNS, biases + 2 * inner * 4,
-        address(work.hidden_TG), padded_hidden * 4, 1, work.wide_panel,
+        address(work.hidden_TG), padded_hidden * 4, 1, work.scratch,
     )  # fmt: skip
     meet(team)
 
@@ -293,7 +312,7 @@ def run_head(arithmetic, team, sizes, weights, inputs, work, outputs):
             arithmetic, nibbles, normed, hidden_bytes, num_greedy,
             panels + mine.first * panel_bytes(arithmetic, nibbles, padded_hidden), padded_hidden,
             mine.end - mine.first, bias + mine.first * PANEL_ROW_BYTES, work.panel_logits_S,
-            tokens_S, work.best_MS[team.member], work.wide_panel,
+            tokens_S, work.best_MS[team.member], work.scratch,
         )  # fmt: skip
         for row in range(num_greedy):
             tokens_S[row] += mine.first * PANEL_COLUMNS
@@ -304,7 +323,7 @@ def run_head(arithmetic, team, sizes, weights, inputs, work, outputs):
         multiply_share(
             arithmetic, nibbles, team, normed, hidden_bytes, num_logits, panels, padded_hidden,
             num_panels, bias, address(outputs.logits_SV), outputs.logits_SV.shape[1] * 4, 0,
-            work.wide_panel,
+            work.scratch,
         )  # fmt: skip
     meet(team)
 
@@ -320,10 +339,13 @@ def run_layers(
             unquantised(arithmetic), weights.embedding_VG, inputs.token_ids_T[mine.first :],
             mine.end - mine.first, work.hidden_TG[mine.first :],
         )  # fmt: skip
+    list_share(
+        unquantised(arithmetic), heads, team, rows, weights.windows_L.max(), work.scratch.ahead
+    )
+    fetch_for_layer(arithmetic, team, sizes, rows.num_rows, 0, cache_L, work)
     for layer in range(sizes.num_layers):
         run_attention(
-            arithmetic, team, sizes, heads, weights, layer, address(cache_L[layer]), rows, work,
-            attention_work,
+            arithmetic, team, sizes, heads, weights, layer, cache_L, rows, work, attention_work,
         )  # fmt: skip
         run_mlp(arithmetic, team, sizes, heads, weights, layer, rows.num_rows, work)
 

@@ -6,9 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from core.kernels.ahead import AHEAD_SIZE
 from core.kernels.arithmetic import GROUP, Arithmetic
 from core.kernels.linear.cpu import (
     LEAST_ROWS_TO_WIDEN_ONCE,
+    PanelScratch,
     greedy_tokens,
     multiply_panels,
     pack_panels,
@@ -21,7 +23,8 @@ each_arithmetic = pytest.mark.parametrize(
     "arithmetic", host_arithmetics() + integer_arithmetics(), ids=lambda a: a.name
 )
 FloatArray = npt.NDArray[np.float32]
-WIDE_PANEL = aligned_zeros((64 * 4096,), np.float32)
+NOT_AHEAD = np.zeros(AHEAD_SIZE, np.int64)
+SCRATCH = PanelScratch(aligned_zeros((64 * 4096,), np.float32), NOT_AHEAD)
 
 
 class PackedMatrix:
@@ -60,14 +63,14 @@ class PackedMatrix:
         out_TN: FloatArray,
         *,
         accumulates: bool = False,
-        wide_panel: FloatArray = WIDE_PANEL,
+        scratch: PanelScratch = SCRATCH,
     ) -> FloatArray:
         inputs = self.inputs(x_TK)
         multiply_panels(
             self.arithmetic, inputs.ctypes.data, inputs.strides[0], len(x_TK),
             self.panels.ctypes.data, self.padded_inputs, len(self.bias) // 64,
             self.bias.ctypes.data, out_TN.ctypes.data, out_TN.strides[0], int(accumulates),
-            wide_panel,
+            scratch,
         )  # fmt: skip
         return out_TN
 
@@ -119,8 +122,8 @@ def test_a_row_has_the_same_product_whatever_the_number_of_rows(arithmetic: Arit
         part = np.full((count, 128), np.nan, np.float32)
         np.testing.assert_array_equal(matrix.multiply(x_TK[:count], part), together[:count])
     unwidened = np.full((many, 128), np.nan, np.float32)
-    no_scratch = np.zeros(0, np.float32)
-    matrix.multiply(x_TK, unwidened, wide_panel=no_scratch)
+    no_scratch = SCRATCH._replace(wide_panel=np.zeros(0, np.float32))
+    matrix.multiply(x_TK, unwidened, scratch=no_scratch)
     np.testing.assert_array_equal(unwidened, together)
 
 
@@ -141,7 +144,7 @@ def test_greedy_tokens_are_the_arg_max_of_the_logits_and_ties_go_to_the_lowest(
         arithmetic, inputs.ctypes.data, inputs.strides[0], num_rows, matrix.panels.ctypes.data,
         matrix.padded_inputs, 5, matrix.bias.ctypes.data,
         np.full((num_rows, 64), np.nan, np.float32), tokens, np.zeros(num_rows, np.float32),
-        WIDE_PANEL,
+        SCRATCH,
     )  # fmt: skip
     np.testing.assert_array_equal(tokens, logits[:, :vocab_size].argmax(axis=1))
     assert tokens[4] == 0

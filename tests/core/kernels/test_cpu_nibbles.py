@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from core.kernels.ahead import AHEAD_SIZE
 from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic
-from core.kernels.linear.cpu import greedy_tokens, multiply_panels
+from core.kernels.linear.cpu import PanelScratch, greedy_tokens, multiply_panels
 from core.kernels.linear.nibble_panels import pack_nibble_panels
 from core.kernels.linear.reference import NibbleMatrix, nibble_linear
 from core.kernels.memory import aligned_zeros
@@ -15,7 +16,7 @@ from tests.support.arithmetics import nibble_arithmetics, to_inputs
 
 each_arithmetic = pytest.mark.parametrize("arithmetic", nibble_arithmetics(), ids=lambda a: a.name)
 FloatArray = npt.NDArray[np.float32]
-NO_SCRATCH = np.zeros(0, np.float32)
+NO_SCRATCH = PanelScratch(np.zeros(0, np.float32), np.zeros(AHEAD_SIZE, np.int64))
 
 
 def random_nibbles(num_columns: int, num_inputs: int) -> NibbleMatrix:
