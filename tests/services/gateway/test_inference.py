@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from oip import grpc_service_pb2 as oip
+from penstock.v1 import coordinator_pb2
 
 from tests.services.gateway.conftest import Setup
 from tests.support.fake_coordinator import end, tokens
@@ -239,15 +240,24 @@ async def test_the_final_response_is_marked_where_asked(setup: Setup, good: bool
 
 
 async def test_requests_of_a_stream_run_beside_each_other(setup: Setup) -> None:
-    """The first is answered only after the second: one after the other would hang."""
-    setup.coordinator.script = lambda submission: (
-        [tokens(65)] if len(setup.coordinator.submissions) == 1 else [end("STOP")]
-    )
+    """The first is answered only after the second: one after the other would hang.
+
+    They are tokenised in threads, so that either may come to the coordinator first.
+    """
+    held = asyncio.Queue[int]()
+
+    def script(submission: coordinator_pb2.Submission) -> list[coordinator_pb2.RequestUpdate]:
+        if len(submission.token_ids) == 1:
+            return [end("STOP")]
+        held.put_nowait(submission.request_id)
+        return []
+
+    setup.coordinator.script = script
     call = setup.inference.ModelStreamInfer(timeout=30)
-    await call.write(infer_request(id="first"))
-    await call.write(infer_request(id="second"))
+    await call.write(infer_request("two words", id="first"))
+    await call.write(infer_request("a", id="second"))
     assert (await call.read()).infer_response.id == "second"  # type: ignore[union-attr]
-    setup.coordinator.send(setup.coordinator.submissions[0].request_id, end("STOP"))
+    setup.coordinator.send(await asyncio.wait_for(held.get(), 30), end("STOP"))
     assert (await call.read()).infer_response.id == "first"  # type: ignore[union-attr]
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
