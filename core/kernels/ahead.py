@@ -18,38 +18,39 @@ from core.kernels.compile import kernel
 from core.kernels.vectors import load_word
 
 LINE = 64  # bytes of a cache line
-# What is fetched but not read yet has to stay in the caches.
-MOST_BYTES = 8 << 20
+# What is fetched but not read yet has to stay in a core's own caches: where there is more, fetching
+# it costs more than it saves (measured with a second-level cache of 1 MB).
+MOST_BYTES = 2 << 20
 MOST_BLOCKS = 1024
 # What an `ahead` array (int64) has: address of the block at hand and where in it the next piece
 # begins; bytes for each row of weights; how many blocks have begun, of how many; bytes of a block;
 # address of the layer's cache; then the numbers of the blocks.
 BLOCK, OFFSET, RATE, NUM_BEGUN, NUM_BLOCKS, BLOCK_BYTES, CACHE, FIRST_BLOCK = range(8)
-AHEAD_SIZE = FIRST_BLOCK + MOST_BLOCKS
+AHEAD_SIZE = FIRST_BLOCK + MOST_BLOCKS + 1  # one too many is noticed by being noted
 
 
 @kernel
 def list_blocks(rows, first, end, window, block_bytes, ahead):
-    """Notes which blocks the rows from `first` on and before `end` read, in the order of attention,
-    as far as the caches have room. `rows` is a RowTable.
+    """Notes which blocks the rows from `first` on and before `end` read, in the order of attention;
+    none where the caches have no room for all. `rows` is a RowTable.
 
     One layer's take `block_bytes` each; a row sees `window` positions. Nothing is fetched yet.
     """
     most = min(MOST_BLOCKS, MOST_BYTES // block_bytes)
     count = 0
     row = first
-    while row < end and count < most:
+    while row < end and count <= most:
         num_rows = rows_of_run(rows, row)
         position = np.int64(rows.positions_T[row])
         table = table_of_row(rows, row)
         block = max(0, position + 1 - window) // LANES
         last = (position + num_rows - 1) // LANES
-        while block <= last and count < most:
+        while block <= last and count <= most:
             ahead[FIRST_BLOCK + count] = np.int64(load_word(table + block * 4))
             block += 1
             count += 1
         row += num_rows
-    ahead[NUM_BLOCKS] = count
+    ahead[NUM_BLOCKS] = count if count <= most else 0
     ahead[BLOCK_BYTES] = block_bytes
     end_layer(ahead)
 

@@ -67,11 +67,13 @@ def test_blocks_that_no_row_sees_are_left_out() -> None:
     assert blocks_of(listed([3], [100], window=20)) == [3005, 3006]
 
 
-def test_no_more_than_the_caches_hold_is_listed() -> None:
-    large = MOST_BYTES // 4
-    assert blocks_of(listed([1, 2], [40, 40], block_bytes=large)) == [1000, 1001, 1002, 2000]
-    all_blocks = listed([1, 2, 3], [499 * 16] * 3, block_bytes=64)
-    assert len(blocks_of(all_blocks)) == AHEAD_SIZE - FIRST_BLOCK
+def test_where_the_caches_cannot_hold_all_blocks_none_is_listed() -> None:
+    quarter = MOST_BYTES // 4
+    assert blocks_of(listed([1, 2], [31, 20], block_bytes=quarter)) == [1000, 1001, 2000, 2001]
+    assert blocks_of(listed([1, 2], [31, 40], block_bytes=quarter)) == []
+    assert blocks_of(listed([1, 2], [31, 499 * 16], block_bytes=quarter)) == []
+    assert len(blocks_of(listed([1, 2], [499 * 16] * 2, block_bytes=64))) == 1000
+    assert blocks_of(listed([1, 2, 3], [499 * 16] * 3, block_bytes=64)) == []
 
 
 @pytest.mark.parametrize("num_tiles", [12, 13, 60, 1782])
