@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.kernels.arithmetic import LANES
-from core.kernels.attention.cpu import rows_of_run, table_of_row
+from core.kernels.attention.cpu import rows_of_run, table_of_row, visible_blocks
 from core.kernels.compile import kernel
 from core.kernels.vectors import load_word
 
@@ -42,12 +41,9 @@ def list_blocks(rows, first, end, window, block_bytes, ahead):
     while row < end and count <= most:
         num_rows = rows_of_run(rows, row)
         position = np.int64(rows.positions_T[row])
-        table = table_of_row(rows, row)
-        block = max(0, position + 1 - window) // LANES
-        last = (position + num_rows - 1) // LANES
-        while block <= last and count <= most:
-            ahead[FIRST_BLOCK + count] = np.int64(load_word(table + block * 4))
-            block += 1
+        blocks = visible_blocks(table_of_row(rows, row), position, num_rows, window, 0, block_bytes)
+        for index in range(min(blocks.num_blocks, most + 1 - count)):
+            ahead[FIRST_BLOCK + count] = np.int64(load_word(blocks.table + index * 4))
             count += 1
         row += num_rows
     ahead[NUM_BLOCKS] = count if count <= most else 0

@@ -370,7 +370,7 @@ def attend(arithmetic, heads, mine, rows, qkv_TC, cache, window, work, out, out_
         address(work.scales_Q),
     )  # fmt: skip
     head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
-    block_stride = heads.num_kv_heads * head_bytes
+    block_stride = block_bytes(arithmetic, heads)
     query_stride = qkv_TC.shape[1] * 4
     first_element = mine.first * (heads.num_heads // heads.num_kv_heads) * heads.width
     queries = address(qkv_TC) + first_element * 4

@@ -158,7 +158,7 @@ def multiply_panel(
     num_tiles, columns = cut_into_tiles(arithmetic, num_rows)
     # Every tile fetches its share of the next panel, so that memory never rests.
     size = panel_bytes(arithmetic, num_inputs)
-    num_shares = num_tiles * (PANEL_COLUMNS // columns)
+    num_shares = tiles_of_panel(arithmetic, num_rows)
     fetch, fetch_step = panel + size, PANEL_ROW_BYTES // num_shares
     # For that, several tiles need half of their fetches each.
     half = max(LINE, columns * 4 // 2)
