@@ -17,36 +17,36 @@ from core.kernels.compile import kernel
 from core.kernels.vectors import load_word
 
 LINE = 64  # bytes of a cache line
-# What is fetched but not read yet has to stay in a core's own caches: where there is more, fetching
-# it costs more than it saves (measured with a second-level cache of 1 MB).
+# What is fetched but not read yet has to stay in a core's own caches: to fetch more costs more than
+# it saves (measured with a second-level cache of 1 MB).
 MOST_BYTES = 2 << 20
 MOST_BLOCKS = 1024
 # What an `ahead` array (int64) has: address of the block at hand and where in it the next piece
 # begins; bytes for each row of weights; how many blocks have begun, of how many; bytes of a block;
 # address of the layer's cache; then the numbers of the blocks.
 BLOCK, OFFSET, RATE, NUM_BEGUN, NUM_BLOCKS, BLOCK_BYTES, CACHE, FIRST_BLOCK = range(8)
-AHEAD_SIZE = FIRST_BLOCK + MOST_BLOCKS + 1  # one too many is noticed by being noted
+AHEAD_SIZE = FIRST_BLOCK + MOST_BLOCKS
 
 
 @kernel
 def list_blocks(rows, first, end, window, block_bytes, ahead):
-    """Notes which blocks the rows from `first` on and before `end` read, in the order of attention;
-    none where the caches have no room for all. `rows` is a RowTable.
+    """Notes which blocks the rows from `first` on and before `end` read, in the order of attention:
+    the first ones, as many as the caches have room for. `rows` is a RowTable.
 
     One layer's take `block_bytes` each; a row sees `window` positions. Nothing is fetched yet.
     """
     most = min(MOST_BLOCKS, MOST_BYTES // block_bytes)
     count = 0
     row = first
-    while row < end and count <= most:
+    while row < end and count < most:
         num_rows = rows_of_run(rows, row)
         position = np.int64(rows.positions_T[row])
         blocks = visible_blocks(table_of_row(rows, row), position, num_rows, window, 0, block_bytes)
-        for index in range(min(blocks.num_blocks, most + 1 - count)):
+        for index in range(min(blocks.num_blocks, most - count)):
             ahead[FIRST_BLOCK + count] = np.int64(load_word(blocks.table + index * 4))
             count += 1
         row += num_rows
-    ahead[NUM_BLOCKS] = count if count <= most else 0
+    ahead[NUM_BLOCKS] = count
     ahead[BLOCK_BYTES] = block_bytes
     end_layer(ahead)
 

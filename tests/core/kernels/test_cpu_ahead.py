@@ -9,6 +9,7 @@ import pytest
 from core.kernels.ahead import (
     AHEAD_SIZE,
     FIRST_BLOCK,
+    MOST_BLOCKS,
     MOST_BYTES,
     NUM_BLOCKS,
     begin_layer,
@@ -67,13 +68,16 @@ def test_blocks_that_no_row_sees_are_left_out() -> None:
     assert blocks_of(listed([3], [100], window=20)) == [3005, 3006]
 
 
-def test_where_the_caches_cannot_hold_all_blocks_none_is_listed() -> None:
+def test_where_the_caches_cannot_hold_all_blocks_the_first_ones_are_listed() -> None:
     quarter = MOST_BYTES // 4
-    assert blocks_of(listed([1, 2], [31, 20], block_bytes=quarter)) == [1000, 1001, 2000, 2001]
-    assert blocks_of(listed([1, 2], [31, 40], block_bytes=quarter)) == []
-    assert blocks_of(listed([1, 2], [31, 499 * 16], block_bytes=quarter)) == []
+    first_four = [1000, 1001, 2000, 2001]
+    assert blocks_of(listed([1, 2], [31, 20], block_bytes=quarter)) == first_four
+    assert blocks_of(listed([1, 2], [31, 40], block_bytes=quarter)) == first_four
+    assert blocks_of(listed([1, 2], [31, 499 * 16], block_bytes=quarter)) == first_four
+    assert blocks_of(listed([1, 2], [31, 40], block_bytes=MOST_BYTES + 1)) == []
     assert len(blocks_of(listed([1, 2], [499 * 16] * 2, block_bytes=64))) == 1000
-    assert blocks_of(listed([1, 2, 3], [499 * 16] * 3, block_bytes=64)) == []
+    many = blocks_of(listed([1, 2, 3], [499 * 16] * 3, block_bytes=64))
+    assert many == [1000 * (1 + at // 500) + at % 500 for at in range(MOST_BLOCKS)]
 
 
 @pytest.mark.parametrize("num_tiles", [12, 13, 60, 1782])
