@@ -13,8 +13,9 @@ from core.kernels.activation.cpu import silu_multiply_panel as silu_multiply_pan
 from core.kernels.arithmetic import has_nibbles, input_group_bytes, of_bytes
 from core.kernels.compile import kernel
 from core.kernels.inputs import quantise_rows as quantise_rows_as
+from core.kernels.linear.cpu import cut_into_tiles
 from core.kernels.linear.cpu import greedy_tokens as greedy_tokens_as
-from core.kernels.linear.cpu import multiply_panels as multiply_panels_as
+from core.kernels.linear.cpu import multiply_columns as multiply_columns_as
 from core.kernels.linear.cpu import panel_bytes as panel_bytes_as
 from core.kernels.norm.cpu import norm_rows as norm_rows_as
 
@@ -63,20 +64,28 @@ def panel_bytes(arithmetic, nibbles, num_inputs):
 
 
 @kernel
-def multiply_panels(
-    arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-    outputs, output_stride, accumulates, scratch,
+def columns_of_tile(arithmetic, nibbles, num_rows):
+    """Columns that a tile of a product with so many rows has."""
+    if has_nibbles(arithmetic) and not nibbles:
+        return cut_into_tiles(of_bytes(arithmetic), num_rows)[1]
+    return cut_into_tiles(arithmetic, num_rows)[1]
+
+
+@kernel
+def multiply_columns(
+    arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs, first_column,
+    end_column, bias, outputs, output_stride, accumulates, scratch,
 ):  # fmt: skip
     """See `core.kernels.linear.cpu`."""
     if has_nibbles(arithmetic) and not nibbles:
-        multiply_panels_as(
-            of_bytes(arithmetic), inputs, input_stride, num_rows, panels, num_inputs, num_panels,
-            bias, outputs, output_stride, accumulates, scratch,
+        multiply_columns_as(
+            of_bytes(arithmetic), inputs, input_stride, num_rows, panels, num_inputs, first_column,
+            end_column, bias, outputs, output_stride, accumulates, scratch,
         )  # fmt: skip
     else:
-        multiply_panels_as(
-            arithmetic, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
-            outputs, output_stride, accumulates, scratch,
+        multiply_columns_as(
+            arithmetic, inputs, input_stride, num_rows, panels, num_inputs, first_column,
+            end_column, bias, outputs, output_stride, accumulates, scratch,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What a member of a team does of a product, of a norm and of attention.
 
-Panels and rows are what is shared: whoever computes one computes it alone, so that the size of the
+Columns and rows are what is shared: whoever computes one computes it alone, so that the size of the
 team changes no bit.
 """
 
@@ -10,12 +10,11 @@ team changes no bit.
 from __future__ import annotations
 
 from core.kernels.ahead import list_blocks
-from core.kernels.arithmetic import GROUP, elements_per_word
+from core.kernels.arithmetic import GROUP, PANEL_COLUMNS, elements_per_word
 from core.kernels.attention.cpu import block_bytes
 from core.kernels.compile import kernel
-from core.kernels.mixed import group_bytes, multiply_panels, norm_rows, panel_bytes
+from core.kernels.mixed import columns_of_tile, group_bytes, multiply_columns, norm_rows
 from core.kernels.team import Share, share
-from core.kernels.tiles import PANEL_ROW_BYTES
 
 
 @kernel
@@ -29,13 +28,12 @@ def multiply_share(
     arithmetic, nibbles, team, inputs, input_stride, num_rows, panels, num_inputs, num_panels, bias,
     outputs, output_stride, accumulates, scratch,
 ):  # fmt: skip
-    """The member's panels of a product; arguments as of `multiply_panels`."""
-    mine = share(team, num_panels)
-    offset = mine.first * PANEL_ROW_BYTES
-    multiply_panels(
-        arithmetic, nibbles, inputs, input_stride, num_rows,
-        panels + mine.first * panel_bytes(arithmetic, nibbles, num_inputs), num_inputs,
-        mine.end - mine.first, bias + offset, outputs + offset, output_stride, accumulates,
+    """The member's columns of a product, whole tiles; arguments as of `multiply_columns`."""
+    columns = columns_of_tile(arithmetic, nibbles, num_rows)
+    mine = share(team, num_panels * (PANEL_COLUMNS // columns))
+    multiply_columns(
+        arithmetic, nibbles, inputs, input_stride, num_rows, panels, num_inputs,
+        mine.first * columns, mine.end * columns, bias, outputs, output_stride, accumulates,
         scratch,
     )  # fmt: skip
 

@@ -145,24 +145,26 @@ def multiply_panel(
     num_rows,
     panel,
     num_inputs,
+    first_column,
+    end_column,
     bias,
     outputs,
     output_stride,
     accumulates,
     ahead,
 ):
-    """The product with one panel; arguments as of `multiply_panels`.
+    """The product with columns of one panel; arguments as of `multiply_columns`.
 
     Rows are cut into tiles of nearly equal height.
     """
     num_tiles, columns = cut_into_tiles(arithmetic, num_rows)
     # Every tile fetches its share of the next panel, so that memory never rests.
     size = panel_bytes(arithmetic, num_inputs)
-    num_shares = tiles_of_panel(arithmetic, num_rows)
+    num_shares = num_tiles * ((end_column - first_column) // columns)
     fetch, fetch_step = panel + size, PANEL_ROW_BYTES // num_shares
     # For that, several tiles need half of their fetches each.
     half = max(LINE, columns * 4 // 2)
-    for first in range(0, PANEL_COLUMNS, columns):
+    for first in range(first_column, end_column, columns):
         row = 0
         for tile in range(num_tiles):
             rows = (num_rows - row + num_tiles - tile - 1) // (num_tiles - tile)
@@ -201,22 +203,25 @@ def widen_panel(panel, num_inputs, target):
 
 
 @kernel
-def multiply_panels(
+def multiply_columns(
     arithmetic,
     inputs,
     input_stride,
     num_rows,
     panels,
     num_inputs,
-    num_panels,
+    first_column,
+    end_column,
     bias,
     outputs,
     output_stride,
     accumulates,
     scratch,
 ):
-    """outputs[T, 64 x num_panels] = bias + inputs[T, K] x panels, or adds that to outputs.
+    """outputs[T, columns] = bias + inputs[T, K] x panels, or adds that to outputs.
 
+    Columns from `first_column` on and before `end_column`, of all that panels, bias and outputs
+    have: multiples of a tile's (see `cut_into_tiles`).
     All by address, strides in bytes: `inputs` in the input format, the others float32. K is
     `num_inputs`, a multiple of 64.
     `scratch` is a PanelScratch: where many rows share a panel that fits its `wide_panel`,
@@ -229,20 +234,25 @@ def multiply_panels(
         and num_rows >= LEAST_ROWS_TO_WIDEN_ONCE
         and num_inputs <= min(MOST_INPUTS_TO_WIDEN_ONCE, wide_panel.size // PANEL_COLUMNS)
     )
-    for number in range(num_panels):
+    if first_column == end_column:
+        return
+    end_panel = (end_column + PANEL_COLUMNS - 1) // PANEL_COLUMNS
+    for number in range(first_column // PANEL_COLUMNS, end_panel):
         panel = panels + number * panel_bytes(arithmetic, num_inputs)
         offset = number * PANEL_ROW_BYTES
+        first = max(first_column - number * PANEL_COLUMNS, 0)
+        end = min(end_column - number * PANEL_COLUMNS, PANEL_COLUMNS)
         if widens_once:
             wide = address(wide_panel)
             widen_panel(panel, num_inputs, wide)
             multiply_panel(
                 widened(arithmetic), inputs, input_stride, num_rows, wide, num_inputs,
-                bias + offset, outputs + offset, output_stride, accumulates, ahead,
+                first, end, bias + offset, outputs + offset, output_stride, accumulates, ahead,
             )  # fmt: skip
         else:
             multiply_panel(
                 arithmetic, inputs, input_stride, num_rows, panel, num_inputs,
-                bias + offset, outputs + offset, output_stride, accumulates, ahead,
+                first, end, bias + offset, outputs + offset, output_stride, accumulates, ahead,
             )  # fmt: skip
 
 
@@ -266,21 +276,22 @@ def greedy_tokens(
     `logits` is scratch [T, 64], `tokens` int32 [T] and `best` float32 [T], the products. The
     panel's products never leave the cache. `bias` must be minus infinity for columns beyond the
     vocabulary. By address, except `logits`, `tokens`, `best` and `scratch` (as of
-    `multiply_panels`).
+    `multiply_columns`).
     """
     for row in range(num_rows):
         best[row] = -np.inf
         tokens[row] = 0
     where = address(logits)
     for panel in range(num_panels):
-        multiply_panels(
+        multiply_columns(
             arithmetic,
             inputs,
             input_stride,
             num_rows,
             panels + panel * panel_bytes(arithmetic, num_inputs),
             num_inputs,
-            1,
+            0,
+            PANEL_COLUMNS,
             bias + panel * PANEL_ROW_BYTES,
             where,
             PANEL_ROW_BYTES,

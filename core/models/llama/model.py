@@ -29,7 +29,7 @@ from core.kernels.linear.cpu import PanelScratch, tiles_of_panel
 from core.kernels.mixed import (
     greedy_tokens,
     group_bytes,
-    multiply_panels,
+    multiply_columns,
     panel_bytes,
     quantise_rows,
     silu_multiply_panel,
@@ -245,10 +245,10 @@ def run_mlp(arithmetic, team, sizes, heads, weights, layer, num_rows, work):
     meet(team)
     mine = share(team, inner // PANEL_COLUMNS)
     for panel in range(mine.first, mine.end):
-        multiply_panels(
+        multiply_columns(
             arithmetic, wide, normed, hidden_bytes, num_rows,
             panels + offsets_M[GATE_UP] + panel * 2 * panel_bytes(arithmetic, wide, padded_hidden),
-            padded_hidden, 2,
+            padded_hidden, 0, 2 * PANEL_COLUMNS,
             biases + panel * 2 * PANEL_ROW_BYTES, gate_up, 2 * PANEL_ROW_BYTES, 0,
             work.scratch,
         )  # fmt: skip

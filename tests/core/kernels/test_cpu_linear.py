@@ -11,8 +11,9 @@ from core.kernels.arithmetic import GROUP, Arithmetic
 from core.kernels.linear.cpu import (
     LEAST_ROWS_TO_WIDEN_ONCE,
     PanelScratch,
+    cut_into_tiles,
     greedy_tokens,
-    multiply_panels,
+    multiply_columns,
     pack_panels,
 )
 from core.kernels.linear.reference import linear, quantised_linear
@@ -62,13 +63,15 @@ class PackedMatrix:
         x_TK: FloatArray,
         out_TN: FloatArray,
         *,
+        columns: tuple[int, int] | None = None,
         accumulates: bool = False,
         scratch: PanelScratch = SCRATCH,
     ) -> FloatArray:
         inputs = self.inputs(x_TK)
-        multiply_panels(
+        columns = columns or (0, len(self.bias))
+        multiply_columns(
             self.arithmetic, inputs.ctypes.data, inputs.strides[0], len(x_TK),
-            self.panels.ctypes.data, self.padded_inputs, len(self.bias) // 64,
+            self.panels.ctypes.data, self.padded_inputs, *columns,
             self.bias.ctypes.data, out_TN.ctypes.data, out_TN.strides[0], int(accumulates),
             scratch,
         )  # fmt: skip
@@ -125,6 +128,24 @@ def test_a_row_has_the_same_product_whatever_the_number_of_rows(arithmetic: Arit
     no_scratch = SCRATCH._replace(wide_panel=np.zeros(0, np.float32))
     matrix.multiply(x_TK, unwidened, scratch=no_scratch)
     np.testing.assert_array_equal(unwidened, together)
+
+
+@each_arithmetic
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 14, LEAST_ROWS_TO_WIDEN_ONCE])
+def test_some_columns_of_a_product_are_those_of_all_and_nothing_else_is_written(
+    arithmetic: Arithmetic, num_rows: int
+) -> None:
+    matrix = PackedMatrix(arithmetic, 192, 200)
+    x_TK = random_rows(arithmetic, num_rows, 200)
+    together = matrix.multiply(x_TK, np.full((num_rows, 192), np.nan, np.float32))
+    step = cut_into_tiles(arithmetic, num_rows)[1]
+    for first in range(0, 192 + step, step):
+        for end in range(first, 192 + step, step):
+            expected = np.full((num_rows, 192), np.nan, np.float32)
+            expected[:, first:end] = together[:, first:end]
+            part = np.full((num_rows, 192), np.nan, np.float32)
+            matrix.multiply(x_TK, part, columns=(first, end))
+            np.testing.assert_array_equal(part, expected)
 
 
 @each_arithmetic

@@ -8,7 +8,7 @@ import pytest
 
 from core.kernels.ahead import AHEAD_SIZE
 from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic
-from core.kernels.linear.cpu import PanelScratch, greedy_tokens, multiply_panels
+from core.kernels.linear.cpu import PanelScratch, greedy_tokens, multiply_columns
 from core.kernels.linear.nibble_panels import pack_nibble_panels
 from core.kernels.linear.reference import NibbleMatrix, nibble_linear
 from core.kernels.memory import aligned_zeros
@@ -65,9 +65,9 @@ class PackedNibbles:
         inputs, accumulates = self.inputs(x_TK), int(out_TN is not None)
         if out_TN is None:
             out_TN = np.full((len(x_TK), len(self.bias)), np.nan, np.float32)
-        multiply_panels(
+        multiply_columns(
             self.arithmetic, inputs.ctypes.data, inputs.strides[0], len(x_TK),
-            self.panels.ctypes.data, self.padded_inputs, self.num_panels, self.bias.ctypes.data,
+            self.panels.ctypes.data, self.padded_inputs, 0, len(self.bias), self.bias.ctypes.data,
             out_TN.ctypes.data, out_TN.strides[0], accumulates, NO_SCRATCH,
         )  # fmt: skip
         return out_TN
