@@ -33,6 +33,9 @@ class ReplicaFacts:
     part: Part
     # It takes sequences only where no other replica of its part can.
     is_spare: bool = False
+    # Threads that compute a micro-batch beside which no other stage of the machine computes, over
+    # those that compute another one.
+    gain_alone: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,7 +66,11 @@ class Path:
         self.replicas = replicas
         self.shared = shared
         self.cut = Cut(tuple(replica.part for replica in replicas))
-        self.policy = InFlightPolicy([replica.times for replica in replicas], shared.settings)
+        self.policy = InFlightPolicy(
+            [replica.times for replica in replicas],
+            shared.settings,
+            gains_alone=[replica.facts.gain_alone for replica in replicas],
+        )
         self.num_kv_blocks = min(replica.facts.num_kv_blocks for replica in replicas)
         self.max_rows = min(replica.facts.max_rows for replica in replicas)
         self.running: set[Sequence] = set()

@@ -82,6 +82,7 @@ def replica_facts(ready: stage_pb2.StageReady, *, is_spare: bool) -> ReplicaFact
         max_rows=ready.max_rows,
         part=part_of(ready),
         is_spare=is_spare,
+        gain_alone=max(ready.threads_alone / max(ready.threads, 1), 1.0),
     )
 
 

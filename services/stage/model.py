@@ -100,6 +100,7 @@ def load_model(settings: StageSettings) -> LoadedModel:
         checkpoint.digest_of(layer_tensors(checkpoint, config, layer))
         for layer in range(settings.first_layer, settings.end_layer)
     ]
+    threads = settings.threads if keeps_kernels else 1
     manifest = stage_pb2.StageReady(
         model=settings.name,
         first_layer=stage_slice.first_layer,
@@ -122,6 +123,8 @@ def load_model(settings: StageSettings) -> LoadedModel:
         model_digest=_digest(config),
         weights_digest=_digest(digests, layers, engine.fingerprint, config),
         layer_digests=digests,
+        threads=threads,
+        threads_alone=max(threads, settings.threads_alone) if keeps_kernels else 1,
     )
     return LoadedModel(
         engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),

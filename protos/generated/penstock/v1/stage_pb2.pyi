@@ -146,7 +146,7 @@ class LinkState(_message.Message):
     def __init__(self, link_id: _Optional[int] = ..., stands: _Optional[bool] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class StageReady(_message.Message):
-    __slots__ = ("model", "first_layer", "end_layer", "num_layers", "hidden_size", "vocab_size", "context_length", "number_format", "codec", "kv_block_size", "num_kv_blocks", "max_rows", "weights_bytes", "bytes_read", "numerics_fingerprint", "load_duration", "eos_token_ids", "model_digest", "shortcut", "weights_digest", "shortcut_token", "layer_digests")
+    __slots__ = ("model", "first_layer", "end_layer", "num_layers", "hidden_size", "vocab_size", "context_length", "number_format", "codec", "kv_block_size", "num_kv_blocks", "max_rows", "weights_bytes", "bytes_read", "numerics_fingerprint", "load_duration", "eos_token_ids", "model_digest", "shortcut", "weights_digest", "shortcut_token", "layer_digests", "threads", "threads_alone")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     END_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,8 @@ class StageReady(_message.Message):
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHORTCUT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LAYER_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_ALONE_FIELD_NUMBER: _ClassVar[int]
     model: str
     first_layer: int
     end_layer: int
@@ -191,7 +193,9 @@ class StageReady(_message.Message):
     weights_digest: str
     shortcut_token: bytes
     layer_digests: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., number_format: _Optional[str] = ..., codec: _Optional[_Union[_tensor_pb2.Codec, str]] = ..., kv_block_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., max_rows: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., numerics_fingerprint: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., model_digest: _Optional[str] = ..., shortcut: _Optional[str] = ..., weights_digest: _Optional[str] = ..., shortcut_token: _Optional[bytes] = ..., layer_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+    threads: int
+    threads_alone: int
+    def __init__(self, model: _Optional[str] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., number_format: _Optional[str] = ..., codec: _Optional[_Union[_tensor_pb2.Codec, str]] = ..., kv_block_size: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., max_rows: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., numerics_fingerprint: _Optional[str] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., model_digest: _Optional[str] = ..., shortcut: _Optional[str] = ..., weights_digest: _Optional[str] = ..., shortcut_token: _Optional[bytes] = ..., layer_digests: _Optional[_Iterable[str]] = ..., threads: _Optional[int] = ..., threads_alone: _Optional[int] = ...) -> None: ...
 
 class SampledTokens(_message.Message):
     __slots__ = ("micro_batch_id", "token_ids", "logprobs", "sent_unix_ns")
