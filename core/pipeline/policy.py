@@ -250,7 +250,7 @@ class InFlightPolicy:
         if num_decodes == 0:
             longest_s *= 4.0
         budget_s = min(times.seconds(rows, 0.0), longest_s)
-        goes_alone = self._is_faster_alone(times.rows_within(budget_s - times.fixed_s, 0))
+        goes_alone = self._is_faster_alone(self.chunk_rows(budget_s - times.fixed_s, 0))
         return PrefillPlan(
             micro_batch_s=budget_s * min(free_kv / settings.scarce_kv, 1.0),
             in_flight=1 if goes_alone else max(ceil(1.25 * depth), 1),

@@ -100,7 +100,6 @@ def load_model(settings: StageSettings) -> LoadedModel:
         checkpoint.digest_of(layer_tensors(checkpoint, config, layer))
         for layer in range(settings.first_layer, settings.end_layer)
     ]
-    threads = settings.threads if keeps_kernels else 1
     manifest = stage_pb2.StageReady(
         model=settings.name,
         first_layer=stage_slice.first_layer,
@@ -123,9 +122,10 @@ def load_model(settings: StageSettings) -> LoadedModel:
         model_digest=_digest(config),
         weights_digest=_digest(digests, layers, engine.fingerprint, config),
         layer_digests=digests,
-        threads=threads,
-        threads_alone=max(threads, settings.threads_alone) if keeps_kernels else 1,
     )
+    if make_backend is CpuBackend:  # threads are none of a GPU's business
+        manifest.threads = settings.threads
+        manifest.threads_alone = max(settings.threads, settings.threads_alone)
     return LoadedModel(
         engine=slowed(engine, by=settings.slow_down, file=settings.slow_down_file),
         manifest=manifest,
