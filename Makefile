@@ -12,7 +12,7 @@ OPTIONS := MODEL STAGES REPLICAS SPARES SLOW STAGE DTYPE DEVICE WIRE SPLIT KV_ME
 	THREADS SHORTCUTS CERTS HOST CA KEYS KEY SEAL_KEYS MANIFEST REHASH_MINUTES \
 	PROMPT MAX_TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED STOP RAW USAGE ADDRESS \
 	MEMORY NAME STREAMS SECONDS REQUESTS JSON FORMATS WIRES WINDOWS QUESTIONS \
-	ROUNDS PEERS FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
+	ROUNDS PEERS CALLS ONE_CALL FAULTS KINDS COORDINATORS MINUTES EXECUTIONS NOW
 unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
@@ -77,10 +77,10 @@ format: $(DEV_STAMP) ## puts the code into its standard form
 protos: $(DEV_STAMP) ## makes the stubs in protos/generated from the .proto files
 	$(PYTHON) protos/generate.py
 
-bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= DEVICE= THREADS= KV_MEMORY= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
+bench: $(DEV_STAMP) ## measures a mesh of its own: STREAMS="1 8 32 64 128 256" SECONDS=20 REQUESTS= ONE_CALL=1 JSON=path ADDRESS=host:port MODEL= STAGES= DTYPE= DEVICE= THREADS= KV_MEMORY= PREFIX_CACHE=1 CERTS=auto SHORTCUTS=1
 	@$(PYTHON) -m tests.benchmarks
 
-bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" SECONDS=60 JSON=path
+bench-peers: $(DEV_STAMP) ## compares with others on this machine: ROUNDS=3 STREAMS="1 8 32 64 128 256" PEERS="vllm llamacpp" FORMATS="int8 bf16" CALLS="many each" SECONDS=60 JSON=path
 	@$(PYTHON) -m tests.benchmarks.peers
 
 gpu: $(DEV_STAMP) ## tests and measures the CUDA engine on this machine's GPU: JSON=path

@@ -78,7 +78,12 @@ class Status(NamedTuple):
 
     code: grpc.StatusCode
     message: str
-    trailing_metadata: tuple[tuple[str, bytes], ...]
+    details: bytes  # a google.rpc.Status, with code and message once more
+
+    @property
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """What brings the details to gRPC's clients."""
+        return ((DETAILS_KEY, self.details),)
 
 
 def status_from_error(error: errors.PenstockError) -> Status:
@@ -133,7 +138,7 @@ def _status(code: grpc.StatusCode, message: str, details: Iterable[Any]) -> Stat
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    return Status(code, message, ((DETAILS_KEY, status.SerializeToString()),))
+    return Status(code, message, status.SerializeToString())
 
 
 def _error_info(reason: str, error: errors.PenstockError) -> Any:

@@ -34,6 +34,7 @@ OPEN_TO_ALL = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflec
 _GENERATION, _INFERENCE = "/penstock.v1.GenerationService/", "/inference.GRPCInferenceService/"
 SCOPE_OF = {
     _GENERATION + "Generate": GENERATE,
+    _GENERATION + "GenerateMany": GENERATE,
     _GENERATION + "ListModels": MODELS,
     _GENERATION + "Tokenize": TOKENIZE,
     _GENERATION + "Detokenize": TOKENIZE,

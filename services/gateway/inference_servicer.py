@@ -18,8 +18,9 @@ from services.common.telemetry import context_from
 from services.gateway import inference_tensors as tensors
 from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
+from services.gateway.request_stream import answer_beside_each_other, traceparent_in
 
-# Requests of one stream that are worked on at a time; further ones wait in HTTP/2's window.
+# Requests of one stream that are worked on at a time.
 MAX_REQUESTS_A_STREAM = 64
 _VERSION = "1"
 _EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -88,21 +89,13 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         request_iterator: AsyncIterator[oip.ModelInferRequest],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        """Requests run beside each other; the responses of each keep their order.
-
-        A message that is no protobuf ends the stream, after the requests before it.
-        """
+        """Requests run beside each other; the responses of each keep their order."""
         answering = _StreamAnswering(context)
-        failure: PenstockError | None = None
-        async with asyncio.TaskGroup() as tasks:
-            try:
-                async for request in request_iterator:
-                    await answering.places.acquire()
-                    tasks.create_task(self._answer(request, answering))
-            except PenstockError as error:
-                failure = error
-        if failure is not None:  # raised here, since the group would wrap it
-            raise failure
+        await answer_beside_each_other(
+            request_iterator,
+            lambda tasks, request: tasks.create_task(self._answer(request, answering)),
+            most=MAX_REQUESTS_A_STREAM,
+        )
 
     async def _answer(self, request: oip.ModelInferRequest, answering: _StreamAnswering) -> None:
         """Writes all responses to one request of a stream; an error is the last of them."""
@@ -123,8 +116,6 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             failed.infer_response.model_name = request.model_name
             _mark_final(request, failed.infer_response, final=True)
             await answering.write(failed)
-        finally:
-            answering.places.release()
 
     async def _responses(
         self,
@@ -187,8 +178,7 @@ class _StreamAnswering:
 
     def __init__(self, context: Any) -> None:
         self.context = context
-        self.parent = context_from(_traceparent(context))
-        self.places = asyncio.Semaphore(MAX_REQUESTS_A_STREAM)
+        self.parent = context_from(traceparent_in(context))
         self._writing = asyncio.Lock()
 
     async def write(self, response: oip.ModelStreamInferResponse) -> None:
@@ -201,11 +191,6 @@ def _mark_final(
 ) -> None:
     if tensors.parameter(request.parameters, _EMPTY_FINAL):
         response.parameters[_FINAL].bool_param = final
-
-
-def _traceparent(context: grpc.aio.ServicerContext) -> str:
-    metadata = context.invocation_metadata() or ()
-    return next((str(value) for key, value in metadata if key == "traceparent"), "")
 
 
 def _own_version() -> str:

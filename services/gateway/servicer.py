@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 from penstock.v1 import generation_pb2, generation_pb2_grpc
@@ -10,6 +10,7 @@ from penstock.v1 import generation_pb2, generation_pb2_grpc
 from core.errors import InvalidInput
 from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
+from services.gateway.many_answers import ManyAnswers
 from services.gateway.validation import check_token_ids, set_fields, tokenise
 
 
@@ -24,6 +25,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[generation_pb2.GenerateResponse]:
         timeout_s = context.time_remaining()
         return self._generator.generate(request, timeout_s=timeout_s, caller=current_caller())
+
+    def GenerateMany(
+        self,
+        request_iterator: AsyncIterator[generation_pb2.GenerateManyRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[generation_pb2.GenerateManyResponse]:
+        return ManyAnswers(self._generator, context).responses(request_iterator)
 
     async def ListModels(
         self, request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext

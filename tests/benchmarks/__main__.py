@@ -41,6 +41,10 @@ def main(
     open_loop_seconds: Annotated[
         float, typer.Option(help="Length of the trace's replay; 0 leaves it out.")
     ] = 60.0,
+    one_call: Annotated[
+        bool,
+        typer.Option(envvar="PENSTOCK_ONE_CALL", help="GenerateMany, not a call for each request."),
+    ] = False,
     address: Annotated[
         str | None,
         typer.Option(envvar="PENSTOCK_ADDRESS", help="A running mesh; by default one is started."),
@@ -79,6 +83,7 @@ def main(
         seconds=seconds,
         requests=requests,
         open_loop_seconds=open_loop_seconds,
+        one_call=one_call,
     )
     chosen = {"--model": model, "--stages": stages, "--dtype": dtype, "--split": split}
     chosen |= {"--device": device, "--threads": threads, "--kv-memory": kv_memory}

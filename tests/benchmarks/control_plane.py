@@ -26,6 +26,7 @@ from services.cli.console import out as console
 from services.common.channels import open_channel
 from services.local.ports import HOST, HeldPorts
 from services.local.run_folder import record_process
+from tests.benchmarks.load import answers_of
 from tests.benchmarks.measurements import Plan, mesh_bench
 from tests.benchmarks.report import Figures, latency_table, process_table
 from tests.benchmarks.systems import System
@@ -39,10 +40,15 @@ NUM_STAGES = 2
 def main(
     streams: Annotated[str, typer.Option(help="Numbers of clients.")] = "1 8 64 256",
     seconds: Annotated[float, typer.Option(help="Length of each measurement.")] = 5.0,
+    one_call: Annotated[
+        bool, typer.Option(help="All requests in one GenerateMany call, not one for each.")
+    ] = False,
 ) -> None:
     """Measures and prints a table."""
     counts = tuple(int(count) for count in streams.split())
-    plan = Plan(streams=counts, seconds=seconds, requests=None, open_loop_seconds=0.0)
+    plan = Plan(
+        streams=counts, seconds=seconds, requests=None, open_loop_seconds=0.0, one_call=one_call
+    )
     with _started() as system:
         figures = asyncio.run(_measured(system, plan))
     console.print(latency_table(figures, number_format="none"))
@@ -77,8 +83,9 @@ def _started() -> Iterator[System]:
 async def _measured(system: System, plan: Plan) -> list[Figures]:
     async with open_channel(system.address) as channel:
         await _until_ready(channel)
-        bench = await mesh_bench(system, channel)
-        return [await bench.closed(num_streams, plan) for num_streams in plan.streams]
+        async with answers_of(channel, one_call=plan.one_call) as answers:
+            bench = await mesh_bench(system, channel, answers=answers)
+            return [await bench.closed(num_streams, plan) for num_streams in plan.streams]
 
 
 async def _until_ready(channel: grpc.aio.Channel) -> None:

@@ -7,10 +7,12 @@ clock runs, and answers are only counted and timed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -18,7 +20,9 @@ import grpc.aio
 from penstock.v1 import generation_pb2 as pb
 
 GENERATE = "/penstock.v1.GenerationService/Generate"
+GENERATE_MANY = "/penstock.v1.GenerationService/GenerateMany"
 REQUEST_TIMEOUT_S = 600.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,78 @@ def grpc_answers(channel: grpc.aio.Channel) -> Answers:
             raise RequestFailed(f"{error.code().name}: {error.details()}") from error
 
     return answers
+
+
+@asynccontextmanager
+async def answers_of(channel: grpc.aio.Channel, *, one_call: bool) -> AsyncIterator[Answers]:
+    """Those of the mesh behind `channel`, asked in one call for all requests (GenerateMany), or in
+    one for each."""
+    if not one_call:
+        yield grpc_answers(channel)
+        return
+    stream = _OneCall(channel)
+    reading = asyncio.create_task(stream.read())
+    try:
+        yield stream.answers
+    finally:
+        stream.close()
+        await reading
+
+
+class _OneCall:
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._ids = itertools.count()
+        self._unsent = asyncio.Queue[pb.GenerateManyRequest | None]()
+        self._answers: dict[int, asyncio.Queue[pb.ManyAnswer]] = {}
+        self._failure: pb.RequestError | None = None  # of the call
+        call: grpc.aio.StreamStreamMultiCallable = channel.stream_stream(
+            GENERATE_MANY,
+            request_serializer=pb.GenerateManyRequest.SerializeToString,
+            response_deserializer=pb.GenerateManyResponse.FromString,
+        )
+        self._call = call(self._requests(), timeout=REQUEST_TIMEOUT_S)
+
+    async def answers(self, request: Request) -> AsyncIterator[int]:
+        number = next(self._ids)
+        queue = self._answers[number] = asyncio.Queue()
+        if self._failure is not None:
+            queue.put_nowait(pb.ManyAnswer(error=self._failure))
+        message = pb.GenerateRequest.FromString(request.message)
+        self._unsent.put_nowait(pb.GenerateManyRequest(id=number, request=message))
+        has_ended = False
+        try:
+            while not has_ended:
+                answer = await queue.get()
+                has_ended = answer.HasField("error") or bool(answer.response.finish_reason)
+                if answer.HasField("error"):
+                    code = _CODES.get(answer.error.code, grpc.StatusCode.UNKNOWN)
+                    raise RequestFailed(f"{code.name}: {answer.error.message}")
+                yield len(answer.response.token_ids)
+        finally:
+            del self._answers[number]
+            if not has_ended:
+                self._unsent.put_nowait(pb.GenerateManyRequest(id=number))  # cancels it
+
+    async def read(self) -> None:
+        """Hands answers to those who wait for them; when the call fails, to all."""
+        try:
+            async for response in self._call:
+                for answer in response.answers:
+                    waiting = self._answers.get(answer.id)
+                    if waiting is not None:
+                        waiting.put_nowait(answer)
+        except grpc.aio.AioRpcError as error:
+            self._failure = pb.RequestError(code=error.code().value[0], message=error.details())
+            for waiting in self._answers.values():
+                waiting.put_nowait(pb.ManyAnswer(error=self._failure))
+
+    def close(self) -> None:
+        """Lets the call end once all requests have."""
+        self._unsent.put_nowait(None)
+
+    async def _requests(self) -> AsyncIterator[pb.GenerateManyRequest]:
+        while (message := await self._unsent.get()) is not None:
+            yield message
 
 
 class LoadGenerator:

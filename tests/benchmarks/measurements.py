@@ -20,8 +20,8 @@ from tests.benchmarks.load import (
     Encode,
     LoadGenerator,
     Request,
+    answers_of,
     encode_grpc,
-    grpc_answers,
     make_request,
 )
 from tests.benchmarks.meters import read_processes
@@ -45,12 +45,14 @@ LONGEST_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure. With `requests`, a closed loop ends after so many, not after `seconds`."""
+    """What to measure, and how. With `requests`, a closed loop ends after so many, not after
+    `seconds`."""
 
     streams: tuple[int, ...]
     seconds: float
     requests: int | None
     open_loop_seconds: float
+    one_call: bool = False  # for all requests, GenerateMany, instead of one for each
 
 
 class Measured(NamedTuple):
@@ -154,13 +156,13 @@ class Bench:
             )
 
 
-async def mesh_bench(system: System, channel: grpc.aio.Channel) -> Bench:
+async def mesh_bench(system: System, channel: grpc.aio.Channel, *, answers: Answers) -> Bench:
     """For a mesh of ours, which is asked for its sizes."""
     listed = await GenerationServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=30)
     model = listed.models[0]
     return Bench(
         system=system,
-        answers=grpc_answers(channel),
+        answers=answers,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
         number_format=model.number_format,
@@ -174,9 +176,11 @@ def traced_requests(context_length: int) -> tuple[list[TracedRequest], float]:
 
 async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> Measured:
     """All measurements, one after another, over one channel."""
-    channel = open_public_channel(system.address, ca=system.ca)
-    try:
-        bench = await mesh_bench(system, channel)
+    async with (
+        open_public_channel(system.address, ca=system.ca) as channel,
+        answers_of(channel, one_call=plan.one_call) as answers,
+    ):
+        bench = await mesh_bench(system, channel, answers=answers)
         say(f"number format: {bench.number_format}")
         figures = []
         for num_streams in plan.streams:
@@ -187,8 +191,6 @@ async def measure(system: System, plan: Plan, *, say: Callable[[str], None]) -> 
             say(f"{figures[-1].load}: {figures[-1].prompt_tokens_per_s:.0f} prompt tokens/s")
             figures += await _trace(bench, plan.open_loop_seconds, say)
         return Measured(bench.number_format, figures)
-    finally:
-        await channel.close()
 
 
 async def _trace(bench: Bench, seconds: float, say: Callable[[str], None]) -> list[Figures]:

@@ -17,7 +17,7 @@ import typer
 from services.cli.console import out as console
 from services.cli.console import say
 from services.common.channels import open_channel
-from tests.benchmarks.load import LoadGenerator, Request, encode_grpc
+from tests.benchmarks.load import LoadGenerator, Request, encode_grpc, grpc_answers
 from tests.benchmarks.measurements import Measured, mesh_bench
 from tests.benchmarks.meters import read_processes
 from tests.benchmarks.report import Figures, latency_table, make_figures
@@ -46,7 +46,7 @@ def main(
 async def _measure(system: System, cache: str, *, seconds: float) -> Measured:
     channel = open_channel(system.address)
     try:
-        bench = await mesh_bench(system, channel)
+        bench = await mesh_bench(system, channel, answers=grpc_answers(channel))
         rng = random.Random(1)
         prompts = [_tokens(rng, COMMON_TOKENS) for _ in range(PROMPTS)]
         figures = []

@@ -17,7 +17,7 @@ from penstock.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 
-from tests.benchmarks.load import LoadGenerator, Request, Tally, grpc_answers, make_request
+from tests.benchmarks.load import LoadGenerator, Request, Tally, answers_of, make_request
 from tests.benchmarks.measurements import Bench, traced_requests
 from tests.benchmarks.meters import STARVATION_CAUSES, ProcessReading
 from tests.benchmarks.report import make_figures
@@ -40,15 +40,33 @@ class EchoMesh(GenerationServiceServicer):
             yield pb.GenerateResponse(token_ids=[1] * count)
         yield pb.GenerateResponse(finish_reason=pb.FINISH_REASON_LENGTH)
 
+    async def GenerateMany(
+        self,
+        request_iterator: AsyncIterator[pb.GenerateManyRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[pb.GenerateManyResponse]:
+        async for message in request_iterator:
+            if message.request.sampling.max_tokens == 13:
+                error = pb.RequestError(code=14, message="unlucky")
+                failed = pb.ManyAnswer(id=message.id, error=error)
+                yield pb.GenerateManyResponse(answers=[failed])
+            elif message.HasField("request"):
+                async for response in self.Generate(message.request, context):
+                    answer = pb.ManyAnswer(id=message.id, response=response)
+                    yield pb.GenerateManyResponse(answers=[answer])
 
-@pytest.fixture
-async def generator() -> AsyncIterator[LoadGenerator]:
+
+@pytest.fixture(params=[False, True], ids=["a call each", "one call"])
+async def generator(request: pytest.FixtureRequest) -> AsyncIterator[LoadGenerator]:
     server = grpc.aio.server()
     add_GenerationServiceServicer_to_server(EchoMesh(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield LoadGenerator(grpc_answers(channel))
+    async with (
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        answers_of(channel, one_call=request.param) as answers,
+    ):
+        yield LoadGenerator(answers)
     await server.stop(None)
 
 

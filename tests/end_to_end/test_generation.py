@@ -139,6 +139,27 @@ def test_answers_do_not_depend_on_who_else_is_in_the_batch(client: Client) -> No
     assert together == alone
 
 
+def test_many_requests_in_one_call_are_answered_as_each_alone(client: Client) -> None:
+    rng = random.Random(3)
+    requests = [a_mixed_request(rng, index) for index in range(16)]
+    alone = [client.send(request) for request in requests]
+    call = client.generation.GenerateMany(
+        (pb.GenerateManyRequest(id=i, request=request) for i, request in enumerate(requests)),
+        timeout=60,
+    )
+    texts, token_ids = [""] * 16, [list[int]() for _ in requests]
+    num_answers = num_messages = 0
+    for response in call:
+        num_messages += 1
+        for answer in response.answers:
+            num_answers += 1
+            texts[answer.id] += answer.response.text
+            token_ids[answer.id] += answer.response.token_ids
+    assert token_ids == [answer.token_ids for answer in alone]
+    assert texts == [answer.text for answer in alone]
+    assert num_messages < num_answers
+
+
 def test_a_long_prompt_is_prefilled_in_chunks_to_the_same_answer(client: Client) -> None:
     """More tokens than fit into one micro-batch, among requests that decode meanwhile."""
     rng = random.Random(2)

@@ -40,6 +40,8 @@ from tests.benchmarks.peers.work import (
 
 # Each server saturated and at its own rate, one of them at the other's as well, and the starts.
 TRACE_LOADS = 6
+# How ours may be asked, and what its name then ends with.
+_CALLS = {"many": "", "each": ", a call each"}
 
 
 def main(
@@ -49,6 +51,13 @@ def main(
     formats: Annotated[
         str, typer.Option(envvar="PENSTOCK_FORMATS", help="Our number formats.")
     ] = "int8 bf16",
+    calls: Annotated[
+        str,
+        typer.Option(
+            envvar="PENSTOCK_CALLS",
+            help="How ours is asked: `many` requests in one call, one in `each`, or both.",
+        ),
+    ] = "many each",
     peers: Annotated[
         str, typer.Option(envvar="PENSTOCK_PEERS", help="Those to compare with.")
     ] = " ".join(PEERS),
@@ -69,8 +78,12 @@ def main(
     path = resolve_model(model or DEFAULT_MODEL)
     works = [decode(int(count)) for count in streams.split()] + [prefill()]
     results = Results()
-    options = {f"penstock {one}": mesh_options(one, model, stages) for one in formats.split()}
-    contestants = [ours(name.split()[1], each) for name, each in options.items()]
+    options, contestants = {}, []
+    for number_format in formats.split():
+        for call in calls.split():
+            name = f"penstock {number_format}" + _CALLS[call]
+            options[name] = mesh_options(number_format, model, stages)
+            contestants.append(ours(name, options[name], one_call=call == "many"))
     logs = Path(tempfile.mkdtemp(prefix="penstock-peers-"))
     for name in peers.split():
         contestants += _prepare(name, path, logs, results)

@@ -32,7 +32,7 @@ def outcomes(results: Results, *, memory_limits: dict[str, int]) -> list[Outcome
     rows = []
     for streams, factor in ((8, 1.8), (32, 1.8), (64, 1.6), (128, 1.9), (256, 1.9)):
         rows.append(_faster(results, f"decode {streams}", penstock, vllm, factor))
-    bf16 = [name for name in penstock if name.endswith("bf16")]
+    bf16 = [name for name in penstock if "bf16" in name]
     for peer, factor in (("vllm bf16", 1.2), ("vllm bf16 pipelined", 1.8)):
         rows.append(_faster(results, "decode 64", bf16, [peer], factor))
     rows.append(_faster(results, "prefill", penstock, vllm, 1.25))

@@ -53,12 +53,13 @@ def mesh_options(number_format: str, model: str | None, stages: str | None) -> l
     return options
 
 
-def ours(number_format: str, options: Sequence[str]) -> Contestant:
-    """A mesh in one number format."""
+def ours(name: str, options: Sequence[str], *, one_call: bool) -> Contestant:
+    """A mesh started with these options. `one_call`: as peers get a list of prompts, ours gets the
+    requests of a wave in one GenerateMany call; else each is a call of its own."""
     return Contestant(
-        name=f"penstock {number_format}",
+        name=name,
         family="penstock",
-        open=lambda: mesh_turn(options),
+        open=lambda: mesh_turn(options, one_call=one_call),
         start_s=8.0,
         rate=lambda work: _guess(work, {1: 120, 8: 500, 32: 1000, 64: 1300}, prefill=2000),
     )

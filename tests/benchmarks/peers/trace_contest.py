@@ -20,6 +20,7 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from services.common.channels import open_channel
+from tests.benchmarks.load import grpc_answers
 from tests.benchmarks.measurements import OPEN_LOOP_SHARE, Bench, mesh_bench, traced_requests
 from tests.benchmarks.peers.goals import Outcome
 from tests.benchmarks.peers.openai import encode_openai, open_client, openai_answers
@@ -137,7 +138,7 @@ def mesh_server(options: Sequence[str]) -> Server:
                 raise PeerFailed(str(error).strip().splitlines()[-1]) from error
             channel = open_channel(system.address)
             try:
-                yield await mesh_bench(system, channel)
+                yield await mesh_bench(system, channel, answers=grpc_answers(channel))
             finally:
                 await channel.close()
 

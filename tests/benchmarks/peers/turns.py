@@ -20,7 +20,7 @@ import grpc
 import psutil
 
 from services.common.channels import open_channel
-from tests.benchmarks.load import LoadGenerator, Request, encode_grpc, grpc_answers
+from tests.benchmarks.load import LoadGenerator, Request, answers_of, encode_grpc
 from tests.benchmarks.meters import ProcessReading, peak_memory_bytes, read_processes
 from tests.benchmarks.peers.work import Wave
 from tests.benchmarks.report import Figures, make_figures
@@ -64,6 +64,7 @@ class MeshTurn:
     start_s: float
     channel: grpc.aio.Channel
     runner: asyncio.Runner
+    one_call: bool  # for all requests of a wave, not one for each
 
     def run(self, wave: Wave) -> Done:
         return self.runner.run(self._run(wave))
@@ -72,7 +73,6 @@ class MeshTurn:
         return {one.name: one.peak_memory_bytes for one in self._readings()}
 
     async def _run(self, wave: Wave) -> Done:
-        generator = LoadGenerator(grpc_answers(self.channel))
         requests = [
             Request(
                 message=encode_grpc(prompt, wave.num_new_tokens),
@@ -83,7 +83,9 @@ class MeshTurn:
         ]
         before, from_s = self._readings(), time.monotonic()
         until_s = from_s + WAVE_TIMEOUT_S
-        await generator.closed_loop([iter([request]) for request in requests], until_s=until_s)
+        async with answers_of(self.channel, one_call=self.one_call) as answers:
+            generator = LoadGenerator(answers)
+            await generator.closed_loop([iter([request]) for request in requests], until_s=until_s)
         to_s = time.monotonic()
         tally = generator.tally
         if tally.errors or len(tally.ended_at_s) < len(requests):
@@ -102,8 +104,8 @@ class MeshTurn:
 
 
 @contextmanager
-def mesh_turn(options: Sequence[str]) -> Iterator[MeshTurn]:
-    """Starts a mesh with these options of `penstock mesh`."""
+def mesh_turn(options: Sequence[str], *, one_call: bool) -> Iterator[MeshTurn]:
+    """Starts a mesh with these options of `penstock mesh`; for `one_call` see MeshTurn."""
     with contextlib.ExitStack() as stack:
         try:
             system = stack.enter_context(started_mesh(options))
@@ -112,7 +114,13 @@ def mesh_turn(options: Sequence[str]) -> Iterator[MeshTurn]:
         runner = stack.enter_context(asyncio.Runner())
         channel = runner.run(_connect(system.address))
         stack.callback(lambda: runner.run(channel.close()))
-        yield MeshTurn(system=system, start_s=system.start_s or 0.0, channel=channel, runner=runner)
+        yield MeshTurn(
+            system=system,
+            start_s=system.start_s or 0.0,
+            channel=channel,
+            runner=runner,
+            one_call=one_call,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,18 @@ def _generate(random: Random, world: World) -> list[Message]:
     return [request]
 
 
+def _generate_many(random: Random, world: World) -> list[Message]:
+    messages: list[Message] = []
+    for number in range(random.randint(1, 4)):
+        message = generation_pb2.GenerateManyRequest(id=random.choice((number, number, 0)))
+        if random.random() < 0.8:  # else a cancellation
+            message.request.CopyFrom(_generate(random, world)[0])
+        if random.random() < 0.3:
+            message.timeout.FromSeconds(5)
+        messages.append(message)
+    return messages
+
+
 def _sampling(random: Random) -> generation_pb2.SamplingParameters:
     return generation_pb2.SamplingParameters(
         max_tokens=random.randint(1, 3),
@@ -198,6 +210,7 @@ def _empty(method: MethodDescriptor) -> Sequences:
 
 _SEQUENCES: Mapping[str, Sequences] = {
     "Generate": _generate,
+    "GenerateMany": _generate_many,
     "Tokenize": _tokenize,
     "Detokenize": _detokenize,
     "ModelReady": lambda *at: _named(oip.ModelReadyRequest, *at),

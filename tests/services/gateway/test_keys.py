@@ -36,6 +36,11 @@ SERVICES = (
     oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
 )
 METHODS = [f"/{service.full_name}/{one.name}" for service in SERVICES for one in service.methods]
+# Those that take a stream of requests.
+_STREAMED: dict[str, type[Any]] = {
+    "ModelStreamInfer": oip.ModelInferRequest,
+    "GenerateMany": pb.GenerateManyRequest,
+}
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED
 
@@ -44,9 +49,9 @@ def call(setup: Setup, method: str, key: str | None) -> Any:
     """Calls a public method with an empty request."""
     name = method.rpartition("/")[2]
     stub = setup.generation if "Generation" in method else setup.inference
-    if name == "ModelStreamInfer":
-        requests = iter([oip.ModelInferRequest()])
-        return stub.ModelStreamInfer(requests, timeout=30, metadata=as_metadata(key))
+    if name in _STREAMED:
+        requests = iter([_STREAMED[name]()])
+        return getattr(stub, name)(requests, timeout=30, metadata=as_metadata(key))
     request = getattr(pb if "Generation" in method else oip, request_name(name))()
     return getattr(stub, name)(request, timeout=30, metadata=as_metadata(key))
 

@@ -22,46 +22,55 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpenstock/v1/generation.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xf0\x03\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xa2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.penstock.v1.ChatMessage\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.penstock.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\"\xec\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb9\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\"\x13\n\x11ListModelsRequest\"\x96\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x15\n\rnumber_format\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\r\n\x05ready\x18\x07 \x01(\x08\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Model\"\\\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.penstock.v1.ChatMessage\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc5\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.penstock.v1.GenerateRequest\x1a\x1d.penstock.v1.GenerateResponse0\x01\x12M\n\nListModels\x12\x1e.penstock.v1.ListModelsRequest\x1a\x1f.penstock.v1.ListModelsResponse\x12G\n\x08Tokenize\x12\x1c.penstock.v1.TokenizeRequest\x1a\x1d.penstock.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.penstock.v1.DetokenizeRequest\x1a\x1f.penstock.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpenstock/v1/generation.proto\x12\x0bpenstock.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xf0\x03\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xa2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.penstock.v1.ChatMessage\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"e\n\x10PositionLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.penstock.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.penstock.v1.TokenLogprob\"\xec\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb9\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\"|\n\x13GenerateManyRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.penstock.v1.GenerateRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\nManyAnswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1d.penstock.v1.GenerateResponse\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.penstock.v1.RequestError\"T\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"@\n\x14GenerateManyResponse\x12(\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x17.penstock.v1.ManyAnswer\"\x13\n\x11ListModelsRequest\"\x96\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x15\n\rnumber_format\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\r\n\x05ready\x18\x07 \x01(\x08\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Model\"\\\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x08messages\x18\x03 \x03(\x0b\x32\x18.penstock.v1.ChatMessage\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x9e\x03\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.penstock.v1.GenerateRequest\x1a\x1d.penstock.v1.GenerateResponse0\x01\x12W\n\x0cGenerateMany\x12 .penstock.v1.GenerateManyRequest\x1a!.penstock.v1.GenerateManyResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.penstock.v1.ListModelsRequest\x1a\x1f.penstock.v1.ListModelsResponse\x12G\n\x08Tokenize\x12\x1c.penstock.v1.TokenizeRequest\x1a\x1d.penstock.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.penstock.v1.DetokenizeRequest\x1a\x1f.penstock.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1854
-  _globals['_FINISHREASON']._serialized_end=2003
-  _globals['_CHATMESSAGE']._serialized_start=77
-  _globals['_CHATMESSAGE']._serialized_end=121
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=124
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=620
-  _globals['_GENERATEREQUEST']._serialized_start=623
-  _globals['_GENERATEREQUEST']._serialized_end=785
-  _globals['_TOKENLOGPROB']._serialized_start=787
-  _globals['_TOKENLOGPROB']._serialized_end=836
-  _globals['_POSITIONLOGPROBS']._serialized_start=838
-  _globals['_POSITIONLOGPROBS']._serialized_end=939
-  _globals['_USAGE']._serialized_start=942
-  _globals['_USAGE']._serialized_end=1178
-  _globals['_GENERATERESPONSE']._serialized_start=1181
-  _globals['_GENERATERESPONSE']._serialized_end=1366
-  _globals['_LISTMODELSREQUEST']._serialized_start=1368
-  _globals['_LISTMODELSREQUEST']._serialized_end=1387
-  _globals['_MODEL']._serialized_start=1390
-  _globals['_MODEL']._serialized_end=1540
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1542
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1598
-  _globals['_TOKENIZEREQUEST']._serialized_start=1600
-  _globals['_TOKENIZEREQUEST']._serialized_end=1692
-  _globals['_TOKENIZERESPONSE']._serialized_start=1694
-  _globals['_TOKENIZERESPONSE']._serialized_end=1731
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1733
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1815
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1817
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1851
-  _globals['_GENERATIONSERVICE']._serialized_start=2006
-  _globals['_GENERATIONSERVICE']._serialized_end=2331
+  _globals['_FINISHREASON']._serialized_start=2276
+  _globals['_FINISHREASON']._serialized_end=2425
+  _globals['_CHATMESSAGE']._serialized_start=104
+  _globals['_CHATMESSAGE']._serialized_end=148
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=151
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=647
+  _globals['_GENERATEREQUEST']._serialized_start=650
+  _globals['_GENERATEREQUEST']._serialized_end=812
+  _globals['_TOKENLOGPROB']._serialized_start=814
+  _globals['_TOKENLOGPROB']._serialized_end=863
+  _globals['_POSITIONLOGPROBS']._serialized_start=865
+  _globals['_POSITIONLOGPROBS']._serialized_end=966
+  _globals['_USAGE']._serialized_start=969
+  _globals['_USAGE']._serialized_end=1205
+  _globals['_GENERATERESPONSE']._serialized_start=1208
+  _globals['_GENERATERESPONSE']._serialized_end=1393
+  _globals['_GENERATEMANYREQUEST']._serialized_start=1395
+  _globals['_GENERATEMANYREQUEST']._serialized_end=1519
+  _globals['_MANYANSWER']._serialized_start=1521
+  _globals['_MANYANSWER']._serialized_end=1636
+  _globals['_REQUESTERROR']._serialized_start=1638
+  _globals['_REQUESTERROR']._serialized_end=1722
+  _globals['_GENERATEMANYRESPONSE']._serialized_start=1724
+  _globals['_GENERATEMANYRESPONSE']._serialized_end=1788
+  _globals['_LISTMODELSREQUEST']._serialized_start=1790
+  _globals['_LISTMODELSREQUEST']._serialized_end=1809
+  _globals['_MODEL']._serialized_start=1812
+  _globals['_MODEL']._serialized_end=1962
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1964
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2020
+  _globals['_TOKENIZEREQUEST']._serialized_start=2022
+  _globals['_TOKENIZEREQUEST']._serialized_end=2114
+  _globals['_TOKENIZERESPONSE']._serialized_start=2116
+  _globals['_TOKENIZERESPONSE']._serialized_end=2153
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2155
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2237
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2239
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2273
+  _globals['_GENERATIONSERVICE']._serialized_start=2428
+  _globals['_GENERATIONSERVICE']._serialized_end=2842
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class GenerationServiceStub:
                 request_serializer=penstock_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/penstock.v1.GenerationService/GenerateMany',
+                request_serializer=penstock_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/penstock.v1.GenerationService/ListModels',
                 request_serializer=penstock_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
@@ -78,6 +83,21 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request_iterator, context):
+        """Generates many completions over one stream: for whoever has many requests at once, as batch
+        jobs and servers in front of this one have. Requests go in as they come and run beside each
+        other, up to 256 at a time; further messages wait unread. One message brings all that is new
+        of all of them, which costs both sides far less than a stream for each request does.
+        What would end a Generate call ends one request here, with its `error`; the stream goes on,
+        until the client has sent its last request and all are answered. Metadata counts for all
+        requests, and so does the call's deadline. Errors of the stream itself: INVALID_ARGUMENT
+        (what is no protobuf, or an `id` that is in use; after the answers to what came before),
+        and those of Generate that concern the key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists the models that this mesh serves and the caller may use. Idempotent.
         """
@@ -108,6 +128,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=penstock_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=penstock_dot_v1_dot_generation__pb2.GenerateManyRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_generation__pb2.GenerateManyResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -153,6 +178,33 @@ class GenerationService:
             '/penstock.v1.GenerationService/Generate',
             penstock_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             penstock_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/penstock.v1.GenerationService/GenerateMany',
+            penstock_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+            penstock_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,
