@@ -6,9 +6,9 @@ a word and adds to float32 sums; so kernels of both formats differ only in what 
 does. The other operand, the *inputs* (activations, queries, attention weights), is float32,
 but pairs of bfloat16 for the instruction that multiplies such pairs.
 
-int8 is a format for the products with a model's weights only, the rest is bf16 there. Both
-operands are cut into groups of 64 inputs, each with a scale, and a word holds four of them;
-see `core.kernels.linear.integer_tiles`.
+int8 is a format for the products with a model's weights only, the rest is bf16 there. Each column
+of weights has a scale, and each group of 64 inputs of a row; a word holds four of either; see
+`core.kernels.linear.integer_tiles`.
 
 int4 is int8 with weights as a file of 4 bits has them; matrices that have no 4 bits there are int8
 beside it. See `core.kernels.linear.nibble_tiles` and `core.kernels.mixed`.
@@ -142,12 +142,20 @@ class Arithmetic:
 
     @property
     def weight_group_bytes(self) -> int:
-        """Bytes of a group of inputs in a panel of weights; of int8 with their scales, of int4
-        with float16 scales and minima."""
+        """Bytes of a group of inputs in a panel of weights; of int4 with float16 scales and
+        minima."""
         if self.has_nibbles:
             return PANEL_COLUMNS * (GROUP // 2 + GROUP // NIBBLE_GROUP * 4)
-        scale_bytes = 4 if self.is_integer else 0
-        return PANEL_COLUMNS * (GROUP * self.element_bytes + scale_bytes)
+        return PANEL_COLUMNS * GROUP * self.element_bytes
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the columns' scales behind a panel of int8 weights."""
+        return PANEL_COLUMNS * 4 if self.number_format == "int8" else 0
+
+    def panel_bytes(self, num_inputs: int) -> int:
+        """Bytes of a packed panel of weights."""
+        return num_inputs // GROUP * self.weight_group_bytes + self.scale_bytes
 
     @property
     def most_tile_rows(self) -> int:
@@ -271,6 +279,12 @@ def input_group_bytes(typing_context, arithmetic):
 def weight_group_bytes(typing_context, arithmetic):
     """Bytes of 64 inputs of a panel of weights: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.weight_group_bytes)
+
+
+@intrinsic
+def scale_bytes(typing_context, arithmetic):
+    """Bytes of the columns' scales behind a panel: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.scale_bytes)
 
 
 @intrinsic

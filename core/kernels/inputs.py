@@ -21,12 +21,16 @@ from numba import types
 from core.kernels.arithmetic import GROUP, LANES, input_bytes, input_group_bytes, unquantised
 from core.kernels.compile import intrinsic, kernel
 from core.kernels.elements import emit_store_inputs, load_inputs
+from core.kernels.tiles import emit_loop
 from core.kernels.vectors import (
+    BYTES_OF_FLOATS,
     F32,
+    FLOATS,
     HALVES,
     I32,
     WORDS,
     emit_call,
+    emit_load,
     emit_splat,
     emit_store,
     float32x16,
@@ -37,7 +41,7 @@ from core.kernels.vectors import (
 
 LARGEST = 127
 UNSIGNED_OFFSET = 128  # added to weights, see `core.kernels.linear.integer_tiles`
-# Groups below are all zero: the inverse of their scale may not be finite.
+# Groups and columns below are all zero: the inverse of their scale may not be finite.
 LEAST_MAGNITUDE = 1e-30
 # A float32 of this size has no fraction: adding it rounds, and leaves an integer in the low bits.
 _ROUNDER = float(3 << 22)
@@ -56,7 +60,8 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
         _, where, *vectors = args
         if kind.is_integer:
             in_pairs = kind.widens_integers
-            scale, wholes = _emit_quantised(builder, where, vectors, in_pairs=in_pairs)
+            scale, inverse = _emit_scale(builder, vectors)
+            wholes = _emit_rounded(builder, where, vectors, inverse, in_pairs=in_pairs)
             end = builder.add(where, index(2 * GROUP if in_pairs else GROUP))
             emit_end = _emit_scaled_sums if kind.has_nibbles else _emit_correction
             emit_end(builder, end, scale, wholes)
@@ -70,35 +75,64 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
 
 
 @intrinsic
-def store_byte_group(typing_context, where, first, second, third, fourth):
-    """64 neighbouring weights of a column as signed bytes, and their scale."""
+def store_bytes(typing_context, where, inverse, first, second, third, fourth):
+    """64 neighbouring weights of a column, times `inverse`, as signed bytes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
-        scale, _ = _emit_quantised(builder, args[0], args[1:], in_pairs=False)
-        emit_store(builder, scale, builder.add(args[0], index(GROUP)))
+        where, inverse, *vectors = args
+        _emit_rounded(builder, where, vectors, inverse, in_pairs=False)
         return context.get_dummy_value()
 
-    return types.void(types.intp, *[float32x16] * 4), codegen
+    return types.void(types.intp, types.float32, *[float32x16] * 4), codegen
 
 
-def _emit_quantised(
-    builder: Any, where: Any, vectors: list[Any], *, in_pairs: bool
-) -> tuple[Any, list[Any]]:
-    """A group as 64 signed integers; its scale, which a NaN makes one, and the integers of each
-    vector, as words."""
-    # As integers, the bits of magnitudes are in order, and NaN is the greatest.
+@intrinsic
+def largest_magnitude(typing_context, where, num_vectors):
+    """Of 16 x `num_vectors` floats at an address, at least 16; NaN where one of them is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        def body(step: Any, largest: list[Any]) -> list[Any]:
+            at = builder.add(args[0], builder.mul(step, index(BYTES_OF_FLOATS)))
+            return [_emit_larger(builder, *largest, emit_load(builder, at, FLOATS))]
+
+        return _emit_magnitude(builder, *emit_loop(builder, args[1], [splat_word(0)], body))
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+def _emit_larger(builder: Any, largest: Any, floats: Any) -> Any:
+    """In each lane, the bits of the larger magnitude: as integers these are in order, and NaN is
+    the greatest."""
+    bits = builder.and_(builder.bitcast(floats, WORDS), splat_word(0x7FFFFFFF))
+    return builder.select(builder.icmp_unsigned(">", bits, largest), bits, largest)
+
+
+def _emit_magnitude(builder: Any, largest: Any) -> Any:
+    """The largest of all lanes, as a float."""
+    largest = emit_call(builder, "llvm.vector.reduce.umax.v16i32", I32, [largest])
+    return builder.bitcast(largest, F32)
+
+
+def _emit_scale(builder: Any, vectors: list[Any]) -> tuple[Any, Any]:
+    """What a group's integers are multiples of, which a NaN makes one, and its inverse."""
     largest = splat_word(0)
     for floats in vectors:
-        bits = builder.and_(builder.bitcast(floats, WORDS), splat_word(0x7FFFFFFF))
-        largest = builder.select(builder.icmp_unsigned(">", bits, largest), bits, largest)
-    largest = emit_call(builder, "llvm.vector.reduce.umax.v16i32", I32, [largest])
-    magnitude = builder.bitcast(largest, F32)
+        largest = _emit_larger(builder, largest, floats)
+    magnitude = _emit_magnitude(builder, largest)
     scale = builder.fmul(magnitude, ir.Constant(F32, float(np.float32(1.0 / LARGEST))))
     inverse = builder.select(
         builder.fcmp_ordered(">", magnitude, ir.Constant(F32, float(np.float32(LEAST_MAGNITUDE)))),
         builder.fdiv(ir.Constant(F32, float(LARGEST)), magnitude),
         ir.Constant(F32, 0.0),
     )
+    return scale, inverse
+
+
+def _emit_rounded(
+    builder: Any, where: Any, vectors: list[Any], inverse: Any, *, in_pairs: bool
+) -> list[Any]:
+    """Stores a group, times `inverse`, as 64 signed integers; returns those of each vector, as
+    words."""
     wholes = []
     for number, floats in enumerate(vectors):
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
@@ -111,7 +145,7 @@ def _emit_quantised(
         else:
             integers = builder.trunc(rounded, _BYTES)
             emit_store(builder, integers, builder.add(where, index(number * LANES)))
-    return scale, wholes
+    return wholes
 
 
 def _emit_correction(builder: Any, where: Any, scale: Any, wholes: list[Any]) -> None:

@@ -3,7 +3,7 @@
 Weights lie in panels of 64 columns: panel after panel, and within a panel one row of 64
 words for each word of the inner dimension, so that a product reads memory in order and a
 register tile loads whole vectors. Columns and inner elements beyond the matrix are zero. int8
-panels have the columns' scales behind each group of 64 inputs.
+panels have the columns' scales behind them.
 
 Letters: T rows, K inputs, N outputs.
 """
@@ -28,6 +28,7 @@ from core.kernels.arithmetic import (
     elements_per_word,
     is_integer,
     most_tile_rows,
+    scale_bytes,
     tile_columns,
     weight_group_bytes,
     widened,
@@ -35,7 +36,7 @@ from core.kernels.arithmetic import (
 )
 from core.kernels.compile import kernel
 from core.kernels.elements import store_elements, widen_words
-from core.kernels.inputs import store_byte_group
+from core.kernels.inputs import LARGEST, LEAST_MAGNITUDE, largest_magnitude, store_bytes
 from core.kernels.linear.tiles import product_tile
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import (
@@ -45,6 +46,7 @@ from core.kernels.vectors import (
     load_floats,
     load_word,
     maximum,
+    store_float,
     store_word,
 )
 
@@ -99,25 +101,29 @@ def pack_column(arithmetic, floats, num_inputs, where):
 
 @kernel
 def pack_integer_column(arithmetic, floats, num_inputs, where):
-    """As `pack_column`, for int8: a group's words, 128 added to each byte, then its scale."""
+    """As `pack_column`, for int8: words with 128 added to each byte, then the column's scale."""
+    magnitude = largest_magnitude(floats, num_inputs // LANES)
+    inverse = np.float32(0.0)
+    if magnitude > np.float32(LEAST_MAGNITUDE):
+        inverse = np.float32(LARGEST) / magnitude
     for group in range(num_inputs // GROUP):
         source = floats + group * GROUP * 4
-        store_byte_group(
-            source, load_floats(source), load_floats(source + BYTES_OF_FLOATS),
+        store_bytes(
+            source, inverse, load_floats(source), load_floats(source + BYTES_OF_FLOATS),
             load_floats(source + 2 * BYTES_OF_FLOATS), load_floats(source + 3 * BYTES_OF_FLOATS),
         )  # fmt: skip
         target = where + group * weight_group_bytes(arithmetic)
         for word in range(GROUP // elements_per_word(arithmetic)):
             value = load_word(source + word * 4) ^ np.uint32(0x80808080)
             store_word(target + word * PANEL_ROW_BYTES, value)
-        scales = target + GROUP // elements_per_word(arithmetic) * PANEL_ROW_BYTES
-        store_word(scales, load_word(source + GROUP))
+    scale = magnitude * np.float32(1.0 / LARGEST)
+    store_float(where + num_inputs // GROUP * weight_group_bytes(arithmetic), scale)
 
 
 @kernel
 def panel_bytes(arithmetic, num_inputs):
     """Bytes of a packed panel."""
-    return num_inputs // GROUP * weight_group_bytes(arithmetic)
+    return num_inputs // GROUP * weight_group_bytes(arithmetic) + scale_bytes(arithmetic)
 
 
 @kernel

@@ -1,9 +1,11 @@
 """The register tile of a product of int8 weights and int8 inputs.
 
 Of each row of inputs, a group of 64 lies as 64 bytes, a float32 scale and an int32 correction.
-Of each panel of weights, a group lies as 16 rows of 64 words of four bytes, and then 64
-float32 scales, one for each column. The groups' sums are exact integers; times both scales they are
-added to a float32 sum, group by group.
+Of each panel of weights, a group lies as 16 rows of 64 words of four bytes; behind all groups are
+64 float32 scales, one for each column. The groups' sums are exact integers; times the scale of the
+inputs they are added to a float32 sum, group by group, and that, times the column's, to the bias.
+(Weights with a scale for each group take an instruction more for each sum of a group: of 192 that
+multiply bytes in a tile, the scales take 24, and so 12.)
 
 The instruction that multiplies bytes wants one operand unsigned. Weights are stored with 128
 added, which adds 128 x (the sum of the group's inputs) to the sum; the correction takes that back.
@@ -83,19 +85,22 @@ def emit_integer_tiles(
             offset = builder.mul(group, index(kind.input_group_bytes))
             groups = [builder.add(row, offset) for row in input_rows]
             panel = builder.add(weights, builder.mul(group, index(kind.weight_group_bytes)))
-            rows_before = builder.mul(group, index(STEPS + 1))
+            rows_before = builder.mul(group, index(STEPS))
             sums = _emit_group(builder, kind, groups, panel, rows_before, fetches, vectors)
-            return _emit_scaled(builder, kind, groups, panel, sums, floats, vectors)
+            return _emit_scaled(builder, kind, groups, sums, floats, vectors)
 
-        biases = [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, bias, vectors)]
         zero = splat_constant(0.0)
-        initial = [
-            builder.fadd(value, builder.select(is_new, zero, emit_load(builder, at, FLOATS)))
-            for value, at in zip(biases * rows, targets, strict=True)
-        ]
-        results = emit_loop(builder, num_groups, initial, add_group)
-        for value, at in zip(results, targets, strict=True):
-            emit_store(builder, value, at)
+        sums = emit_loop(builder, num_groups, [zero] * len(targets), add_group)
+        fetches.emit(builder, builder.mul(num_groups, index(STEPS)), vectors)
+        behind = builder.add(weights, builder.mul(num_groups, index(kind.weight_group_bytes)))
+        scales, biases = (
+            [emit_load(builder, at, FLOATS) for at in vector_addresses(builder, start, vectors)]
+            for start in (behind, bias)
+        )
+        for number, (value, at) in enumerate(zip(sums, targets, strict=True)):
+            before = builder.select(is_new, zero, emit_load(builder, at, FLOATS))
+            start = builder.fadd(biases[number % vectors], before)
+            emit_store(builder, emit_fma(builder, value, scales[number % vectors], start), at)
 
     emit_for_rows(builder, num_rows, emit, most=kind.most_tile_rows)
 
@@ -130,7 +135,6 @@ def _emit_group(
                 sums = _emit_bytes(builder, kind, groups, number, weights, sums)
         return sums
 
-    fetches.emit(builder, builder.add(rows_before, index(STEPS)), vectors)
     return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
 
 
@@ -198,25 +202,17 @@ def _emit_scaled(
     builder: Any,
     kind: Arithmetic,
     groups: list[Any],
-    panel: Any,
     sums: list[Any],
     floats: list[Any],
     vectors: int,
 ) -> list[Any]:
-    """floats + sums x (scale of the row's group x scale of the column's)."""
-    columns = [
-        emit_load(builder, at, FLOATS)
-        for at in vector_addresses(
-            builder, builder.add(panel, index(STEPS * PANEL_ROW_BYTES)), vectors
-        )
-    ]
+    """floats + sums x the scale of the row's group."""
     results: list[Any] = []
     for group in groups:
         at = builder.add(group, index(kind.input_group_bytes + SCALE))
-        row = emit_splat(builder, emit_load(builder, at, F32))
-        for column in columns:
+        scale = emit_splat(builder, emit_load(builder, at, F32))
+        for _ in range(vectors):
             number = len(results)
             whole = builder.sitofp(sums[number], FLOATS)
-            scale = builder.fmul(row, column)
             results.append(emit_fma(builder, whole, scale, floats[number]))
     return results

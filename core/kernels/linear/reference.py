@@ -53,16 +53,18 @@ def quantise(x_TK: FloatArray, *, group: int) -> Quantised:
 def quantised_linear(
     x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray, *, group: int
 ) -> FloatArray:
-    """As `linear`, with both operands quantised: the groups' sums are exact integers, and those,
-    scaled, are added in float32 in the order of the groups."""
-    rows, columns = quantise(x_TK, group=group), quantise(weight_NK, group=group)
-    result_TN = np.tile(bias_N, (len(x_TK), 1))
+    """As `linear`, with both operands quantised, weights with one scale for each output: the
+    groups' sums are exact integers, and those, scaled, are added in float32 in the order of the
+    groups."""
+    rows = quantise(x_TK, group=group)
+    columns = quantise(weight_NK, group=weight_NK.shape[1])
+    result_TN = np.zeros((len(x_TK), len(weight_NK)), np.float32)
     for index in range(rows.scales_TG.shape[1]):
         inner = slice(index * group, (index + 1) * group)
         left, right = rows.integers_TK[:, inner], columns.integers_TK[:, inner]
         sums_TN = left.astype(np.int32) @ right.astype(np.int32).T
-        result_TN += sums_TN * (rows.scales_TG[:, index, None] * columns.scales_TG[:, index])
-    return result_TN.astype(np.float32)
+        result_TN += sums_TN * rows.scales_TG[:, index, None]
+    return (bias_N + result_TN * columns.scales_TG[:, 0]).astype(np.float32)
 
 
 def nibble_linear(

@@ -71,9 +71,8 @@ class StageLayout:
 
     def matrix_words(self, num_inputs: int, num_columns: int, *, nibbles: bool) -> int:
         """Words of a packed matrix, of 4 bits or as the arithmetic has others."""
-        num_groups = num_inputs // GROUP * (num_columns // PANEL_COLUMNS)
         arithmetic = self.arithmetic if nibbles else self.arithmetic.of_bytes
-        return num_groups * arithmetic.weight_group_bytes // 4
+        return num_columns // PANEL_COLUMNS * arithmetic.panel_bytes(num_inputs) // 4
 
     def input_words(self, num_elements: int) -> int:
         """Words of a row of inputs of a product with weights."""

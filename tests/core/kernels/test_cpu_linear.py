@@ -38,8 +38,8 @@ class PackedMatrix:
         self.weight_NK = rounded(weight_NK, arithmetic.number_format)
         self.bias = random.standard_normal(-(-num_columns // 64) * 64).astype(np.float32)
         self.padded_inputs = -(-num_inputs // 64) * 64
-        num_groups = self.padded_inputs // GROUP * (len(self.bias) // 64)
-        self.panels = aligned_zeros((num_groups * arithmetic.weight_group_bytes // 4,), np.uint32)
+        num_bytes = len(self.bias) // 64 * arithmetic.panel_bytes(self.padded_inputs)
+        self.panels = aligned_zeros((num_bytes // 4,), np.uint32)
         scratch = np.full(self.padded_inputs, np.nan, np.float32)
         pack_panels(arithmetic, weight_NK, self.padded_inputs, self.panels, 0, 64, scratch)
 

@@ -40,8 +40,8 @@ class PackedNibbles:
         self.num_panels = -(-num_columns // 64) * step
         random = np.random.default_rng(num_inputs)
         self.bias = random.standard_normal(self.num_panels * 64).astype(np.float32)
-        num_groups = self.padded_inputs // GROUP * self.num_panels
-        self.panels = aligned_zeros((num_groups * arithmetic.weight_group_bytes // 4,), np.uint32)
+        num_bytes = self.num_panels * arithmetic.panel_bytes(self.padded_inputs)
+        self.panels = aligned_zeros((num_bytes // 4,), np.uint32)
         pack_nibble_panels(*weight, self.padded_inputs, self.panels, first=step - 1, step=step)
 
     def inputs(self, x_TK: FloatArray) -> npt.NDArray[np.uint32]:
