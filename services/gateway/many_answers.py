@@ -83,9 +83,8 @@ class ManyAnswers:
                 running.cancel()
             return None
         if running is not None:
-            raise InvalidInput(
-                "id", str(request.id), "an id that no open request of the stream has"
-            )
+            allowed = "an id that no open request of the stream has"
+            raise InvalidInput("id", request.id, allowed)
         task = tasks.create_task(self._answer(request))
         self._tasks[request.id] = task
         # Here, since a task that is cancelled before it has begun never sees it.

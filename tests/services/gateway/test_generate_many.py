@@ -270,7 +270,7 @@ async def test_a_number_in_use_ends_the_stream_after_what_came_before() -> None:
         async for response in many_answers(generator).responses(requests()):
             responses.append(response)
 
-    with pytest.raises(InvalidInput, match=r"^id is '1'; allowed: an id that no open request"):
+    with pytest.raises(InvalidInput, match=r"^id is 1; allowed: an id that no open request"):
         await read()
     found = by_request(responses)
     assert sorted(found) == [1, 2]
