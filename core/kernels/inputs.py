@@ -93,9 +93,9 @@ def largest_magnitude(typing_context, where, num_vectors):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         def body(step: Any, largest: list[Any]) -> list[Any]:
             at = builder.add(args[0], builder.mul(step, index(BYTES_OF_FLOATS)))
-            return [_emit_larger(builder, *largest, emit_load(builder, at, FLOATS))]
+            return [_emit_larger(builder, largest[0], emit_load(builder, at, FLOATS))]
 
-        return _emit_magnitude(builder, *emit_loop(builder, args[1], [splat_word(0)], body))
+        return _emit_magnitude(builder, emit_loop(builder, args[1], [splat_word(0)], body)[0])
 
     return types.float32(types.intp, types.intp), codegen
 
