@@ -104,6 +104,21 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield from start(mesh, "--dtype", "bf16")
 
 
+def test_many_requests_in_one_call_outlast_a_stage(spared: Running) -> None:
+    messages = (pb.GenerateManyRequest(id=i, request=one) for i, one in enumerate(requests()))
+    before, token_ids = spared.client.mesh().sequences_moved, [list[int]() for _ in requests()]
+    begun = False
+    for response in spared.client.generation.GenerateMany(messages, timeout=CALL_TIMEOUT_S):
+        for answer in response.answers:
+            token_ids[answer.id] += answer.response.token_ids
+        if not begun and all(token_ids):
+            begun = True
+            spared.signal("stage-1", signal.SIGKILL)
+    assert token_ids == [expected.token_ids for expected in spared.undisturbed]
+    assert spared.client.mesh().sequences_moved > before
+    spared.until_all_are_ready()
+
+
 @pytest.mark.parametrize("name", ["stage-0", "stage-1"])
 def test_a_spare_goes_on_for_a_stage_that_is_killed(spared: Running, name: str) -> None:
     before = spared.client.mesh().sequences_moved
