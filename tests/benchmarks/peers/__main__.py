@@ -78,6 +78,8 @@ def main(
     path = resolve_model(model or DEFAULT_MODEL)
     works = [decode(int(count)) for count in streams.split()] + [prefill()]
     results = Results()
+    if unknown := set(calls.split()) - set(_CALLS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known: {', '.join(_CALLS)}")
     options, contestants = {}, []
     for number_format in formats.split():
         for call in calls.split():
