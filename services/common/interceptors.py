@@ -28,7 +28,7 @@ from core.errors import InvalidInput, PenstockError, PermissionDenied, ProtocolV
 from services.common.identity import CallPolicy
 from services.common.logs import current_trace_id
 from services.common.statuses import Status, internal_status, status_from_error
-from services.common.telemetry import Telemetry, context_from
+from services.common.telemetry import Telemetry, callers_context
 
 _LOG = logging.getLogger(__name__)
 # Asked for all the time, and of no interest to anyone's trace.
@@ -146,8 +146,7 @@ class _Call:
         )
 
     def _parent(self) -> Context:
-        parent = next((value for key, value in self._metadata or () if key == "traceparent"), "")
-        return context_from(str(parent))
+        return callers_context(self._metadata)
 
     def _callers_trace(self) -> dict[str, str]:
         """The caller's trace id for the log; while this process traces, its span gives it."""

@@ -136,6 +136,12 @@ def context_from(traceparent: str) -> Context:
     return _PROPAGATOR.extract({"traceparent": traceparent}, context=Context())
 
 
+def callers_context(metadata: Iterable[tuple[str, Any]] | None) -> Context:
+    """As `context_from`, of the traceparent among a call's metadata, if there is one."""
+    found = (value for key, value in metadata or () if key == "traceparent")
+    return context_from(str(next(found, "")))
+
+
 def _wants_traces(environment: Mapping[str, str]) -> bool:
     exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     if exporter == "none" or environment.get("OTEL_SDK_DISABLED", "").lower() == "true":

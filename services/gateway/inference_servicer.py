@@ -14,11 +14,11 @@ from oip import grpc_service_pb2_grpc as oip_grpc
 from penstock.v1 import generation_pb2
 
 from core.errors import NotFound, PenstockError, shown
-from services.common.telemetry import context_from
+from services.common.telemetry import callers_context
 from services.gateway import inference_tensors as tensors
 from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
-from services.gateway.request_stream import answer_beside_each_other, traceparent_in
+from services.gateway.request_stream import answer_beside_each_other
 
 # Requests of one stream that are worked on at a time.
 MAX_REQUESTS_A_STREAM = 64
@@ -178,7 +178,7 @@ class _StreamAnswering:
 
     def __init__(self, context: Any) -> None:
         self.context = context
-        self.parent = context_from(traceparent_in(context))
+        self.parent = callers_context(context.invocation_metadata())
         self._writing = asyncio.Lock()
 
     async def write(self, response: oip.ModelStreamInferResponse) -> None:

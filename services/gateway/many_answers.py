@@ -13,10 +13,10 @@ from penstock.v1 import generation_pb2
 from core.errors import InvalidInput, PenstockError
 from services.common.durations import seconds
 from services.common.statuses import status_from_error
-from services.common.telemetry import context_from
+from services.common.telemetry import callers_context
 from services.gateway.caller import current_caller
 from services.gateway.generation import TextGenerator
-from services.gateway.request_stream import answer_beside_each_other, traceparent_in
+from services.gateway.request_stream import answer_beside_each_other
 
 # Requests of one stream that are worked on at a time, and answers in one message.
 MAX_REQUESTS_A_STREAM = MAX_ANSWERS_A_MESSAGE = 256
@@ -37,7 +37,7 @@ class ManyAnswers:
         self._generator = generator
         self._context = context
         self._caller = current_caller()
-        self._parent = context_from(traceparent_in(context))
+        self._parent = callers_context(context.invocation_metadata())
         self._tasks: dict[int, asyncio.Task[None]] = {}  # of open requests
         self._answers: list[generation_pb2.ManyAnswer] = []
         self._num_put = self._num_written = 0

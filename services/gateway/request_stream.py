@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-import grpc
-
 from core.errors import PenstockError
 
 Request = TypeVar("Request")
@@ -38,9 +36,3 @@ async def answer_beside_each_other(
             failure = error
     if failure is not None:  # raised here, since the group would wrap it
         raise failure
-
-
-def traceparent_in(context: grpc.aio.ServicerContext) -> str:
-    """The caller's traceparent; empty where the call has none."""
-    metadata = context.invocation_metadata() or ()
-    return next((str(value) for key, value in metadata if key == "traceparent"), "")

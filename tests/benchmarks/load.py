@@ -19,6 +19,8 @@ import grpc
 import grpc.aio
 from penstock.v1 import generation_pb2 as pb
 
+from services.common.durations import duration
+
 GENERATE = "/penstock.v1.GenerationService/Generate"
 GENERATE_MANY = "/penstock.v1.GenerationService/GenerateMany"
 REQUEST_TIMEOUT_S = 600.0
@@ -107,7 +109,8 @@ class _OneCall:
             request_serializer=pb.GenerateManyRequest.SerializeToString,
             response_deserializer=pb.GenerateManyResponse.FromString,
         )
-        self._call = call(self._requests(), timeout=REQUEST_TIMEOUT_S)
+        # No deadline: it lasts as long as all loads. Each request has one of its own.
+        self._call = call(self._requests())
 
     async def answers(self, request: Request) -> AsyncIterator[int]:
         number = next(self._ids)
@@ -115,7 +118,8 @@ class _OneCall:
         if self._failure is not None:
             queue.put_nowait(pb.ManyAnswer(error=self._failure))
         message = pb.GenerateRequest.FromString(request.message)
-        self._unsent.put_nowait(pb.GenerateManyRequest(id=number, request=message))
+        timeout = duration(REQUEST_TIMEOUT_S)
+        self._unsent.put_nowait(pb.GenerateManyRequest(id=number, request=message, timeout=timeout))
         has_ended = False
         try:
             while not has_ended:

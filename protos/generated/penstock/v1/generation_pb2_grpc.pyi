@@ -3,7 +3,8 @@
 isort:skip_file
 Text generation for clients in any language. One server-streaming RPC
 carries the answer as it is made, another one the answers of many requests; the
-others describe the models and their tokens. Errors carry google.rpc details (BadRequest, ErrorInfo, RetryInfo, QuotaFailure).
+others describe the models and their tokens. Errors carry google.rpc details
+(BadRequest, ErrorInfo, RetryInfo, QuotaFailure).
 
 Where the mesh asks for API keys, every RPC needs metadata `authorization: Bearer KEY`. Errors
 of all RPCs then: UNAUTHENTICATED (no key, or one that is unknown, expired or revoked),
