@@ -69,14 +69,18 @@ class Backend(Protocol):
     def make_sampler(self) -> Sampler:
         """A sampler of the backend's logits."""
 
+    def prepare(self, rows: StageRows) -> None:
+        """Notes which rows are to be computed, before their activations are there."""
+
     def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
         """Takes activations in. Raises ProtocolViolation where shape or dtype differ."""
 
-    def give(self, num_rows: int) -> npt.NDArray[Any]:
-        """Returns activations [T, H], C order, valid until the next call."""
-
     def run(self, rows: StageRows) -> StageOutputs:
-        """Computes the rows; their activations have been taken, or are looked up by token id."""
+        """Computes the rows prepared last; their activations have been taken, or are looked up by
+        token id."""
+
+    def give(self, num_rows: int) -> npt.NDArray[Any]:
+        """Returns the activations [T, H] of a run, C order, valid until the next call."""
 
     def host_logits(self, outputs: StageOutputs, num_rows: int) -> npt.NDArray[np.float32]:
         """The first `num_rows` rows of the outputs' logits [S, V], in memory of the host."""

@@ -126,22 +126,7 @@ class CpuBackend:
     def make_sampler(self) -> Sampler:
         return Sampler(self._config.vocab_size, self._settings.num_slots)
 
-    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
-        self._port.take(rows_TH, num_rows=num_rows)
-
-    def give(self, num_rows: int) -> npt.NDArray[Any]:
-        return self._port.give(num_rows)
-
-    def run(self, rows: StageRows) -> CpuOutputs:
-        """One call into compiled code, or one of each member of the team."""
-        most = self._most_members if rows.is_alone else self._settings.num_threads
-        num_members = self._team.choose(most)
-        self._note(rows, num_members)
-        self._team.run(num_members)
-        logits_SV = self._outputs.logits_SV[: len(rows.logits_rows), : self._config.vocab_size]
-        return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV, self._are_finite(rows))
-
-    def _note(self, rows: StageRows, num_members: int) -> None:
+    def prepare(self, rows: StageRows) -> None:
         """Puts a micro-batch where the members look for it."""
         inputs, num_rows = self._inputs, rows.num_rows
         for target, source, count in (
@@ -152,12 +137,26 @@ class CpuBackend:
             (inputs.logits_rows_S, rows.logits_rows, len(rows.logits_rows)),
         ):
             target[:count] = source[:count]
-        inputs.counts[NUM_MEMBERS] = num_members
         inputs.counts[NUM_ROWS] = num_rows
         inputs.counts[NUM_GREEDY] = len(rows.greedy_rows)
         inputs.counts[NUM_LOGITS] = len(rows.logits_rows)
         inputs.counts[BLOCK_TABLES] = rows.block_tables_SB.ctypes.data
         inputs.counts[TABLE_BYTES] = rows.block_tables_SB.strides[0]
+
+    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
+        self._port.take(rows_TH, num_rows=num_rows)
+
+    def give(self, num_rows: int) -> npt.NDArray[Any]:
+        return self._port.give(num_rows)
+
+    def run(self, rows: StageRows) -> CpuOutputs:
+        """One call into compiled code, or one of each member of the team."""
+        most = self._most_members if rows.is_alone else self._settings.num_threads
+        num_members = self._team.choose(most)
+        self._inputs.counts[NUM_MEMBERS] = num_members
+        self._team.run(num_members)
+        logits_SV = self._outputs.logits_SV[: len(rows.logits_rows), : self._config.vocab_size]
+        return CpuOutputs(self._outputs.greedy_tokens_S, logits_SV, self._are_finite(rows))
 
     def _are_finite(self, rows: StageRows) -> npt.NDArray[np.bool_]:
         """By what enters the final norm: one NaN or infinity makes all logits of its row NaN, and
@@ -172,15 +171,15 @@ class CpuBackend:
     def _warm_up(self) -> None:
         """Runs no rows, so that no request waits for a compiler."""
         nothing = np.zeros(self._settings.max_rows, np.int32)
-        self.run(
-            StageRows(
-                num_rows=0,
-                is_alone=True,
-                token_ids_T=nothing,
-                slots_T=nothing,
-                positions_T=nothing,
-                block_tables_SB=np.zeros((1, 1), np.int32),
-                greedy_rows=_NO_ROWS,
-                logits_rows=_NO_ROWS,
-            )
+        rows = StageRows(
+            num_rows=0,
+            is_alone=True,
+            token_ids_T=nothing,
+            slots_T=nothing,
+            positions_T=nothing,
+            block_tables_SB=np.zeros((1, 1), np.int32),
+            greedy_rows=_NO_ROWS,
+            logits_rows=_NO_ROWS,
         )
+        self.prepare(rows)
+        self.run(rows)

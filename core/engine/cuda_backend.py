@@ -11,7 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ class CudaBackend:
         """Raises CorruptWeights, and Exhausted where the device has too little memory."""
         self._device = device or CudaDevice()
         self._config = config
+        self._graphs: list[Callable[[], None]] = []  # of the rows that are prepared
         self._stage_slice = stage_slice
         self._settings = settings
         with _refusing_what_does_not_fit(settings), self._device.scope():
@@ -104,34 +105,34 @@ class CudaBackend:
     def make_sampler(self) -> Sampler:
         return CudaSampler(self._device, self._config.vocab_size, self._settings.num_slots)
 
-    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
-        self._port.take(rows_TH, num_rows=num_rows)
-        with self._device.scope():
-            wire_TH = self._wire_TH[:num_rows]
-            wire_TH.copy_(self._pinned_hidden_TH[:num_rows], non_blocking=True)
-            self._stage.residual_TH[:num_rows].copy_(wire_TH)
-
-    def give(self, num_rows: int) -> npt.NDArray[Any]:
-        with self._device.scope():
-            wire_TH = self._wire_TH[:num_rows]
-            wire_TH.copy_(self._stage.residual_TH[:num_rows])
-            self._pinned_hidden_TH[:num_rows].copy_(wire_TH, non_blocking=True)
-        self._device.synchronize()
-        return self._port.give(num_rows)
-
-    def run(self, rows: StageRows) -> CudaOutputs:
-        """Sends what the rows are, and replays the graphs of their padded number."""
+    def prepare(self, rows: StageRows) -> None:
+        """Writes to pinned memory what the graphs read there, and sends new block tables."""
         longest = int(rows.positions_T[: rows.num_rows].max()) + 1
         row_size = _padded(rows.num_rows, self._row_sizes)
         split_size = _padded(num_splits(longest), self._split_sizes)
+        self._graphs = [self._layer_graphs[row_size, split_size]]
+        sampled_rows = np.concatenate([rows.greedy_rows, rows.logits_rows])
+        if len(sampled_rows):
+            size = _padded(len(sampled_rows), self._row_sizes)
+            self._host_sampled_S[: len(sampled_rows)] = sampled_rows
+            self._host_sampled_S[len(sampled_rows) : size] = 0
+            self._graphs.append(self._head_graphs[size])
+        self._write_rows(rows, row_size)
+        self._send_block_tables(rows, longest)
+
+    def take(self, rows_TH: npt.NDArray[Any] | None, *, num_rows: int) -> None:
+        self._port.take(rows_TH, num_rows=num_rows)
+
+    def run(self, rows: StageRows) -> CudaOutputs:
+        """Replays the graphs of the padded number of rows."""
         with self._device.scope():
-            self._send_rows(rows, row_size)
-            self._send_block_tables(rows, longest)
-            self._layer_graphs[row_size, split_size]()
-            sampled_rows = np.concatenate([rows.greedy_rows, rows.logits_rows])
-            if len(sampled_rows):
-                self._run_head(sampled_rows)
+            for replay in self._graphs:
+                replay()
+        self._device.synchronize()
         return self._outputs(len(rows.greedy_rows), len(rows.logits_rows))
+
+    def give(self, num_rows: int) -> npt.NDArray[Any]:
+        return self._port.give(num_rows)
 
     def host_logits(self, outputs: Any, num_rows: int) -> npt.NDArray[np.float32]:
         with self._device.scope():
@@ -160,6 +161,7 @@ class CudaBackend:
         self._pinned_inputs_3T = pinned((3, settings.max_rows), torch.int32)
         self._host_inputs_3T = self._pinned_inputs_3T.numpy()
         self._pinned_sampled_S = pinned((settings.max_rows,), torch.int32)
+        self._host_sampled_S = self._pinned_sampled_S.numpy()
         self._pinned_ranks_S = pinned((settings.max_rows,), torch.int64)
         hidden_shape = (settings.max_rows, self._config.hidden_size)
         wire_type = torch.bfloat16 if settings.wire == "bf16" else torch.float32
@@ -178,19 +180,41 @@ class CudaBackend:
         """Makes the graphs, the largest first, so that the others fit into its memory."""
         self._row_sizes = row_sizes(self._settings.max_rows)
         self._split_sizes = split_sizes(num_positions)
-        capture, stage = self._device.capture, self._stage
+        capture = self._device.capture
         self._layer_graphs = {
-            (rows, splits): capture(partial(stage.run_layers, rows, splits))
+            (rows, splits): capture(partial(self._run_layers, rows, splits))
             for rows in reversed(self._row_sizes)
             for splits in reversed(self._split_sizes)
         }
         self._head_graphs = {
-            rows: capture(partial(stage.run_head, rows))
+            rows: capture(partial(self._run_head, rows))
             for rows in reversed(self._row_sizes)
             if self._stage_slice.is_last
         }
 
-    def _send_rows(self, rows: StageRows, row_size: int) -> None:
+    def _run_layers(self, num_rows: int, splits: int) -> None:
+        """From pinned memory through all layers, and back to it but on a last stage.
+
+        Copies belong to the graph: a call of its own for each takes the host longer.
+        """
+        stage, wire_TH = self._stage, self._wire_TH[:num_rows]
+        stage.inputs_3T.copy_(self._pinned_inputs_3T, non_blocking=True)
+        if not self._stage_slice.is_first:
+            wire_TH.copy_(self._pinned_hidden_TH[:num_rows], non_blocking=True)
+            stage.residual_TH[:num_rows].copy_(wire_TH)
+        stage.run_layers(num_rows, splits)
+        if not self._stage_slice.is_last:
+            wire_TH.copy_(stage.residual_TH[:num_rows])
+            self._pinned_hidden_TH[:num_rows].copy_(wire_TH, non_blocking=True)
+
+    def _run_head(self, num_sampled: int) -> None:
+        """From the sampled rows in pinned memory to the ranks of their tokens, there too."""
+        self._stage.sampled_rows_S.copy_(self._pinned_sampled_S, non_blocking=True)
+        self._stage.run_head(num_sampled)
+        ranks_S = self._stage.ranks_S[:num_sampled]
+        self._pinned_ranks_S[:num_sampled].copy_(ranks_S, non_blocking=True)
+
+    def _write_rows(self, rows: StageRows, row_size: int) -> None:
         """Token ids, slots and positions; padding stands at position -1."""
         count = rows.num_rows
         host_3T = self._host_inputs_3T
@@ -200,7 +224,6 @@ class CudaBackend:
             row[:count] = source_T[:count]
         host_3T[:2, count:row_size] = 0
         host_3T[2, count:row_size] = -1
-        self._stage.inputs_3T.copy_(self._pinned_inputs_3T, non_blocking=True)
 
     def _send_block_tables(self, rows: StageRows, longest: int) -> None:
         """Those tables of the rows' sequences that differ from what the device has."""
@@ -214,11 +237,14 @@ class CudaBackend:
         count = len(slots_R)
         if not count:
             return
+        # Rows that were prepared and not run may have left a copy under way.
+        self._device.synchronize()
         wanted_RM = rows.block_tables_SB[slots_R]
         self._known_tables_RM[slots_R] = wanted_RM
         self._pinned_slots_R.numpy()[:count] = slots_R
         self._pinned_tables_RM.numpy()[:count] = wanted_RM
-        self._send_tables(count)
+        with self._device.scope():
+            self._send_tables(count)
 
     def _send_tables(self, count: int) -> None:
         """The first pinned tables to the slots that are named beside them."""
@@ -233,22 +259,10 @@ class CudaBackend:
             launch=self._device.launch(),
         )
 
-    def _run_head(self, sampled_rows: npt.NDArray[np.int32]) -> None:
-        count = len(sampled_rows)
-        size = _padded(count, self._row_sizes)
-        host_S = self._pinned_sampled_S.numpy()
-        host_S[:count], host_S[count:size] = sampled_rows, 0
-        self._stage.sampled_rows_S.copy_(self._pinned_sampled_S, non_blocking=True)
-        self._head_graphs[size]()
-        ranks_S = self._stage.ranks_S[:count]
-        self._pinned_ranks_S[:count].copy_(ranks_S, non_blocking=True)
-
     def _outputs(self, num_greedy: int, num_logits: int) -> CudaOutputs:
-        """Waits, but on stages whose activations are asked for next: `give` waits then."""
         if not self._stage_slice.is_last:
             nothing = np.zeros(0, np.int32)
             return CudaOutputs(nothing, DeviceLogits.none(), nothing.astype(np.bool_))
-        self._device.synchronize()
         ranks_S = self._pinned_ranks_S.numpy()[: num_greedy + num_logits]
         tokens_S = token_ids_of(ranks_S[:num_greedy]).astype(np.int32)
         rows = slice(num_greedy, num_greedy + num_logits)

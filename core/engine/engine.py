@@ -34,6 +34,17 @@ __all__ = ["Engine", "EngineSettings", "StepResult", "kv_bytes_per_block"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A micro-batch that has been checked, and what of it is to be computed."""
+
+    batch: MicroBatch
+    rows: StageRows
+    slots_S: npt.NDArray[np.int32]
+    rows_S: npt.NDArray[np.int32]
+    is_greedy_S: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What a step computed: activations, or on the last stage the tokens that were asked for."""
 
@@ -86,6 +97,7 @@ class Engine:
         )
         self._all_rows = np.arange(settings.max_rows, dtype=np.int32)
         self._no_rows = np.zeros(0, np.int32)
+        self._prepared: _Prepared | None = None
 
     @property
     def weights_bytes(self) -> int:
@@ -150,34 +162,34 @@ class Engine:
         for slot, position in zip(updates.rewind_slots, updates.rewind_positions, strict=True):
             self._sampler.rewind(slot, position)
 
+    def prepare(self, batch: MicroBatch) -> None:
+        """Does what of a step needs no activations, for a stage that waits for them.
+
+        Applies the batch's updates. What follows is the batch's `step`, or it is not computed at
+        all. Raises ProtocolViolation.
+        """
+        self._prepared = None
+        self._prepared = self._prepare(batch)
+
     def step(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> StepResult:
         """Applies the batch's updates and computes it, or returns what is to be sent again.
 
         `hidden_TH` is None on the first stage, and for what is replayed; else rows in the wire's
         codec. The result's array is valid until the next step. Raises ProtocolViolation.
         """
+        prepared, self._prepared = self._prepared, None
         if batch.replays:
             return StepResult(hidden_TH=self._replay(batch))
-        num_rows = self._prepare(batch, hidden_TH)
-        if self._sampler is None:
-            self._run(batch, num_rows, greedy_rows=self._no_rows, logits_rows=self._no_rows)
-            self._sequences.advance(batch)
-            rows_TH = self._backend.give(num_rows)
-            if self._log is not None:
-                self._log.write(self._places(num_rows), rows_TH)
-            return StepResult(hidden_TH=rows_TH)
-        slots_S = np.repeat(batch.slots_R, batch.num_samples_R)
-        if not self._can_sample_S[slots_S].all():
-            raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
-        rows_S = _sampled_rows(batch)
-        if self._counts_tokens_S[batch.slots_R[batch.num_samples_R > 1]].any():
-            raise ProtocolViolation("guesses are to be verified where penalties count tokens")
-        is_greedy_S = self._is_greedy_S[slots_S]
-        outputs = self._run(
-            batch, num_rows, greedy_rows=rows_S[is_greedy_S], logits_rows=rows_S[~is_greedy_S]
-        )
-        self._sequences.advance(batch)
-        return StepResult(sampled=self._sample(batch.id, outputs, slots_S, rows_S, is_greedy_S))
+        if prepared is None or prepared.batch is not batch:
+            prepared = self._prepare(batch)
+        outputs = self._run(prepared, hidden_TH)
+        if self._sampler is not None:
+            return StepResult(sampled=self._sample(prepared, outputs))
+        num_rows = prepared.rows.num_rows
+        rows_TH = self._backend.give(num_rows)
+        if self._log is not None:
+            self._log.write(self._places(num_rows), rows_TH)
+        return StepResult(hidden_TH=rows_TH)
 
     def logits(
         self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None
@@ -188,23 +200,54 @@ class Engine:
         """
         if self._sampler is None:
             raise InvalidInput("stage", self.stage_slice.end_layer, "the last stage")
-        num_rows = self._prepare(batch, hidden_TH)
-        outputs = self._run(
-            batch, num_rows, greedy_rows=self._no_rows, logits_rows=self._all_rows[:num_rows]
-        )
-        self._sequences.advance(batch)
-        return self._backend.host_logits(outputs, num_rows)
+        prepared = self._prepare(batch, wants_logits=True)
+        outputs = self._run(prepared, hidden_TH)
+        return self._backend.host_logits(outputs, prepared.rows.num_rows)
 
-    def _prepare(self, batch: MicroBatch, hidden_TH: npt.NDArray[Any] | None) -> int:
-        """Checks the batch and lays its rows out; returns their number."""
+    def _prepare(self, batch: MicroBatch, *, wants_logits: bool = False) -> _Prepared:
+        """Checks the batch, lays its rows out and shows them to the backend.
+
+        `wants_logits` of all rows, in place of what is to be sampled.
+        """
         self.apply(batch.updates)
         num_rows = self._sequences.check(batch, max_rows=self.settings.max_rows)
         if self.stage_slice.is_first:
             self._take_token_ids(batch, num_rows)
-        else:
-            self._backend.take(hidden_TH, num_rows=num_rows)
         self._lay_out(batch, num_rows)
-        return num_rows
+        slots_S = rows_S = self._no_rows
+        if wants_logits:
+            rows_S = self._all_rows[:num_rows]
+        elif self._sampler is not None:
+            slots_S, rows_S = np.repeat(batch.slots_R, batch.num_samples_R), _sampled_rows(batch)
+            self._check_sampling(batch, slots_S)
+        is_greedy_S = np.zeros(num_rows, np.bool_) if wants_logits else self._is_greedy_S[slots_S]
+        rows = StageRows(
+            num_rows=num_rows,
+            is_alone=batch.is_alone,
+            token_ids_T=self._token_ids_T,
+            slots_T=self._slots_T,
+            positions_T=self._positions_T,
+            block_tables_SB=self._sequences.block_tables_SB,
+            greedy_rows=rows_S[is_greedy_S],
+            logits_rows=rows_S[~is_greedy_S],
+        )
+        self._backend.prepare(rows)
+        return _Prepared(
+            batch=batch, rows=rows, slots_S=slots_S, rows_S=rows_S, is_greedy_S=is_greedy_S
+        )
+
+    def _check_sampling(self, batch: MicroBatch, slots_S: npt.NDArray[np.int32]) -> None:
+        if not self._can_sample_S[slots_S].all():
+            raise ProtocolViolation("a token is wanted of a sequence without sampling parameters")
+        if self._counts_tokens_S[batch.slots_R[batch.num_samples_R > 1]].any():
+            raise ProtocolViolation("guesses are to be verified where penalties count tokens")
+
+    def _run(self, prepared: _Prepared, hidden_TH: npt.NDArray[Any] | None) -> StageOutputs:
+        if not self.stage_slice.is_first:
+            self._backend.take(hidden_TH, num_rows=prepared.rows.num_rows)
+        outputs = self._backend.run(prepared.rows)
+        self._sequences.advance(prepared.batch)
+        return outputs
 
     def _replay(self, batch: MicroBatch) -> npt.NDArray[Any]:
         """The rows that were sent when the batch's positions were computed."""
@@ -234,37 +277,10 @@ class Engine:
             raise ProtocolViolation(f"a token id is not below {self.config.vocab_size}")
         self._token_ids_T[:num_rows] = token_ids_T
 
-    def _run(
-        self,
-        batch: MicroBatch,
-        num_rows: int,
-        *,
-        greedy_rows: npt.NDArray[np.int32],
-        logits_rows: npt.NDArray[np.int32],
-    ) -> StageOutputs:
-        return self._backend.run(
-            StageRows(
-                num_rows=num_rows,
-                is_alone=batch.is_alone,
-                token_ids_T=self._token_ids_T,
-                slots_T=self._slots_T,
-                positions_T=self._positions_T,
-                block_tables_SB=self._sequences.block_tables_SB,
-                greedy_rows=greedy_rows,
-                logits_rows=logits_rows,
-            )
-        )
-
-    def _sample(
-        self,
-        micro_batch_id: int,
-        outputs: StageOutputs,
-        slots_S: npt.NDArray[np.int32],
-        rows_S: npt.NDArray[np.int32],
-        is_greedy_S: npt.NDArray[np.bool_],
-    ) -> SampledTokens:
+    def _sample(self, prepared: _Prepared, outputs: StageOutputs) -> SampledTokens:
         """Tokens of the sampled rows, in order, from what the call left in the outputs."""
         assert self._sampler is not None
+        rows_S, is_greedy_S = prepared.rows_S, prepared.is_greedy_S
         tokens_S = np.empty(len(rows_S), np.int64)
         logprobs_S: list[PositionLogprobs | None] = [None] * len(rows_S)
         has_logprobs = False
@@ -273,7 +289,7 @@ class Engine:
         if len(drawn):
             token_ids, logprobs = self._sampler.sample(
                 outputs.logits_SV,
-                slots_S[drawn].astype(np.int32),
+                prepared.slots_S[drawn].astype(np.int32),
                 self._positions_T[rows_S[drawn]] + 1,
             )
             tokens_S[drawn] = token_ids
@@ -283,7 +299,7 @@ class Engine:
         order_S = np.concatenate([np.flatnonzero(is_greedy_S), drawn])
         tokens_S[order_S[~outputs.is_finite_S]] = NO_TOKEN
         return SampledTokens(
-            micro_batch_id=micro_batch_id,
+            micro_batch_id=prepared.batch.id,
             token_ids=tuple(tokens_S.tolist()),
             logprobs=tuple(logprobs_S) if has_logprobs else (),
         )

@@ -65,7 +65,10 @@ def _unpack_fp32(word, i):
 
 @cuda.jit(device=True)
 def _unpack_bf16(word, i):
-    return _load_bf16((np.uint64(word) >> np.uint64(16 * i)) & np.uint64(0xFFFF))
+    half = np.uint32((np.uint64(word) >> np.uint64(i // 2 * 32)) & np.uint64(0xFFFFFFFF))
+    if i % 2:
+        return np.uint32(half & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.uint32(half << np.uint32(16)).view(np.float32)
 
 
 _FORMATS = {

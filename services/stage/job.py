@@ -32,8 +32,14 @@ class StageEngine(Protocol):
     def apply(self, updates: SequenceUpdates) -> None:
         """Changes sequences; raises ProtocolViolation when that does not fit."""
 
+    def prepare(self, batch: MicroBatch) -> None:
+        """Applies the batch's updates, and does what else of its step needs no activations.
+
+        What follows is the step, or the batch is not computed at all.
+        """
+
     def step(self, batch: MicroBatch, hidden_TH: Activations | None) -> StepResult:
-        """Applies the batch's updates, then computes it."""
+        """Prepares the batch, where that has not been done, and computes it."""
 
 
 Order = MicroBatch | SequenceUpdates

@@ -57,6 +57,9 @@ class SlowedEngine:
     def apply(self, updates: SequenceUpdates) -> None:
         self._engine.apply(updates)
 
+    def prepare(self, batch: MicroBatch) -> None:
+        self._engine.prepare(batch)
+
     def step(self, batch: MicroBatch, hidden_TH: Activations | None) -> StepResult:
         factor, started_s = self.factor(), self._clock()
         result = self._engine.step(batch, hidden_TH)

@@ -4,8 +4,8 @@ One thread does all computing, so that the event loop never computes and the eng
 needs no locks. Everything reaches it through one queue; it keeps its own state, and
 posts what it has done to the event loop, one wake-up a result. What others wait for it
 sends itself, where there is a shortcut to them. A micro-batch runs when its order and its
-activations are both there, and when its link downstream is not too far behind. One that is
-abandoned is passed over when its turn comes, but for its updates.
+activations are both there, and when its link downstream is not too far behind; while it waits for
+them, it is prepared. One that is abandoned is passed over when its turn comes, but for its updates.
 
 Letters: T rows, H hidden size.
 """
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -25,6 +24,16 @@ from penstock.v1 import stage_pb2
 from core.errors import ProtocolViolation
 from core.pipeline.batch import MicroBatch, SampledTokens, SequenceUpdates
 from core.wire.frames import CompleteActivations, encode_frames
+from services.stage.inbox import (
+    Abandoned,
+    Arrived,
+    Close,
+    Item,
+    Open,
+    Ordered,
+    RoomAgain,
+    Stop,
+)
 from services.stage.job import (
     NO_ROUTE,
     Job,
@@ -38,49 +47,6 @@ from services.stage.job import (
 from services.stage.starvation import NOT_STARVED, Arrival, attribute
 
 Post = Callable[..., object]
-
-
-# What the compute thread may find in its inbox.
-@dataclass(frozen=True, slots=True)
-class _Open:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class _Ordered:
-    job: Job
-    order: Order
-    route: Route
-    arrival: Arrival
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    job: Job
-    activations: CompleteActivations
-    arrival: Arrival
-
-
-@dataclass(frozen=True, slots=True)
-class _Abandoned:
-    job: Job
-    micro_batch_ids: frozenset[int]
-
-
-class _RoomAgain:
-    """A link has caught up, or broken."""
-
-
-class _Stop:
-    """The process ends."""
-
-
-_Item = _Open | _Close | _Ordered | _Arrived | _Abandoned | _RoomAgain | _Stop
 Model = TypeVar("Model")
 
 
@@ -90,7 +56,7 @@ class Worker(Generic[Model]):
     def __init__(self, post: Post) -> None:
         """`post(function, *arguments)` calls the function on the event loop's thread."""
         self._post = post
-        self._inbox: SimpleQueue[_Item] = SimpleQueue()
+        self._inbox: SimpleQueue[Item] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(
@@ -120,32 +86,32 @@ class Worker(Generic[Model]):
 
     def open(self, job: Job) -> None:
         """Drops whatever was there, sequences included, and begins with `job`."""
-        self._inbox.put(_Open(job))
+        self._inbox.put(Open(job))
 
     def close(self, job: Job) -> None:
         """Drops the job's orders and sequences, if it is still the current one."""
-        self._inbox.put(_Close(job))
+        self._inbox.put(Close(job))
 
     def submit(self, job: Job, order: Order, arrival: Arrival, *, route: Route = NO_ROUTE) -> None:
         """Adds an order; orders are performed in the order of submission."""
-        self._inbox.put(_Ordered(job, order, route, arrival))
+        self._inbox.put(Ordered(job, order, route, arrival))
 
     def abandon(self, job: Job, micro_batch_ids: Iterable[int]) -> None:
         """Passes over these micro-batches, as far as they are submitted and not begun."""
-        self._inbox.put(_Abandoned(job, frozenset(micro_batch_ids)))
+        self._inbox.put(Abandoned(job, frozenset(micro_batch_ids)))
 
     def deliver(self, job: Job, activations: CompleteActivations, arrival: Arrival) -> None:
         """Brings the activations of a micro-batch."""
-        self._inbox.put(_Arrived(job, activations, arrival))
+        self._inbox.put(Arrived(job, activations, arrival))
 
     def note_room(self, job: Job) -> None:
         """Notes that a link of the job may have room again."""
         if job.held:
-            self._inbox.put(_RoomAgain())
+            self._inbox.put(RoomAgain())
 
     def stop(self, *, timeout_s: float) -> None:
         """Stops the thread after the order in hand, or gives up after `timeout_s`."""
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -153,15 +119,16 @@ class Worker(Generic[Model]):
 class _ComputeLoop:
     """The state of the compute thread."""
 
-    def __init__(self, engine: StageEngine, *, inbox: SimpleQueue[_Item], post: Post) -> None:
+    def __init__(self, engine: StageEngine, *, inbox: SimpleQueue[Item], post: Post) -> None:
         self._engine = engine
         self._inbox = inbox
         self._post = post
         self._job: Job | None = None
         self._live: set[int] = set()
-        self._orders: deque[_Ordered] = deque()
-        self._arrived: dict[int, _Arrived] = {}
+        self._orders: deque[Ordered] = deque()
+        self._arrived: dict[int, Arrived] = {}
         self._abandoned: set[int] = set()  # of the orders
+        self._prepared: MicroBatch | None = None  # the first order, where its updates are applied
         self._stopped = False
         self._starved = NOT_STARVED  # since the last micro-batch
 
@@ -180,6 +147,7 @@ class _ComputeLoop:
             return
         since_ns = time.perf_counter_ns()
         while not self._stopped and not self._runnable():
+            self._prepare_ahead()
             self._accept(self._inbox.get())
             self._drain()
         if not self._stopped:
@@ -192,22 +160,22 @@ class _ComputeLoop:
         except Empty:
             return
 
-    def _accept(self, item: _Item) -> None:
-        if isinstance(item, _Ordered):
+    def _accept(self, item: Item) -> None:
+        if isinstance(item, Ordered):
             if item.job is self._job:
                 self._orders.append(item)
-        elif isinstance(item, _Arrived):
+        elif isinstance(item, Arrived):
             if item.job is self._job:
                 self._arrived[item.activations.micro_batch_id] = item
-        elif isinstance(item, _Abandoned):
+        elif isinstance(item, Abandoned):
             if item.job is self._job:
                 self._abandoned |= item.micro_batch_ids & {_id_of(one) for one in self._orders}
-        elif isinstance(item, _Open):
+        elif isinstance(item, Open):
             self._begin(item.job)
-        elif isinstance(item, _Close):
+        elif isinstance(item, Close):
             if item.job is self._job:
                 self._forget()
-        elif isinstance(item, _Stop):
+        elif isinstance(item, Stop):
             self._stopped = True
 
     def _runnable(self) -> bool:
@@ -231,6 +199,23 @@ class _ComputeLoop:
         job.held = True
         return not outlet.has_room
 
+    def _prepare_ahead(self) -> None:
+        """Prepares the first order, which waits for its activations or for room."""
+        if not self._orders:
+            return
+        ordered = self._orders[0]
+        batch = ordered.order
+        if not isinstance(batch, MicroBatch) or batch.replays or batch is self._prepared:
+            return
+        try:
+            self._note_starts(batch.updates)
+            self._engine.prepare(batch)
+            self._note_ends(batch.updates)
+        except Exception as error:  # the boundary of the thread, as in `_perform`
+            self._fail(ordered, error)
+        else:
+            self._prepared = batch
+
     def _note_starvation(self, since_ns: int) -> None:
         """Says why it took until now. Without live sequences there was nothing to wait for."""
         ordered = self._orders[0]
@@ -246,7 +231,7 @@ class _ComputeLoop:
             activations=None if arrived is None else arrived.arrival,
         )
 
-    def _perform(self, ordered: _Ordered) -> None:
+    def _perform(self, ordered: Ordered) -> None:
         listener, order = ordered.job.listener, ordered.order
         try:
             if isinstance(order, SequenceUpdates):
@@ -256,10 +241,13 @@ class _ComputeLoop:
             else:
                 performed = self._step(ordered, order)
         except Exception as error:  # the boundary of the thread: the session ends, not the process
-            self._forget()
-            self._post(listener.on_failure, error)
+            self._fail(ordered, error)
         else:
             self._post(listener.on_performed, performed)
+
+    def _fail(self, ordered: Ordered, error: Exception) -> None:
+        self._forget()
+        self._post(ordered.job.listener.on_failure, error)
 
     def _update(self, updates: SequenceUpdates) -> Performed:
         self._note_starts(updates)
@@ -267,27 +255,36 @@ class _ComputeLoop:
         self._note_ends(updates)
         return Performed(order=updates, ended_ns=time.perf_counter_ns())
 
-    def _pass_over(self, ordered: _Ordered, batch: MicroBatch) -> Performed:
+    def _pass_over(self, ordered: Ordered, batch: MicroBatch) -> Performed:
         self._abandoned.remove(batch.id)
         arrived = self._arrived.pop(batch.id, None)
-        performed = self._update(batch.updates)
+        if batch is not self._prepared:
+            self._update(batch.updates)
+        self._prepared = None
         ordered.job.performed_id = batch.id
-        num_frames = 0 if arrived is None else arrived.activations.num_frames
-        return replace(performed, route=ordered.route, num_frames_taken=num_frames)
+        return Performed(
+            order=batch.updates,
+            route=ordered.route,
+            num_frames_taken=0 if arrived is None else arrived.activations.num_frames,
+            ended_ns=time.perf_counter_ns(),
+        )
 
-    def _step(self, ordered: _Ordered, batch: MicroBatch) -> Performed:
+    def _step(self, ordered: Ordered, batch: MicroBatch) -> Performed:
         job, route = ordered.job, ordered.route
         arrived = self._arrived.pop(batch.id) if route.upstream_link else None
         hidden_TH = None if arrived is None else arrived.activations.hidden_TH
         ready_ns = ordered.arrival.at_ns
         if arrived is not None:
             ready_ns = max(ready_ns, arrived.arrival.at_ns)
-        self._note_starts(batch.updates)
+        is_prepared, self._prepared = batch is self._prepared, None
+        if not is_prepared:
+            self._note_starts(batch.updates)
         starved, self._starved = self._starved, NOT_STARVED
         started_ns, started_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         job.began_ns = started_ns
         result = self._engine.step(batch, hidden_TH)
-        self._note_ends(batch.updates)
+        if not is_prepared:
+            self._note_ends(batch.updates)
         ended_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns() - started_cpu_ns
         requests = self._encode(job, route.outlet, batch, result)
         sampled = _answer(batch, result) if route.answers else None
@@ -348,6 +345,7 @@ class _ComputeLoop:
         self._orders.clear()
         self._arrived.clear()
         self._abandoned.clear()
+        self._prepared = None
         self._starved = NOT_STARVED
         for slot in self._live:
             try:
@@ -357,7 +355,7 @@ class _ComputeLoop:
         self._live.clear()
 
 
-def _id_of(ordered: _Ordered) -> int | None:
+def _id_of(ordered: Ordered) -> int | None:
     return ordered.order.id if isinstance(ordered.order, MicroBatch) else None
 
 

@@ -41,6 +41,8 @@ class CountingEngine:
         self.steps: list[int] = []
         self.threads: set[int] = set()
         self.rewound: list[tuple[int, int]] = []
+        self.prepared: list[int] = []
+        self._prepared: MicroBatch | None = None
         self._log: dict[tuple[int, int], np.ndarray] = {}
         self._buffer_TH = np.zeros((0, hidden_size), np.float32)
 
@@ -58,8 +60,16 @@ class CountingEngine:
             self.live.add(start.slot)
         self.rewound += zip(updates.rewind_slots, updates.rewind_positions, strict=True)
 
-    def step(self, batch: MicroBatch, hidden_TH: np.ndarray | None) -> CountingResult:
+    def prepare(self, batch: MicroBatch) -> None:
+        self._prepared = None
         self.apply(batch.updates)
+        self._prepared = batch
+        self.prepared.append(batch.id)
+
+    def step(self, batch: MicroBatch, hidden_TH: np.ndarray | None) -> CountingResult:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not batch:
+            self.apply(batch.updates)
         assert self.gate.wait(60), "the test never opened the gate"
         if POISON in batch.token_ids_T:
             raise RuntimeError("the secret of the engine")

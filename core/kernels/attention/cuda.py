@@ -1,14 +1,15 @@
-"""Paged attention on CUDA: one block per (row, KV head, split of the positions).
+"""Paged attention on CUDA: one block per (row, some heads of a KV head, split of the positions).
 
-Softmax is computed online (Milakov and Gimelshein 2018) over tiles of positions; splits
-of SPLIT positions run side by side and are merged in order (the "flash-decoding" of Dao et
-al. 2023). Tiles and splits are cut by position, never by load, so a row's result depends on
-nothing else in the batch. A tile of keys and values is read once for all query heads of the
-group, in words of eight bytes, neighbours by neighbouring threads.
+Splits of SPLIT positions run side by side, each with a softmax of its own, and are merged in order
+(the "flash-decoding" of Dao et al. 2023). Splits are cut by position, never by load, so a row's
+result depends on nothing else in the batch. A split's keys and values are all asked for before the
+first of them is waited for, in words of eight bytes, neighbours by neighbouring threads; each is
+used for all heads of the block from registers.
 
 Letters as in `reference`, and S slots, M blocks of the longest sequence, X splits, W words of a
-head, J positions in a tile, G = N / K query heads a KV head, A parts of a score. Queries are
-float32; keys and values come as int64 words of the number format, outputs are in it.
+head, J positions in a split, G query heads of a block, A lanes that share a key, Y threads that
+share a word of the values. Queries are float32; keys and values come as int64 words of the number
+format, outputs are in it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined"
@@ -22,18 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cuda
 
+from core.kernels.attention.cuda_shape import MOST_WORDS, THREADS, WARP, block_shape
 from core.kernels.cuda_launch import Launch, ceil_div
 from core.kernels.cuda_numbers import number_format_of
 
-# Along words of a head, and along heads.
-THREADS = (32, 8)
 MERGE_THREADS = 64
 SPLIT = 64
-# A score is summed in so many parts, by as many threads: whatever their number really is.
-PARTS = 4
-LONGEST_TILE = 64
-# What every device gives a block without being asked.
-SHARED_BYTES = 48 * 1024
+# The largest score of a head is found by so many threads.
+MAX_SHARES = 8
 
 
 class Partials(NamedTuple):
@@ -71,45 +68,36 @@ def paged_attention(
     """
     num_rows, num_heads, head_dim = q_TND.shape
     _, block_size, num_kv_heads, num_words = keys_BPKW.shape
-    threads = launch.threads_xy(THREADS)
+    group_size = num_heads // num_kv_heads
+    threads = launch.threads(THREADS)
     attend = attend_kernel(
         number_format,
         head_dim=head_dim,
         num_words=num_words,
-        group_size=num_heads // num_kv_heads,
+        group_size=group_size,
         block_size=block_size,
-        threads=threads,
+        num_threads=threads,
         split=split,
     )
-    grid = (num_rows, num_kv_heads, partials.maxima_TXN.shape[1])
+    heads = block_shape(num_words, group_size, number_format, num_threads=threads).heads
+    grid = (num_rows, num_kv_heads * ceil_div(group_size, heads), partials.maxima_TXN.shape[1])
+    # Flat, since an index along each axis costs a kernel more than what is done with the element.
     attend[grid, threads, launch.stream](
-        q_TND,
-        keys_BPKW,
-        values_BPKW,
+        q_TND.reshape(-1),
+        keys_BPKW.reshape(-1),
+        values_BPKW.reshape(-1),
         block_tables_SM,
         slots_T,
         positions_T,
         np.int32(window or 0),
-        *partials,
+        partials.sums_TXND.reshape(-1),
+        partials.maxima_TXN,
+        partials.totals_TXN,
     )
     merge = merge_kernel(number_format, split)
     merge[(num_rows, num_heads), launch.threads(MERGE_THREADS), launch.stream](
         positions_T, *partials, out_TND
     )
-
-
-def tile_size_of(num_words: int, group_size: int, per_word: int) -> int:
-    """The longest tile, of a power of two, whose keys, values and scores fit beside the queries."""
-    size = LONGEST_TILE
-    while size > 1 and _shared_bytes(size, num_words, group_size, per_word) > SHARED_BYTES:
-        size //= 2
-    return size
-
-
-def _shared_bytes(tile_size: int, num_words: int, group_size: int, per_word: int) -> int:
-    words = tile_size * (2 * num_words + 1)
-    floats = group_size * (tile_size * (PARTS + 2) + num_words * per_word + 3)
-    return 8 * words + 4 * floats
 
 
 @functools.cache
@@ -120,204 +108,236 @@ def attend_kernel(
     num_words: int,
     group_size: int,
     block_size: int,
-    threads: tuple[int, int],
+    num_threads: int,
     split: int,
 ) -> Any:
     unpack, per_word = number_format_of(number_format)[2:]
-    num_x, num_y = threads
-    num_threads = num_x * num_y
-    # A tile lies within a split, so that it never is without any position to attend to.
-    tile_size = min(split, tile_size_of(num_words, group_size, per_word))
-    width, part_words = num_words * per_word, ceil_div(num_words, PARTS)
-    # One word more than needed: the threads of a score step then read different banks.
-    key_shape, value_shape = (tile_size, num_words + 1), (tile_size, num_words)
-    part_shape, weight_shape = (PARTS, group_size, tile_size), (group_size, tile_size)
-    query_shape = (group_size, width)
-    # Loops over these have a fixed number of turns, so that sums stay in registers, and that all
-    # loads of a thread are under way before the first one is waited for.
-    num_i, num_k = ceil_div(group_size, num_y), ceil_div(num_words, num_x)
-    num_loads = ceil_div(tile_size * num_words, num_threads)
-    sum_shape = (num_i, num_k * per_word)
+    heads, lanes, columns = block_shape(
+        num_words, group_size, number_format, num_threads=num_threads
+    )
+    num_chunks, is_even = ceil_div(group_size, heads), group_size % heads == 0
+    # Loops over these have a fixed number of turns, so that what they count stays in registers.
+    lane_words, column_words = ceil_div(num_words, lanes), ceil_div(num_words, columns)
+    places, shares = num_threads // lanes, num_threads // columns
+    key_turns = min(ceil_div(split, places), max(1, MOST_WORDS // lane_words))
+    key_rounds = ceil_div(split, places * key_turns)
+    share = ceil_div(split, shares)
+    value_turns = min(share, max(1, MOST_WORDS // column_words))
+    value_rounds = ceil_div(share, value_turns)
+    # A thread's values follow each other: this many lie in one block of the cache.
+    stride = math.gcd(math.gcd(share, value_turns), block_size)
+    lane_bits, column_bits, block_bits, split_bits = (
+        size.bit_length() - 1 for size in (lanes, columns, block_size, split)
+    )
+    width, item_turns = num_words * per_word, ceil_div(heads * split, num_threads)
+    output_turns = ceil_div(heads * head_dim, num_threads)
+    query_shape = (heads, lane_words * per_word)
+    sum_shape = (heads, column_words * per_word)
+    # Padded so that the lanes of a key, and keys side by side, write to different banks.
+    part_size = heads * split + max(1, WARP // lanes)
+    max_turns = ceil_div(split, MAX_SHARES)
+    num_parts, num_scores, num_maxima = lanes * part_size, heads * split, heads * MAX_SHARES
+    num_sums, num_totals = shares * heads * width, shares * heads
     scale = np.float32(head_dim**-0.5)
     least = -np.float32(np.inf)
 
     @cuda.jit(device=True)
-    def load_tiles(
-        keys_BPKW,
-        values_BPKW,
-        block_tables_SM,
-        slot,
-        kv_head,
-        tile,
-        start,
-        end,
-        tile_keys,
-        tile_values,
-        thread,
+    def load_keys(keys, table_M, begin, start, end, kv_head, num_kv_heads, first, lane, key_words):
+        """A thread's words of every `places`-th key from position `first` on; zero outside."""
+        for turn in range(key_turns):
+            j = first + turn * places
+            for i in range(lane_words):
+                key_words[turn, i] = np.int64(0)
+            if start <= j < end:
+                block = np.int64(table_M[np.uint64((begin + j) >> block_bits)])
+                row = (block << block_bits) + ((begin + j) & (block_size - 1))
+                at = (row * num_kv_heads + kv_head) * num_words + lane
+                for i in range(lane_words):
+                    if i * lanes + lane < num_words:
+                        key_words[turn, i] = keys[np.uint64(at + i * lanes)]
+
+    @cuda.jit(device=True)
+    def load_values(
+        values, table_M, begin, start, end, kv_head, num_kv_heads, first, column, value_words
     ):
-        """Reads keys and values; positions outside of start and end become zero."""
-        key_words = cuda.local.array(num_loads, np.int64)
-        value_words = cuda.local.array(num_loads, np.int64)
-        for turn in range(num_loads):
-            item = thread + turn * num_threads
-            j, w = item // num_words, item % num_words
-            key_words[turn] = value_words[turn] = np.int64(0)
-            if j < tile_size and start <= tile + j < end:
-                block = block_tables_SM[slot, (tile + j) // block_size]
-                place = (tile + j) % block_size
-                key_words[turn] = keys_BPKW[block, place, kv_head, w]
-                value_words[turn] = values_BPKW[block, place, kv_head, w]
-        for turn in range(num_loads):
-            item = thread + turn * num_threads
-            j, w = item // num_words, item % num_words
-            if j < tile_size:
-                tile_keys[j, w] = key_words[turn]
-                tile_values[j, w] = value_words[turn]
-
-    @cuda.jit(device=True)
-    def score_tile(queries_GD, tile_keys, scores_AGJ, thread):
-        """Products of a quarter of every key with the queries of the group."""
-        sums_G = cuda.local.array(group_size, np.float32)
-        for item in range(thread, tile_size * PARTS, num_threads):
-            j, part = item % tile_size, item // tile_size
-            for g in range(group_size):
-                sums_G[g] = np.float32(0.0)
-            for at in range(part_words):
-                w = part * part_words + at
-                if w < num_words:
-                    word = tile_keys[j, w]
-                    for i in range(per_word):
-                        key = unpack(word, i)
-                        for g in range(group_size):
-                            sums_G[g] += queries_GD[g, w * per_word + i] * key
-            for g in range(group_size):
-                scores_AGJ[part, g, j] = sums_G[g]
-
-    @cuda.jit(device=True)
-    def sum_scores(scores_AGJ, weights_GJ, tile, start, end, thread):
-        """Whole scores; -inf outside of start and end."""
-        for item in range(thread, group_size * tile_size, num_threads):
-            g, j = item // tile_size, item % tile_size
-            score = scores_AGJ[0, g, j]
-            for part in range(1, PARTS):
-                score += scores_AGJ[part, g, j]
-            weights_GJ[g, j] = score if start <= tile + j < end else least
-
-    @cuda.jit(device=True)
-    def soften(weights_GJ, softened_GJ, maxima_G, new_maxima_G, decays_G, thread):
-        """Weights below the new maxima, and how much older sums decay."""
-        for item in range(thread, group_size * tile_size, num_threads):
-            g, j = item // tile_size, item % tile_size
-            largest = maxima_G[g]
-            for other in range(tile_size):
-                largest = max(largest, weights_GJ[g, other])
-            softened_GJ[g, j] = np.float32(math.exp(weights_GJ[g, j] - largest))
-            if j == 0:
-                # At the first tile this is exp(-inf) = 0: there is nothing yet to decay.
-                decays_G[g] = np.float32(math.exp(maxima_G[g] - largest))
-                new_maxima_G[g] = largest
+        """A thread's words of the values from position `first` on; zero outside."""
+        at = np.int64(0)
+        for turn in range(value_turns):
+            j = first + turn
+            if turn % stride == 0 and j < end:
+                block = np.int64(table_M[np.uint64((begin + j) >> block_bits)])
+                row = (block << block_bits) + ((begin + j) & (block_size - 1))
+                at = (row * num_kv_heads + kv_head) * num_words + column
+            for i in range(column_words):
+                value_words[turn, i] = np.int64(0)
+                if start <= j < end and i * columns + column < num_words:
+                    value_words[turn, i] = values[np.uint64(at + i * columns)]
+            at += num_kv_heads * num_words
 
     @cuda.jit
     def kernel(
-        q_TND,
-        keys_BPKW,
-        values_BPKW,
+        queries,
+        keys,
+        values,
         block_tables_SM,
         slots_T,
         positions_T,
         window,
-        sums_TXND,
+        partial_sums,
         maxima_TXN,
         totals_TXN,
     ):
-        queries_GD = cuda.shared.array(query_shape, np.float32)
-        tile_keys = cuda.shared.array(key_shape, np.int64)
-        tile_values = cuda.shared.array(value_shape, np.int64)
-        scores_AGJ = cuda.shared.array(part_shape, np.float32)
-        weights_GJ = cuda.shared.array(weight_shape, np.float32)
-        softened_GJ = cuda.shared.array(weight_shape, np.float32)
-        maxima_G = cuda.shared.array(group_size, np.float32)
-        new_maxima_G = cuda.shared.array(group_size, np.float32)
-        decays_G = cuda.shared.array(group_size, np.float32)
+        parts_AGJ = cuda.shared.array(num_parts, np.float32)
+        scores_GJ = cuda.shared.array(num_scores, np.float32)
+        maxima_GX = cuda.shared.array(num_maxima, np.float32)
+        sums_YGD = cuda.shared.array(num_sums, np.float32)
+        totals_YG = cuda.shared.array(num_totals, np.float32)
+        key_words = cuda.local.array((key_turns, lane_words), np.int64)
+        value_words = cuda.local.array((value_turns, column_words), np.int64)
+        my_queries = cuda.local.array(query_shape, np.float32)
+        products = cuda.local.array(heads, np.float32)
         sums = cuda.local.array(sum_shape, np.float32)
-        totals = cuda.local.array(num_i, np.float32)
-        x, y = cuda.threadIdx.x, cuda.threadIdx.y
-        thread = y * num_x + x
-        row, kv_head, part = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        totals = cuda.local.array(heads, np.float32)
+
+        thread = cuda.threadIdx.x
+        row, part = cuda.blockIdx.x, cuda.blockIdx.z
+        kv_head, chunk = cuda.blockIdx.y // num_chunks, cuda.blockIdx.y % num_chunks
+        num_kv_heads = cuda.gridDim.y // num_chunks
         position = positions_T[row]
-        if part * split > position:
+        begin = part * split
+        if begin > position:
             return  # `merge_kernel` does not look at such a split
-        first_head, slot = kv_head * group_size, slots_T[row]
-        start, end = part * split, min((part + 1) * split, position + 1)
+        table_M = block_tables_SM[slots_T[row]]
+        first_head = kv_head * group_size + chunk * heads
+        num_heads = heads if is_even else min(heads, group_size - chunk * heads)
+        # Of the split's positions.
+        start, end = 0, min(split, position + 1 - begin)
         if window > 0:
-            start = max(start, position + 1 - window)
+            start = max(start, position + 1 - window - begin)
+        lane, place = thread & (lanes - 1), thread >> lane_bits
+        column, group = thread & (columns - 1), thread >> column_bits
 
-        for i in range(num_i):
-            g = y + i * num_y
-            for k in range(num_k * per_word):
-                d = x + k * num_x
-                if g < group_size and d < width:
+        load_keys(keys, table_M, begin, start, end, kv_head, num_kv_heads, place, lane, key_words)
+        first = group * share
+        load_values(
+            values, table_M, begin, start, end, kv_head, num_kv_heads, first, column, value_words
+        )
+        first_query = (row * num_kv_heads * group_size + first_head) * head_dim + lane * per_word
+        for g in range(heads):
+            for i in range(lane_words):
+                for e in range(per_word):
                     query = np.float32(0.0)
-                    if d < head_dim:
-                        query = q_TND[row, first_head + g, d] * scale
-                    queries_GD[g, d] = query
-            if x == 0 and g < group_size:
-                maxima_G[g] = least
-        for i in range(num_i):
-            totals[i] = np.float32(0.0)
-            for k in range(num_k * per_word):
-                sums[i, k] = np.float32(0.0)
+                    if (i * lanes + lane) * per_word + e < head_dim and g < num_heads:
+                        at = first_query + g * head_dim + i * lanes * per_word + e
+                        query = queries[np.uint64(at)]
+                    my_queries[g, i * per_word + e] = query
 
-        for tile in range(start // tile_size * tile_size, end, tile_size):
-            cuda.syncthreads()
-            load_tiles(
-                keys_BPKW,
-                values_BPKW,
-                block_tables_SM,
-                slot,
-                kv_head,
-                tile,
-                start,
-                end,
-                tile_keys,
-                tile_values,
-                thread,
-            )
-            cuda.syncthreads()
-            score_tile(queries_GD, tile_keys, scores_AGJ, thread)
-            cuda.syncthreads()
-            sum_scores(scores_AGJ, weights_GJ, tile, start, end, thread)
-            cuda.syncthreads()
-            soften(weights_GJ, softened_GJ, maxima_G, new_maxima_G, decays_G, thread)
-            cuda.syncthreads()
-            for i in range(num_i):
-                g = min(y + i * num_y, group_size - 1)
-                totals[i] *= decays_G[g]
-                for k in range(num_k * per_word):
-                    sums[i, k] *= decays_G[g]
-                if x == 0:
-                    maxima_G[g] = new_maxima_G[g]
-            for j in range(tile_size):
-                for i in range(num_i):
-                    weight = softened_GJ[min(y + i * num_y, group_size - 1), j]
-                    totals[i] += weight
-                    for k in range(num_k):
-                        word = tile_values[j, min(x + k * num_x, num_words - 1)]
+        for round in range(key_rounds):
+            first = round * key_turns * places + place
+            if round > 0:
+                load_keys(
+                    keys, table_M, begin, start, end, kv_head, num_kv_heads, first, lane, key_words
+                )
+            for turn in range(key_turns):
+                j = first + turn * places
+                if j < end:
+                    for g in range(heads):
+                        products[g] = np.float32(0.0)
+                    for i in range(lane_words):
                         for e in range(per_word):
-                            sums[i, k * per_word + e] += weight * unpack(word, e)
+                            key = unpack(key_words[turn, i], e)
+                            for g in range(heads):
+                                products[g] += my_queries[g, i * per_word + e] * key
+                    for g in range(heads):
+                        parts_AGJ[np.uint64(lane * part_size + j + g * split)] = products[g]
+        cuda.syncthreads()
+        for turn in range(item_turns):
+            item = thread + turn * num_threads
+            if item < heads * split:
+                j, score = item & (split - 1), least
+                if start <= j < end:
+                    score = parts_AGJ[np.uint64(item)]
+                    for a in range(1, lanes):
+                        score += parts_AGJ[np.uint64(item + a * part_size)]
+                    score *= scale
+                scores_GJ[np.uint64(item)] = score
+        cuda.syncthreads()
+        for item in range(thread, heads * MAX_SHARES, num_threads):
+            largest, first = least, item // MAX_SHARES * split + item % MAX_SHARES
+            for turn in range(max_turns):
+                if turn * MAX_SHARES + item % MAX_SHARES < split:
+                    largest = max(largest, scores_GJ[np.uint64(first + turn * MAX_SHARES)])
+            maxima_GX[np.uint64(item)] = largest
+        cuda.syncthreads()
+        for turn in range(item_turns):
+            item = thread + turn * num_threads
+            if item < heads * split:
+                g, j = item >> split_bits, item & (split - 1)
+                largest = maxima_GX[np.uint64(g * MAX_SHARES)]
+                for x in range(1, MAX_SHARES):
+                    largest = max(largest, maxima_GX[np.uint64(g * MAX_SHARES + x)])
+                weight = np.float32(0.0)
+                if start <= j < end:
+                    weight = np.float32(math.exp(scores_GJ[np.uint64(item)] - largest))
+                scores_GJ[np.uint64(item)] = weight
+                if j == 0 and g < num_heads:
+                    maxima_TXN[row, part, first_head + g] = largest
+        cuda.syncthreads()
 
-        for i in range(num_i):
-            g = y + i * num_y
-            # Threads past the last head or word have computed a copy of the last one.
-            if g < group_size:
-                for k in range(num_k):
+        for g in range(heads):
+            totals[g] = np.float32(0.0)
+            for i in range(column_words * per_word):
+                sums[g, i] = np.float32(0.0)
+        for round in range(value_rounds):
+            first = group * share + round * value_turns
+            if round > 0:
+                load_values(
+                    values,
+                    table_M,
+                    begin,
+                    start,
+                    end,
+                    kv_head,
+                    num_kv_heads,
+                    first,
+                    column,
+                    value_words,
+                )
+            if first < end:
+                for turn in range(value_turns):
+                    if round * value_turns + turn < share and first + turn < split:
+                        for g in range(heads):
+                            products[g] = scores_GJ[np.uint64(first + g * split + turn)]
+                            totals[g] += products[g]
+                        for i in range(column_words):
+                            for e in range(per_word):
+                                value = unpack(value_words[turn, i], e)
+                                for g in range(heads):
+                                    sums[g, i * per_word + e] += products[g] * value
+        for g in range(heads):
+            first = (group * heads + g) * width + column * per_word
+            for i in range(column_words):
+                if i * columns + column < num_words:
                     for e in range(per_word):
-                        d = (x + k * num_x) * per_word + e
-                        if d < head_dim:
-                            sums_TXND[row, part, first_head + g, d] = sums[i, k * per_word + e]
-                if x == 0:
-                    maxima_TXN[row, part, first_head + g] = maxima_G[g]
-                    totals_TXN[row, part, first_head + g] = totals[i]
+                        at = first + i * columns * per_word + e
+                        sums_YGD[np.uint64(at)] = sums[g, i * per_word + e]
+            if column == 0:
+                totals_YG[np.uint64(group * heads + g)] = totals[g]
+        cuda.syncthreads()
+        first = (row * cuda.gridDim.z + part) * num_kv_heads * group_size + first_head
+        for turn in range(output_turns):
+            item = thread + turn * num_threads
+            if item < num_heads * head_dim:
+                at = item + item // head_dim * (width - head_dim)
+                value_sum = sums_YGD[np.uint64(at)]
+                for y in range(1, shares):
+                    value_sum += sums_YGD[np.uint64(at + y * heads * width)]
+                partial_sums[np.uint64(first * head_dim + item)] = value_sum
+        if thread < num_heads:
+            total = totals_YG[np.uint64(thread)]
+            for y in range(1, shares):
+                total += totals_YG[np.uint64(y * heads + thread)]
+            totals_TXN[row, part, first_head + thread] = total
 
     return kernel
 

@@ -295,3 +295,26 @@ def test_a_token_that_is_drawn_again_after_a_rewind_does_not_count_itself(engine
     repeated = engine.step(make_batch([2], [0], [2], updates=again), None).sampled
     assert repeated is not None
     assert repeated.token_ids == usual.token_ids
+
+
+def test_a_batch_may_be_prepared_before_its_step(engine: Engine) -> None:
+    batch = make_batch([0, 1], [20, 0], [1, 3])
+    engine.prepare(batch)
+    prepared = engine.step(batch, None).sampled
+    back = SequenceUpdates(rewind_slots=(0, 1), rewind_positions=(20, 0))
+    assert engine.step(replace(batch, updates=back), None).sampled == prepared
+
+
+def test_one_that_is_prepared_and_not_computed_leaves_its_updates_alone(engine: Engine) -> None:
+    batch = make_batch([0], [20], [1])
+    expected = engine.step(batch, None).sampled
+    engine.prepare(make_batch([2], [0], [1], updates=begin(2, block=3)))
+    engine.apply(rewind(20))
+    assert engine.step(batch, None).sampled == expected
+    assert engine.step(make_batch([2], [0], [1]), None).sampled is not None
+    with pytest.raises(ProtocolViolation, match="live slot"):
+        engine.prepare(make_batch([2], [1], [1], updates=begin(2, block=3)))
+
+
+def begin(slot: int, *, block: int) -> SequenceUpdates:
+    return SequenceUpdates(starts=(start(slot),), block_slots=(slot,), block_ids=(block,))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from core.kernels.attention import cuda as kernels
-from core.kernels.attention import reference
+from core.kernels.attention import cuda_shape, reference
 from tests.support.cuda import (
     LAUNCH,
     TOLERANCES,
@@ -138,10 +138,39 @@ def test_a_sliding_window_hides_older_positions(window: int) -> None:
     np.testing.assert_allclose(case.on_cuda(window), case.on_reference(window), atol=2e-6)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 1), (2, 2)])
-def test_any_number_of_heads_a_group(num_heads: int, num_kv_heads: int) -> None:
-    case = make_case([(16, 1)], "fp32", num_heads=num_heads, num_kv_heads=num_kv_heads)
-    np.testing.assert_allclose(case.on_cuda(None), case.on_reference(None), atol=2e-6)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    # The last takes several blocks a group, and the last of them has fewer heads.
+    [(3, 1, 6), (2, 2, 6), (7, 1, 36), (10, 1, 64)],
+)
+@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+def test_any_number_of_heads_a_group(
+    num_heads: int, num_kv_heads: int, head_dim: int, number_format: str
+) -> None:
+    case = make_case(
+        [(16, 1)],
+        number_format,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+    np.testing.assert_allclose(
+        case.on_cuda(None), case.on_reference(None), atol=TOLERANCES[number_format]
+    )
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 6, 7, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+def test_a_group_is_shared_among_as_few_blocks_as_registers_allow(
+    head_dim: int, group_size: int, number_format: str
+) -> None:
+    per_word = {"fp32": 2, "bf16": 4}[number_format]
+    shape = cuda_shape.block_shape(head_dim // per_word, group_size, number_format)
+    assert 1 <= shape.heads <= group_size
+    assert shape.heads * head_dim <= cuda_shape.MOST_QUERIES * shape.lanes
+    assert shape.lanes * shape.heads <= cuda_shape.MOST_LANE_HEADS
+    assert shape.lanes <= shape.columns <= cuda_shape.WARP
 
 
 def test_a_row_is_the_same_to_the_bit_alone_and_among_others() -> None:
@@ -163,17 +192,3 @@ def test_rows_that_are_padding_become_zero() -> None:
     alone = make_case([(0, 1), (2, 1)], "fp32").on_cuda(None)
     case.first_positions_R = np.array([0, -1], np.int32)
     np.testing.assert_array_equal(case.on_cuda(None), alone * [[[1]], [[0]]])
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "group_size", "number_format"),
-    [(128, 4, "bf16"), (256, 16, "fp32"), (64, 1, "fp32")],
-)
-def test_a_tile_fits_into_the_memory_of_a_block(
-    head_dim: int, group_size: int, number_format: str
-) -> None:
-    per_word = {"fp32": 2, "bf16": 4}[number_format]
-    size = kernels.tile_size_of(head_dim // per_word, group_size, per_word)
-    assert size >= 8
-    tile_bytes = 2 * size * head_dim * (8 // per_word)
-    assert tile_bytes < kernels.SHARED_BYTES
