@@ -17,6 +17,8 @@ unexport $(OPTIONS)
 $(foreach option,$(OPTIONS),$(eval export PENSTOCK_$(option) = $$(value $(option))))
 
 CLI := $(PYTHON) -m services.cli
+# Processes that tests run in; 0: no others. Each compiles kernels, and starts whole meshes.
+JOBS := 2
 
 .DEFAULT_GOAL := help
 .PHONY: help mesh generate status update repartition stop certs plan models pull test check format protos bench gpu bench-peers quality simulate chaos soak security fuzz-coverage clean
@@ -59,8 +61,8 @@ models: $(RUN_STAMP) ## lists the models of the catalogue
 pull: $(RUN_STAMP) ## fetches a model of the catalogue into the cache: NAME=
 	@$(CLI) pull -- "$$PENSTOCK_NAME"
 
-test: $(DEV_STAMP) ## runs all tests: TESTS=tests/core runs some
-	@$(PYTHON) -m pytest $(TESTS)
+test: $(DEV_STAMP) ## runs all tests, two files at a time: JOBS=2 TESTS=tests/core runs some
+	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: $(DEV_STAMP) ## lint, format, types, layers, protos
 	$(VENV)/bin/ruff check .

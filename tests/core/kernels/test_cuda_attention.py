@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from core.kernels.attention import cuda as kernels
-from core.kernels.attention import cuda_shape, reference
+from core.kernels.attention import reference
 from tests.support.cuda import (
     LAUNCH,
     TOLERANCES,
@@ -157,20 +157,6 @@ def test_any_number_of_heads_a_group(
     np.testing.assert_allclose(
         case.on_cuda(None), case.on_reference(None), atol=TOLERANCES[number_format]
     )
-
-
-@pytest.mark.parametrize("group_size", [1, 3, 4, 6, 7, 8, 16])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
-def test_a_group_is_shared_among_as_few_blocks_as_registers_allow(
-    head_dim: int, group_size: int, number_format: str
-) -> None:
-    per_word = {"fp32": 2, "bf16": 4}[number_format]
-    shape = cuda_shape.block_shape(head_dim // per_word, group_size, number_format)
-    assert 1 <= shape.heads <= group_size
-    assert shape.heads * head_dim <= cuda_shape.MOST_QUERIES * shape.lanes
-    assert shape.lanes * shape.heads <= cuda_shape.MOST_LANE_HEADS
-    assert shape.lanes <= shape.columns <= cuda_shape.WARP
 
 
 def test_a_row_is_the_same_to_the_bit_alone_and_among_others() -> None:
