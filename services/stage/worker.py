@@ -276,15 +276,13 @@ class _ComputeLoop:
         ready_ns = ordered.arrival.at_ns
         if arrived is not None:
             ready_ns = max(ready_ns, arrived.arrival.at_ns)
-        is_prepared, self._prepared = batch is self._prepared, None
-        if not is_prepared:
-            self._note_starts(batch.updates)
+        self._prepared = None
+        self._note_starts(batch.updates)
         starved, self._starved = self._starved, NOT_STARVED
         started_ns, started_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         job.began_ns = started_ns
         result = self._engine.step(batch, hidden_TH)
-        if not is_prepared:
-            self._note_ends(batch.updates)
+        self._note_ends(batch.updates)
         ended_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns() - started_cpu_ns
         requests = self._encode(job, route.outlet, batch, result)
         sampled = _answer(batch, result) if route.answers else None

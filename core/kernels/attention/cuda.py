@@ -64,7 +64,7 @@ def paged_attention(
     """Attends from every row; row t is at `positions_T[t]` of the sequence in `slots_T[t]`.
 
     `partials` has as many splits as the longest sequence needs, or more. Rows at negative
-    positions are padding, and become zero.
+    positions are padding, and become zero. Sizes of blocks and splits are powers of two.
     """
     num_rows, num_heads, head_dim = q_TND.shape
     _, block_size, num_kv_heads, num_words = keys_BPKW.shape
@@ -134,12 +134,19 @@ def attend_kernel(
     query_shape = (heads, lane_words * per_word)
     sum_shape = (heads, column_words * per_word)
     # Padded so that the lanes of a key, and keys side by side, write to different banks.
-    part_size = heads * split + max(1, WARP // lanes)
+    part_size = heads * split + WARP // lanes
     max_turns = ceil_div(split, MAX_SHARES)
     num_parts, num_scores, num_maxima = lanes * part_size, heads * split, heads * MAX_SHARES
     num_sums, num_totals = shares * heads * width, shares * heads
     scale = np.float32(head_dim**-0.5)
     least = -np.float32(np.inf)
+
+    @cuda.jit(device=True)
+    def first_word(table_M, position, kv_head, num_kv_heads):
+        """Where in the flat cache a head begins at a position of the table's sequence."""
+        block = np.int64(table_M[np.uint64(position >> block_bits)])
+        row = (block << block_bits) + (position & (block_size - 1))
+        return (row * num_kv_heads + kv_head) * num_words
 
     @cuda.jit(device=True)
     def load_keys(keys, table_M, begin, start, end, kv_head, num_kv_heads, first, lane, key_words):
@@ -149,9 +156,7 @@ def attend_kernel(
             for i in range(lane_words):
                 key_words[turn, i] = np.int64(0)
             if start <= j < end:
-                block = np.int64(table_M[np.uint64((begin + j) >> block_bits)])
-                row = (block << block_bits) + ((begin + j) & (block_size - 1))
-                at = (row * num_kv_heads + kv_head) * num_words + lane
+                at = first_word(table_M, begin + j, kv_head, num_kv_heads) + lane
                 for i in range(lane_words):
                     if i * lanes + lane < num_words:
                         key_words[turn, i] = keys[np.uint64(at + i * lanes)]
@@ -165,9 +170,7 @@ def attend_kernel(
         for turn in range(value_turns):
             j = first + turn
             if turn % stride == 0 and j < end:
-                block = np.int64(table_M[np.uint64((begin + j) >> block_bits)])
-                row = (block << block_bits) + ((begin + j) & (block_size - 1))
-                at = (row * num_kv_heads + kv_head) * num_words + column
+                at = first_word(table_M, begin + j, kv_head, num_kv_heads) + column
             for i in range(column_words):
                 value_words[turn, i] = np.int64(0)
                 if start <= j < end and i * columns + column < num_words:

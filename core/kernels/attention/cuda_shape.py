@@ -16,8 +16,6 @@ FEWEST_LANES = 8
 # Partial scores of a block are kept for so many pairs of a lane and a head.
 MOST_LANE_HEADS = 96
 WARP = 32
-# What every device gives a block without being asked.
-SHARED_BYTES = 48 * 1024
 
 
 class Shape(NamedTuple):
