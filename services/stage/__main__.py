@@ -56,7 +56,11 @@ def stage(
         float, typer.Option(help="How often weights in memory are hashed again; 0: never")
     ] = 10.0,
     slow_down_file: Annotated[
-        Path | None, typer.Option(help="File that says so instead, while it is there; inf: hangs")
+        Path | None,
+        typer.Option(
+            envvar="PENSTOCK_SLOW_DOWN_FILE",
+            help="File that says so instead, while it is there; inf: hangs",
+        ),
     ] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when standard input ends")

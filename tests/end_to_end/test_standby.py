@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def running(folder: Path, tmp_path: Path) -> Iterator[Running]:
-    mesh = LocalMesh(runtime=tmp_path, environment={})
+    mesh = LocalMesh(runtime=tmp_path, environment={}, is_slowable=True)
     mesh.start("--model", str(folder / "old"), *OPTIONS)
     try:
         record = mesh.record
@@ -140,15 +140,14 @@ def test_a_standby_that_takes_over_in_mid_update_completes_it_and_mixes_nothing(
     of_old_weights = running.client.send(long, timeout_s=LONG_TIMEOUT_S).token_ids
     update = running.mesh.popen("update", "--stage", "1", "--weights", str(folder / "new"))
     until(lambda: running.answers(lambda mesh: len(mesh.stages) == 3))
-    call = running.client.generation.Generate(long, timeout=LONG_TIMEOUT_S)
-    begun = [*next(call).token_ids]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        rest = pool.submit(rest_of, call)
+    with running.mesh.slowed():
+        call = running.client.generation.Generate(long, timeout=LONG_TIMEOUT_S)
+        begun = [*next(call).token_ids]
         until(lambda: update.poll() is not None or running.answers(is_draining))
         assert update.poll() is None, "nothing held the update up"
         running.kill_serving()
-        assert begun + rest.result() == of_old_weights
-        output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
+    assert begun + rest_of(call) == of_old_weights
+    output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
     assert update.returncode == 0, output
     assert running.tokens() == of_new_weights
     assert running.answers(lambda mesh: len(mesh.stages) == 2)

@@ -39,7 +39,7 @@ def mesh(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loc
 
 
 def started(runtime: Path, model: Path) -> Iterator[LocalMesh]:
-    mesh = LocalMesh(runtime=runtime, environment={})
+    mesh = LocalMesh(runtime=runtime, environment={}, is_slowable=True)
     mesh.start("--model", str(model), *OPTIONS)
     try:
         yield mesh
@@ -146,16 +146,15 @@ def test_a_coordinator_killed_in_mid_update_mixes_no_weights(
     for mesh in started(tmp_path, folder / "old"):
         for client in connected(mesh):
             long_before = client.send(request(1, LONG_TOKENS), timeout_s=LONG_TIMEOUT_S).token_ids
-            call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
-            begun = [*next(call).token_ids]
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                long = pool.submit(rest_of, call)
+            with mesh.slowed():
+                call = client.generation.Generate(request(1, LONG_TOKENS), timeout=LONG_TIMEOUT_S)
+                begun = [*next(call).token_ids]
                 update = mesh.popen("update", "--stage", "1", "--weights", str(folder / "new"))
                 client.wait_for_mesh(lambda mesh: any(one.draining for one in mesh.stages))
                 (coordinator,) = [one for one in mesh.record.processes if one.name == "coordinator"]
                 os.kill(coordinator.pid, signal.SIGKILL)
-                assert begun + long.result() == long_before
-                output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
+            assert begun + rest_of(call) == long_before
+            output, _ = update.communicate(timeout=COMMAND_TIMEOUT_S)
             assert update.returncode == 0, output
             assert tokens(client) == of_new_weights
             assert len(client.mesh().stages) == 2

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,12 @@ class LocalMesh:
     """Runs `penstock` commands against a run folder of its own.
 
     `environment` is added to what the commands inherit, less the options that a surrounding
-    `make` hands down.
+    `make` hands down. Stages of one that `is_slowable` look for their pace before each step.
     """
 
     runtime: Path
     environment: Mapping[str, str]
+    is_slowable: bool = False
 
     @property
     def run_folder(self) -> RunFolder:
@@ -54,7 +56,23 @@ class LocalMesh:
             and (name == "PENSTOCK_CACHE" or not name.startswith("PENSTOCK_"))
         }
         own = {"XDG_RUNTIME_DIR": str(self.runtime), "XDG_DATA_HOME": str(self.runtime / "data")}
+        if self.is_slowable:
+            own["PENSTOCK_SLOW_DOWN_FILE"] = str(self._pace_file)
         return inherited | own | dict(self.environment)
+
+    @property
+    def _pace_file(self) -> Path:
+        return self.runtime / "pace"
+
+    @contextmanager
+    def slowed(self, by: float = 100.0) -> Iterator[None]:
+        """Steps take so many times as long meanwhile: an answer lasts until others are done."""
+        assert self.is_slowable, "its stages do not look"
+        self._pace_file.write_text(str(by))
+        try:
+            yield
+        finally:
+            self._pace_file.unlink()
 
     def popen(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Starts a command and leaves it running; stdout and stderr come in one pipe."""
