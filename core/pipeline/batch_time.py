@@ -22,6 +22,8 @@ _PRIOR_POINTS = np.array([[1.0, 1.0, 64.0], [1.0, 32.0, 2048.0], [1.0, 256.0, 32
 _PRIOR_WEIGHT = 0.5
 # Brings rows and pairs near one, so that the normal equations are well conditioned.
 _UNITS = np.array([1.0, 32.0, 2048.0])
+# What observations of a size must weigh before the curve is bent to them.
+_ENOUGH = 8.0
 # An observation's weight halves after 70 later ones of its size.
 _FORGET = 0.99
 # Sizes are told apart by powers of two, up to 2 ** (_NUM_SIZES - 1) rows.
@@ -30,6 +32,11 @@ _NUM_SIZES = 14
 _OUTLIER = 5.0
 # Observations before a fit can tell stalls and variation from its own error.
 _TRUSTED = 16
+
+
+def size_of(rows_N: Array) -> npt.NDArray[np.int64]:
+    """The size, of 0 to 13, that micro-batches of so many rows count as."""
+    return np.minimum(np.log2(np.maximum(rows_N, 1.0)).astype(np.int64), _NUM_SIZES - 1)
 
 
 class Coefficients(NamedTuple):
@@ -69,18 +76,23 @@ class BatchTimeCurve:
     thousands of equal micro-batches must not wash out what others taught, or fixed cost could
     no longer be told from cost per row. The prior is scaled to the observations and counts
     little beside them.
+
+    A line is not the whole truth: few rows cost reading the weights, many their arithmetic, with
+    a knee between. `bends_B`: observed over fitted time by size (see `size_of`).
     """
 
     def __init__(self, prior: Coefficients = DEFAULT_PRIOR) -> None:
         self._prior = np.array(prior)
         self._gram_B33 = np.zeros((_NUM_SIZES, 3, 3))
         self._moment_B3 = np.zeros((_NUM_SIZES, 3))
+        self._weight_B = np.zeros(_NUM_SIZES)
         self._log_scale = 0.0
         self._scale_weight = 0.0
         self._variance = 0.01
         self._num_fitted = 0
         self.num_observations = 0
         self.coefficients = prior
+        self.bends_B = np.ones(_NUM_SIZES)
 
     @property
     def variation(self) -> float:
@@ -98,7 +110,7 @@ class BatchTimeCurve:
         if self._num_fitted >= _TRUSTED:
             seconds_N = self._judge(features_N3, seconds_N)
         scaled_N3 = features_N3 / _UNITS / seconds_N[:, None]
-        sizes_N = np.minimum(np.log2(np.maximum(rows_N, 1.0)).astype(np.int64), _NUM_SIZES - 1)
+        sizes_N = size_of(rows_N)
         for size in np.unique(sizes_N):
             self._remember(int(size), scaled_N3[sizes_N == size])
         self.num_observations += len(seconds_N)
@@ -110,6 +122,7 @@ class BatchTimeCurve:
         gram_33 = (scaled_N3 * weights_N[:, None]).T @ scaled_N3
         self._gram_B33[size] = self._gram_B33[size] * forget + gram_33
         self._moment_B3[size] = self._moment_B3[size] * forget + weights_N @ scaled_N3
+        self._weight_B[size] = self._weight_B[size] * forget + weights_N.sum()
 
     def _scale_prior(self, features_N3: Array, seconds_N: Array) -> None:
         """Moves the prior to the observed times' magnitude, keeping its proportions."""
@@ -136,8 +149,16 @@ class BatchTimeCurve:
         points = _PRIOR_POINTS / _UNITS / (_PRIOR_POINTS @ prior)[:, None]
         gram = self._gram_B33.sum(axis=0) + _PRIOR_WEIGHT * points.T @ points
         moment = self._moment_B3.sum(axis=0) + _PRIOR_WEIGHT * points.sum(axis=0)
-        solution = _solve_non_negative(gram, moment) / _UNITS
-        self.coefficients = Coefficients(*(float(value) for value in solution))
+        scaled_3 = _solve_non_negative(gram, moment)
+        self.coefficients = Coefficients(*(float(value) for value in scaled_3 / _UNITS))
+        self._bend(scaled_3)
+
+    def _bend(self, scaled_3: Array) -> None:
+        """Sizes that were hardly seen are taken to be like those beside them."""
+        (seen,) = np.nonzero(self._weight_B >= _ENOUGH)
+        if len(seen):
+            bends = self._weight_B[seen] / (self._moment_B3[seen] @ scaled_3)
+            self.bends_B = np.interp(np.arange(_NUM_SIZES), seen, bends)
 
 
 def _solve_non_negative(gram: Array, moment: Array) -> Array:

@@ -125,7 +125,11 @@ class Pipeline:
         sibling = self.topology.sibling(event.facts.part)
         if sibling is None:
             policy = self._policy
-            times = StageTimes(policy.prior, contention=policy.contention_prior)
+            times = StageTimes(
+                policy.prior,
+                contention=policy.contention_prior,
+                gain_alone=event.facts.gain_alone,
+            )
         else:
             times = sibling.times.for_sibling()
         self.topology.add(

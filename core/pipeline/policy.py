@@ -21,10 +21,10 @@ from math import ceil, sqrt
 import numpy as np
 import numpy.typing as npt
 
-from core.pipeline.batch_time import DEFAULT_PRIOR, Coefficients
+from core.pipeline.batch_time import DEFAULT_PRIOR, Coefficients, size_of
 from core.pipeline.row_cost import RowCost
 from core.pipeline.speculation import Stakes
-from core.pipeline.stage_times import StageTimes
+from core.pipeline.stage_times import COST_OF_TEAM, StageTimes
 
 Array = npt.NDArray[np.float64]
 
@@ -34,9 +34,6 @@ _KEEP = 0.02
 _MOST_VARIATION = 0.15
 # A loss to variation that is worth no further micro-batch.
 _SMALL_LOSS = 0.03
-# What threads take together of their cores' time for a chunk of a prompt, over what one would
-# (measured with two: 1.03 to 1.09).
-_COST_OF_TEAM = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +47,9 @@ class PolicySettings:
     contention_prior: float = 1.3
     # Two or more in flight must promise to be this much faster than one.
     overlap_gain: float = 0.02
+    # Where stages fill the machine that they share, one must promise to be this much faster than
+    # more: cores that wait while it is on its way could compute others.
+    alone_gain: float = 0.15
     # Longest that a micro-batch with decodes may take on the slowest stage because of prefill.
     decode_stall_s: float = 0.05
     # Fewest prompt tokens in a chunk, unless the prompt ends with it.
@@ -72,6 +72,9 @@ class InFlightPolicy:
         `gains_alone`: see `ReplicaFacts`."""
         self._settings = settings
         self._gains_S = np.array(gains_alone)
+        self._least_alone_S = np.where(self._gains_S > 1.0, COST_OF_TEAM / self._gains_S, 0.0)
+        # Of one machine, since they gain alone; and with no cores beside them.
+        self._fill_a_machine = min(gains_alone) > 1.0 <= float((1.0 / self._gains_S).sum())
         self._times_S = times_S
         self._hop_prior_s = self._hops_s = settings.hop_prior_s * (len(times_S) + 1)
         self._row_cost = RowCost()
@@ -131,6 +134,8 @@ class InFlightPolicy:
             times.fit()
         self._alone_S3 = np.array([times.alone for times in self._times_S])
         self._overlapped_S3 = np.array([times.overlapped for times in self._times_S])
+        self._alone_bends_SB = np.stack([times.alone_bends_B for times in self._times_S])
+        self._overlapped_bends_SB = np.stack([times.overlapped_bends_B for times in self._times_S])
         variation = float(np.mean([times.variation for times in self._times_S]))
         self._variation = min(variation, _MOST_VARIATION)
         typical = np.array([1.0, 64.0, 64.0 * self._context])
@@ -164,7 +169,9 @@ class InFlightPolicy:
             return 1
         cycle_N, loss_N = self._cycles(num_sequences, most)
         best = 1 + int(np.argmin(cycle_N[1:]))
-        if cycle_N[0] <= cycle_N[best] * (1.0 + self._settings.overlap_gain):
+        settings = self._settings
+        least_gain = -settings.alone_gain if self._fill_a_machine else settings.overlap_gain
+        if cycle_N[0] <= cycle_N[best] * (1.0 + least_gain):
             return 1
         chosen = best
         # A little slack against varying times, where it is nearly free.
@@ -190,8 +197,11 @@ class InFlightPolicy:
         n_N = np.arange(1, most + 1, dtype=np.float64)
         rows_N = np.ceil(num_sequences / n_N)
         features_3N = np.stack([np.ones(most), rows_N, rows_N * self._context])
-        seconds_SN = self._overlapped_S3 @ features_3N
-        seconds_SN[:, 0] = self._alone_S3 @ features_3N[:, 0]
+        sizes_N = size_of(rows_N)
+        seconds_SN = self._overlapped_S3 @ features_3N * self._overlapped_bends_SB[:, sizes_N]
+        alone_S = self._alone_S3 @ features_3N[:, 0] * self._alone_bends_SB[:, sizes_N[0]]
+        # So many rows, or pairs, may never have been alone: a team is no faster than its threads.
+        seconds_SN[:, 0] = np.maximum(alone_S, seconds_SN[:, 0] * self._least_alone_S)
         way_N = seconds_SN.sum(axis=0) + self._hops_s
         work_N = n_N * seconds_SN.max(axis=0)
         loss_N = self._loss(work_N / way_N)
@@ -203,8 +213,11 @@ class InFlightPolicy:
 
         Fitted to simulated closed lines of 2 to 64 equal stages: 8.5 % with as many
         micro-batches as stages and 3 %, 2 %, 1 % with 1.25, 1.5 and 2 times as many, at a
-        standard deviation of 11.5 %.
+        standard deviation of 11.5 %. Stages that fill a machine lose nothing: while they wait, its
+        cores do what coordinator, gateway and clients need anyway.
         """
+        if self._fill_a_machine:
+            return np.zeros_like(slack_N)
         return 0.75 * self._variation / (1.0 + 7.5 * np.maximum(slack_N - 1.0, 0.0))
 
     def stakes(self, num_sequences: int, *, rows: int) -> Stakes:
@@ -261,7 +274,7 @@ class InFlightPolicy:
         by their threads, since times alone may be known of few rows only."""
         pairs = rows * max(0.5 * rows, self._context)
         seconds_S = self._overlapped_S3 @ np.array([1.0, rows, pairs])
-        alone_s = _COST_OF_TEAM * float((seconds_S / self._gains_S).sum())
+        alone_s = COST_OF_TEAM * float((seconds_S / self._gains_S).sum())
         return alone_s < (1.0 - _KEEP) * float(seconds_S.max())
 
     def seconds(self, rows: float, pairs: float) -> float:

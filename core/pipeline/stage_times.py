@@ -13,14 +13,20 @@ _ENOUGH = 32
 _OUT_OF_DATE = 400
 # Micro-batches after which the times are the replica's own, no longer the prior's.
 _KNOWN = 8
+# What threads take together of their cores' time, over what one would (measured with two: 1.03 to
+# 1.09).
+COST_OF_TEAM = 1.05
 
 
 class StageTimes:
     """Two curves; until it was measured enough under overlap, its times alone, contended."""
 
-    def __init__(self, prior: Coefficients, *, contention: float) -> None:
-        """`contention`: factor of the fixed cost under overlap, until that was measured."""
+    def __init__(self, prior: Coefficients, *, contention: float, gain_alone: float = 1.0) -> None:
+        """Until times under overlap were measured they are those alone, times `contention` what is
+        fixed, or all of it by what a stage that shares its machine gains alone (see
+        `ReplicaFacts`)."""
         self._contention = contention
+        self._loss_beside = max(gain_alone / COST_OF_TEAM, 1.0)
         self._contended = prior._replace(fixed_s=prior.fixed_s * contention)
         self._alone = BatchTimeCurve(prior)
         self._overlapped = BatchTimeCurve(self._contended)
@@ -79,8 +85,16 @@ class StageTimes:
         """Brings `alone` and `overlapped` up to date."""
         self._alone.fit()
         self._overlapped.fit()
-        self.alone = self._alone.coefficients
+        self.alone, self.alone_bends_B = self._alone.coefficients, self._alone.bends_B
         if self._overlapped.num_observations < _ENOUGH and self.num_alone > 0:
-            fixed_s = self.alone.fixed_s * self._contention
-            self._overlapped.coefficients = self.alone._replace(fixed_s=fixed_s)
-        self.overlapped = self._overlapped.coefficients
+            fixed_s, per_row_s, per_pair_s = self.alone
+            self._overlapped.bends_B = self.alone_bends_B
+            self._overlapped.coefficients = Coefficients(
+                fixed_s * max(self._contention, self._loss_beside),
+                per_row_s * self._loss_beside,
+                per_pair_s * self._loss_beside,
+            )
+        self.overlapped, self.overlapped_bends_B = (
+            self._overlapped.coefficients,
+            self._overlapped.bends_B,
+        )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients
+from core.pipeline.batch_time import DEFAULT_PRIOR, BatchTimeCurve, Coefficients, size_of
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,39 @@ def test_what_other_sizes_taught_is_kept_through_thousands_of_equal_micro_batche
         curve.observe([8] * 50, [512] * 50, [truth.seconds(8, 0)] * 50)
     curve.fit()
     assert curve.coefficients.seconds(1, 64) == pytest.approx(1e-3, rel=0.2)
+
+
+def knee_s(rows: float) -> float:
+    """Reading the weights or arithmetic, whichever takes longer."""
+    return max(4e-3 + 1e-4 * rows, 4e-4 * rows)
+
+
+def bent(curve: BatchTimeCurve, rows: float) -> float:
+    (size,) = size_of(np.array([rows]))
+    return curve.coefficients.seconds(rows, 0.0) * float(curve.bends_B[size])
+
+
+def test_a_curve_is_bent_to_what_was_seen_of_each_size() -> None:
+    curve = BatchTimeCurve()
+    sizes = [1, 2, 4, 8, 16, 32, 64, 128] * 20
+    curve.observe(sizes, [0.0] * len(sizes), [knee_s(rows) for rows in sizes])
+    curve.fit()
+    errors = [curve.coefficients.seconds(rows, 0.0) / knee_s(rows) - 1.0 for rows in sizes]
+    assert max(map(abs, errors)) > 0.1  # no line fits
+    for rows in sizes:
+        assert bent(curve, rows) == pytest.approx(knee_s(rows), rel=0.01)
+
+
+def test_sizes_that_were_not_seen_are_like_those_beside_them() -> None:
+    curve = BatchTimeCurve()
+    sizes = [2, 8, 32] * 20
+    curve.observe(sizes, [0.0] * len(sizes), [knee_s(rows) for rows in sizes])
+    curve.fit()
+    two, eight, most = (float(curve.bends_B[size]) for size in (1, 3, 5))
+    assert curve.bends_B[0] == two
+    assert curve.bends_B[2] == pytest.approx((two + eight) / 2)
+    assert set(curve.bends_B[5:]) == {most}
+
+
+def test_a_curve_is_straight_before_reports() -> None:
+    assert set(BatchTimeCurve().bends_B) == {1.0}
