@@ -50,6 +50,8 @@ class PolicySettings:
     # Where stages fill the machine that they share, one must promise to be this much faster than
     # more: cores that wait while it is on its way could compute others.
     alone_gain: float = 0.15
+    # The same as long as times beside others are guessed: a short try measures them.
+    guessed_gain: float = 0.35
     # Longest that a micro-batch with decodes may take on the slowest stage because of prefill.
     decode_stall_s: float = 0.05
     # Fewest prompt tokens in a chunk, unless the prompt ends with it.
@@ -169,9 +171,7 @@ class InFlightPolicy:
             return 1
         cycle_N, loss_N = self._cycles(num_sequences, most)
         best = 1 + int(np.argmin(cycle_N[1:]))
-        settings = self._settings
-        least_gain = -settings.alone_gain if self._fill_a_machine else settings.overlap_gain
-        if cycle_N[0] <= cycle_N[best] * (1.0 + least_gain):
+        if cycle_N[0] <= cycle_N[best] * (1.0 + self._least_gain()):
             return 1
         chosen = best
         # A little slack against varying times, where it is nearly free.
@@ -182,6 +182,14 @@ class InFlightPolicy:
                 chosen = index
                 break
         return 1 + self._keep_last(chosen, cycle_N, loss_N)
+
+    def _least_gain(self) -> float:
+        """What two or more in flight must promise over one, as a share."""
+        settings = self._settings
+        if not self._fill_a_machine:
+            return settings.overlap_gain
+        is_known = all(times.knows_overlap for times in self._times_S)
+        return -(settings.alone_gain if is_known else settings.guessed_gain)
 
     def _keep_last(self, chosen: int, cycle_N: Array, loss_N: Array) -> int:
         """The last cut where it is about as good: every change unsettles the cohorts."""
@@ -250,7 +258,7 @@ class InFlightPolicy:
         k stages, least at c = sqrt(P fixed / ((k - 1) per_row)). With decodes, chunks are
         further bound by how long these may be stalled. Where stages share a machine, and take less
         time one after the other, each with all of it, than the slowest does beside the others,
-        chunks go one by one.
+        chunks go one by one, unless there are decodes that do not.
         """
         settings = self._settings
         times = self._slowest_s
@@ -263,7 +271,10 @@ class InFlightPolicy:
         if num_decodes == 0:
             longest_s *= 4.0
         budget_s = min(times.seconds(rows, 0.0), longest_s)
-        goes_alone = self._is_faster_alone(self.chunk_rows(budget_s - times.fixed_s, 0))
+        decodes_overlap = num_decodes > 0 and self.decode_target(num_decodes) > 1
+        goes_alone = not decodes_overlap and self._is_faster_alone(
+            self.chunk_rows(budget_s - times.fixed_s, 0)
+        )
         return PrefillPlan(
             micro_batch_s=budget_s * min(free_kv / settings.scarce_kv, 1.0),
             in_flight=1 if goes_alone else max(ceil(1.25 * depth), 1),

@@ -50,6 +50,11 @@ class StageTimes:
         return self._alone.num_observations
 
     @property
+    def knows_overlap(self) -> bool:
+        """Whether `overlapped` was measured, or else guessed from `alone`."""
+        return self._overlapped.num_observations >= _ENOUGH
+
+    @property
     def are_known(self) -> bool:
         """Whether the replica itself was measured."""
         return self._num_own >= _KNOWN
@@ -86,7 +91,7 @@ class StageTimes:
         self._alone.fit()
         self._overlapped.fit()
         self.alone, self.alone_bends_B = self._alone.coefficients, self._alone.bends_B
-        if self._overlapped.num_observations < _ENOUGH and self.num_alone > 0:
+        if not self.knows_overlap and self.num_alone > 0:
             fixed_s, per_row_s, per_pair_s = self.alone
             self._overlapped.bends_B = self.alone_bends_B
             self._overlapped.coefficients = Coefficients(
