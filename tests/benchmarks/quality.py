@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,8 @@ from tests.support.likelihood import log_likelihoods
 CHUNK = 128  # rows whose logits are held at a time
 
 
-class Arithmetic(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
     """What is measured."""
 
     number_format: str
@@ -53,13 +54,9 @@ class Arithmetic(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
+class Quality(Arithmetic):
     """Of one arithmetic. `answers` has a choice for each question."""
 
-    number_format: str
-    wire: str
-    num_stages: int
-    name: str
     perplexity: float
     accuracy: float
     answers: list[int]
@@ -92,7 +89,10 @@ def main(
     path = resolve_model(model)
     asked = hellaswag_questions(questions)
     pairs = itertools.product(formats.split(), wires.split())
-    measured = [Arithmetic(number_format, wire, stages) for number_format, wire in pairs]
+    measured = [
+        Arithmetic(number_format=number_format, wire=wire, num_stages=stages)
+        for number_format, wire in pairs
+    ]
     with (
         Progress(console=console) as progress,
         ThreadPoolExecutor(2) as pool,
@@ -100,7 +100,9 @@ def main(
         rows = list(pool.map(lambda one: _measure(path, one, windows, asked, progress), measured))
     console.print(quality_table(rows, asked))
     if json_path is not None:
-        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        json_path.write_text(
+            json.dumps([{"name": row.name} | asdict(row) for row in rows], indent=1) + "\n"
+        )
 
 
 def _measure(
@@ -115,7 +117,7 @@ def _measure(
     chain = Chain(
         checkpoint,
         load_config(checkpoint),
-        **arithmetic._asdict(),
+        **asdict(arithmetic),
         max_rows=CHUNK,
     )
 
@@ -136,8 +138,7 @@ def _measure(
     tokenizer.close()
     checkpoint.close()
     return Quality(
-        **arithmetic._asdict(),
-        name=arithmetic.name,
+        **asdict(arithmetic),
         perplexity=result,
         accuracy=_share(answers, [question.right for question in questions]),
         answers=answers,

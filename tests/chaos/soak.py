@@ -51,11 +51,13 @@ class Kind:
 
 ANSWERED, CANCELLED = "answered", "CANCELLED"
 KINDS = (
-    Kind(name="patient", share=64, endings=frozenset({ANSWERED})),
+    Kind(name="patient", share=58, endings=frozenset({ANSWERED})),
     Kind(name="cancelling", share=12, endings=frozenset({ANSWERED, CANCELLED})),
     Kind(name="vanishing", share=8, endings=frozenset({ANSWERED, CANCELLED})),
     Kind(name="hurried", share=8, endings=frozenset({ANSWERED, "DEADLINE_EXCEEDED"})),
     Kind(name="wrong", share=8, endings=frozenset({"INVALID_ARGUMENT"})),
+    # Several in one call, of which one is cancelled.
+    Kind(name="batching", share=6, endings=frozenset({ANSWERED, CANCELLED})),
 )
 
 
@@ -116,12 +118,15 @@ class Soak:
             [kind] = rng.choices(KINDS, weights=shares)
             if kind.name == "vanishing":
                 async with open_channel(self._address) as own:
-                    ending = await self._ask(rng, own, kind)
+                    endings = [await self._ask(rng, own, kind)]
+            elif kind.name == "batching":
+                endings = await self._ask_many(rng, channel)
             else:
-                ending = await self._ask(rng, channel, kind)
-            self._report.endings[kind.name, ending] += 1
-            if ending not in kind.endings:
-                self._report.problems.append(f"a {kind.name} client got {ending}")
+                endings = [await self._ask(rng, channel, kind)]
+            for ending in endings:
+                self._report.endings[kind.name, ending] += 1
+                if ending not in kind.endings:
+                    self._report.problems.append(f"a {kind.name} client got {ending}")
 
     async def _ask(self, rng: random.Random, channel: grpc.aio.Channel, kind: Kind) -> str:
         """Sends one request, treats it as its kind does, and says how it ended."""
@@ -144,7 +149,35 @@ class Soak:
             is_late = code is grpc.StatusCode.DEADLINE_EXCEEDED
             self._report.num_unheard += is_late and not tokens
             return str(code.name)
-        return ANSWERED if len(tokens) == request.sampling.max_tokens else "cut short"
+        return _ending_of(request, len(tokens))
+
+    async def _ask_many(self, rng: random.Random, channel: grpc.aio.Channel) -> list[str]:
+        """Sends some requests in one call, cancels one that has begun, and says how each ended."""
+        requests = [self._make_request(rng, is_wrong=False) for _ in range(rng.randint(2, 8))]
+        unwanted: int | None = rng.randrange(len(requests))
+        num_tokens = [0] * len(requests)
+        endings = dict.fromkeys(range(len(requests)), "no end")
+        call = GenerationServiceStub(channel).GenerateMany(timeout=REQUEST_TIMEOUT_S)
+        try:
+            for number, request in enumerate(requests):
+                await call.write(pb.GenerateManyRequest(id=number, request=request))
+            async for message in call:
+                for answer in message.answers:
+                    number, response = answer.id, answer.response
+                    if number == unwanted:
+                        unwanted = None
+                        await call.write(pb.GenerateManyRequest(id=number))
+                        await call.done_writing()
+                    num_tokens[number] += len(response.token_ids)
+                    if answer.HasField("error"):
+                        endings[number] = answer.error.message
+                    elif response.finish_reason == pb.FINISH_REASON_CANCELLED:
+                        endings[number] = CANCELLED
+                    elif response.finish_reason:
+                        endings[number] = _ending_of(requests[number], num_tokens[number])
+        except grpc.aio.AioRpcError as error:
+            return [error.code().name] * len(requests)
+        return list(endings.values())
 
     def _make_request(self, rng: random.Random, *, is_wrong: bool) -> pb.GenerateRequest:
         length = min(int(rng.lognormvariate(3.0, 1.0)) + 1, 200)
@@ -186,6 +219,11 @@ class Soak:
             f"{sent} requests were sent, the deadlines of {unheard} passed before anything came, "
             f"and the gateway ended {counted:.0f}"
         ]
+
+
+def _ending_of(request: pb.GenerateRequest, num_tokens: int) -> str:
+    """Of an answer that came to its end by itself."""
+    return ANSWERED if num_tokens == request.sampling.max_tokens else "cut short"
 
 
 async def soak(shape: Shape, *, vocab_size: int, seconds: float, folder: Path) -> Report:

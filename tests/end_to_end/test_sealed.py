@@ -91,10 +91,11 @@ def test_it_answers_as_the_plain_model_and_plaintext_never_touches_the_disk(
     plain: Path, mesh: LocalMesh, tmp_path: Path
 ) -> None:
     markers = markers_of(plain)
+    written = (tmp_path, ROOT / "core", Path(config.CACHE_DIR))
     assert files_with(markers, plain) == [plain / "model.safetensors"]
     with served(mesh, tmp_path / "sealed") as tokens:
         assert tokens == expected_tokens(plain)
-        assert not files_with(markers, tmp_path, ROOT / "core", Path(config.CACHE_DIR))
+        assert not files_with(markers, *written)
         layers = [
             argument
             for command in ("0:1", "1:4")
@@ -103,7 +104,7 @@ def test_it_answers_as_the_plain_model_and_plaintext_never_touches_the_disk(
         ]
         assert layers == ["0:1", "1:4"]
     mesh.stop()
-    assert not files_with(markers, tmp_path, ROOT / "core", Path(config.CACHE_DIR))
+    assert not files_with(markers, *written)
 
 
 def test_a_stage_whose_key_was_revoked_ends_the_start_and_says_why(
