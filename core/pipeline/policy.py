@@ -8,6 +8,10 @@ micro-batches of R/N rows, a stage that takes t(rows) and a slowest stage that t
 rises with N where the slowest stage is the limit (each micro-batch reads the weights again)
 and falls with N where the way through the pipeline is. Randomly varying times cost a share
 more while there is no slack (see `_loss`).
+
+Stages that share a machine have more of its threads while nothing else is in flight: t of
+cycle(1) is their team's. Where they fill the machine, more in flight are preferred, since cores
+that wait for one could compute the others (see `PolicySettings`).
 """
 
 from __future__ import annotations
@@ -76,7 +80,7 @@ class InFlightPolicy:
         self._gains_S = np.array(gains_alone)
         self._least_alone_S = np.where(self._gains_S > 1.0, COST_OF_TEAM / self._gains_S, 0.0)
         # Of one machine, since they gain alone; and with no cores beside them.
-        self._fill_a_machine = min(gains_alone) > 1.0 <= float((1.0 / self._gains_S).sum())
+        self._fill_a_machine = min(gains_alone) > 1.0 and float((1.0 / self._gains_S).sum()) >= 1.0
         self._times_S = times_S
         self._hop_prior_s = self._hops_s = settings.hop_prior_s * (len(times_S) + 1)
         self._row_cost = RowCost()
