@@ -227,7 +227,9 @@ class ExactPipeline:
                 case Refuse():
                     self._end(action.request_id, action.error, action.usage)
                 case DropReplica():
-                    self.exact.kill(action.replica_id)
+                    # One that died may be found out by its silence before anybody tells.
+                    if action.replica_id in self.exact.replicas:
+                        self.exact.kill(action.replica_id)
         return actions
 
     def deliver(self, replica: ExactReplica, *, count: int = 1) -> None:
