@@ -122,16 +122,14 @@ class Pipeline:
 
     def _add(self, event: ReplicaReady) -> None:
         """Takes in a replica. What is known of others with its layers it begins with."""
-        sibling = self.topology.sibling(event.facts.part)
+        sibling, gain_alone = self.topology.sibling(event.facts.part), event.facts.gain_alone
         if sibling is None:
             policy = self._policy
             times = StageTimes(
-                policy.prior,
-                contention=policy.contention_prior,
-                gain_alone=event.facts.gain_alone,
+                policy.prior, contention=policy.contention_prior, gain_alone=gain_alone
             )
         else:
-            times = sibling.times.for_sibling()
+            times = sibling.times.for_sibling(gain_alone=gain_alone)
         self.topology.add(
             Replica(
                 event.replica_id,

@@ -26,7 +26,7 @@ class StageTimes:
         fixed, or all of it by what a stage that shares its machine gains alone (see
         `ReplicaFacts`)."""
         self._contention = contention
-        self._loss_beside = max(gain_alone / COST_OF_TEAM, 1.0)
+        self._gain_alone = gain_alone
         self._contended = prior._replace(fixed_s=prior.fixed_s * contention)
         self._alone = BatchTimeCurve(prior)
         self._overlapped = BatchTimeCurve(self._contended)
@@ -34,15 +34,16 @@ class StageTimes:
         self._num_own = 0
         self.fit()
 
-    def for_sibling(self) -> StageTimes:
+    def for_sibling(self, *, gain_alone: float) -> StageTimes:
         """The same knowledge, for another replica of the stage to begin with."""
         times = deepcopy(self)
+        times._gain_alone = gain_alone
         times._num_own = 0
         return times
 
     def become_like(self, sibling: StageTimes) -> None:
         """Forgets what was measured, and begins with a sibling's knowledge."""
-        vars(self).update(vars(sibling.for_sibling()))
+        vars(self).update(vars(sibling.for_sibling(gain_alone=self._gain_alone)))
 
     @property
     def num_alone(self) -> int:
@@ -91,15 +92,15 @@ class StageTimes:
         self._alone.fit()
         self._overlapped.fit()
         self.alone, self.alone_bends_B = self._alone.coefficients, self._alone.bends_B
+        self.overlapped_bends_B = self._overlapped.bends_B
         if not self.knows_overlap and self.num_alone > 0:
-            fixed_s, per_row_s, per_pair_s = self.alone
-            self._overlapped.bends_B = self.alone_bends_B
-            self._overlapped.coefficients = Coefficients(
-                fixed_s * max(self._contention, self._loss_beside),
-                per_row_s * self._loss_beside,
-                per_pair_s * self._loss_beside,
-            )
-        self.overlapped, self.overlapped_bends_B = (
-            self._overlapped.coefficients,
-            self._overlapped.bends_B,
+            self._overlapped.coefficients = self._guess_overlapped()
+            self.overlapped_bends_B = self.alone_bends_B
+        self.overlapped = self._overlapped.coefficients
+
+    def _guess_overlapped(self) -> Coefficients:
+        fixed_s, per_row_s, per_pair_s = self.alone
+        loss = max(self._gain_alone / COST_OF_TEAM, 1.0)
+        return Coefficients(
+            fixed_s * max(self._contention, loss), per_row_s * loss, per_pair_s * loss
         )

@@ -156,7 +156,7 @@ class Soak:
         requests = [self._make_request(rng, is_wrong=False) for _ in range(rng.randint(2, 8))]
         unwanted: int | None = rng.randrange(len(requests))
         num_tokens = [0] * len(requests)
-        endings = dict.fromkeys(range(len(requests)), "no end")
+        endings = ["no end"] * len(requests)
         call = GenerationServiceStub(channel).GenerateMany(timeout=REQUEST_TIMEOUT_S)
         try:
             for number, request in enumerate(requests):
@@ -177,7 +177,7 @@ class Soak:
                         endings[number] = _ending_of(requests[number], num_tokens[number])
         except grpc.aio.AioRpcError as error:
             return [error.code().name] * len(requests)
-        return list(endings.values())
+        return endings
 
     def _make_request(self, rng: random.Random, *, is_wrong: bool) -> pb.GenerateRequest:
         length = min(int(rng.lognormvariate(3.0, 1.0)) + 1, 200)

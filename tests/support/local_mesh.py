@@ -65,10 +65,10 @@ class LocalMesh:
         return self.runtime / "pace"
 
     @contextmanager
-    def slowed(self, by: float = 100.0) -> Iterator[None]:
-        """Steps take so many times as long meanwhile: an answer lasts until others are done."""
+    def slowed(self) -> Iterator[None]:
+        """Steps take a hundred times as long meanwhile: an answer lasts until others are done."""
         assert self.is_slowable, "its stages do not look"
-        self._pace_file.write_text(str(by))
+        self._pace_file.write_text("100")
         try:
             yield
         finally:
