@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 from penstock.v1 import coordinator_pb2, coordinator_pb2_grpc, generation_pb2
 
-from services.common.channels import PING_INTERVAL_MS
+from services.common.servers import create_server
+from services.common.telemetry import no_telemetry
 
 Update = coordinator_pb2.RequestUpdate
 Script = Callable[[coordinator_pb2.Submission], Iterable[Update]]
@@ -92,7 +93,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.cancelled: asyncio.Queue[int] = asyncio.Queue()
         self.num_messages = 0
         self.num_streams = 0
-        self.num_takeovers = 0
+        self.takeovers: asyncio.Queue[None] = asyncio.Queue()
         self.answers_cancellations = True
         self.is_silent = False  # has no pulse
         self._has_stream = asyncio.Condition()
@@ -171,7 +172,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def _read(self, requests: AsyncIterator[coordinator_pb2.ConnectRequest]) -> None:
         async for request in requests:
             if request.take_over:
-                self.num_takeovers += 1
+                self.takeovers.put_nowait(None)
                 continue
             self.num_messages += 1
             for submission in request.submissions:
@@ -186,8 +187,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def start(self, port: int = 0) -> int:
         """Starts a server and returns its port."""
-        welcomed = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), welcomed])
+        self._server = create_server(no_telemetry())
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         await self._server.start()

@@ -17,7 +17,8 @@ from typing import Any
 import grpc
 from penstock.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2
 
-from services.common.channels import PING_INTERVAL_MS
+from services.common.servers import create_server
+from services.common.telemetry import no_telemetry
 from tests.support.fake_engine import EOS, VOCAB_SIZE
 from tests.support.fake_session import FakeSession
 
@@ -65,8 +66,7 @@ class FakeStage(stage_pb2_grpc.StageServiceServicer):
         return first, first + 2 if self.end_layer < 0 else self.end_layer
 
     async def start(self, port: int = 0) -> None:
-        welcomed = ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), welcomed])
+        self._server = create_server(no_telemetry())
         stage_pb2_grpc.add_StageServiceServicer_to_server(self, self._server)
         bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.address = f"127.0.0.1:{bound}"

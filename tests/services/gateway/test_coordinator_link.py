@@ -115,13 +115,14 @@ async def test_one_that_waits_is_left_to_wait_while_there_may_be_another_one() -
         state = await states.get()
         assert state is not None
         assert not state.waiting
-        assert waiting.num_takeovers == 0
+        assert waiting.takeovers.empty()
         await serving.stop()
         assert await states.get() is None
         state = await states.get()
         assert state is not None
         assert state.waiting
-        assert waiting.num_takeovers == 1
+        await waiting.takeovers.get()
+        assert waiting.takeovers.empty()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -45,8 +45,11 @@ def facts(responses: list[pb.GenerateResponse]) -> tuple[object, ...]:
 
 async def break_stream(setup: Setup) -> None:
     """The coordinator's process dies, and another takes its place."""
-    setup.coordinator.end_stream(grpc.StatusCode.UNAVAILABLE)
-    await setup.wait_for_health(NOT_SERVING)
+    coordinator = setup.coordinator
+    following = coordinator.num_streams + 1
+    coordinator.end_stream(grpc.StatusCode.UNAVAILABLE)
+    # By now health says that the stream is lost, which may not be seen: it is soon good again.
+    await asyncio.wait_for(coordinator.wait_for_stream(following), DEADLINE_S)
     await setup.wait_for_health(SERVING)
 
 
