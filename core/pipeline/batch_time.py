@@ -49,6 +49,10 @@ class Coefficients(NamedTuple):
     def seconds(self, rows: float, pairs: float) -> float:
         return self.fixed_s + self.per_row_s * rows + self.per_pair_s * pairs
 
+    def row_s(self, context: float) -> float:
+        """Of one more row, which looks at so many positions."""
+        return self.per_row_s + self.per_pair_s * context
+
     def rows_within(self, budget_s: float, position: int) -> int:
         """Most rows of a chunk that begins at `position` and takes at most `budget_s`.
 

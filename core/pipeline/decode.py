@@ -41,8 +41,10 @@ class Decodes:
         """Adds guesses, unless other work waits for the same rows."""
         path, speculation = self._path, self._shared.speculation
         space = path.max_rows - len(chosen)
-        stakes = path.policy.stakes(path.num_decodes, rows=len(chosen))
-        if space == 0 or path.num_backlog_rows or not speculation.pays(stakes):
+        stakes = None
+        if space > 0 and path.num_backlog_rows == 0:
+            stakes = path.policy.stakes(path.num_decodes, rows=len(chosen))
+        if stakes is None or not speculation.pays(stakes):
             return [Sampler(sequence, []) for sequence in chosen]
         decodes = []
         spare_blocks = self._spare_blocks()

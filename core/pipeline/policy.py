@@ -120,7 +120,7 @@ class InFlightPolicy:
         if not self._round_trips:
             return
         measured = any(times.num_alone for times in self._times_S)
-        way_3 = (self._alone_S3 if measured else self._overlapped_S3).sum(axis=0)
+        way_3 = np.array(self._way_alone_s if measured else self._way_s)
         trips_N3 = np.array(self._round_trips)
         computing_N = way_3[0] + trips_N3[:, 1:] @ way_3[1:]
         beyond_N = trips_N3[:, 0] - computing_N - self._hop_prior_s
@@ -145,8 +145,11 @@ class InFlightPolicy:
         variation = float(np.mean([times.variation for times in self._times_S]))
         self._variation = min(variation, _MOST_VARIATION)
         typical = np.array([1.0, 64.0, 64.0 * self._context])
-        self._slowest = int(np.argmax(self._overlapped_S3 @ typical))
-        self._slowest_s = Coefficients(*(float(x) for x in self._overlapped_S3[self._slowest]))
+        slowest = int(np.argmax(self._overlapped_S3 @ typical))
+        self._slowest_s = self._times_S[slowest].overlapped
+        self._slowest_alone_s = self._times_S[slowest].alone
+        self._way_s = _sum(self._overlapped_S3)
+        self._way_alone_s = _sum(self._alone_S3)
         self._estimate_hops()
 
     @property
@@ -239,16 +242,17 @@ class InFlightPolicy:
         micro-batch's own, on the whole way.
         """
         target = self.decode_target(num_sequences)
-        times_S3 = self._alone_S3 if target == 1 else self._overlapped_S3
-        seconds_S = times_S3 @ np.array([1.0, rows, rows * self._context])
-        row_s_S = times_S3 @ np.array([0.0, 1.0, self._context])
-        way_s = float(seconds_S.sum()) + self._hops_s
-        work_s = target * float(seconds_S[self._slowest])
+        slowest, way = self._slowest_s, self._way_s
+        if target == 1:
+            slowest, way = self._slowest_alone_s, self._way_alone_s
+        pairs = rows * self._context
+        way_s = way.seconds(rows, pairs) + self._hops_s
+        work_s = target * slowest.seconds(rows, pairs)
         if target > 1 and work_s >= way_s:
-            row_s = float(row_s_S[self._slowest])
+            row_s = slowest.row_s(self._context)
             return Stakes(tokens=num_sequences, seconds=work_s, row_s=row_s)
         learned_s = self._row_cost.row_s if target == 1 else None
-        row_s = float(row_s_S.sum()) if learned_s is None else learned_s
+        row_s = way.row_s(self._context) if learned_s is None else learned_s
         return Stakes(tokens=rows, seconds=max(way_s, work_s), row_s=row_s)
 
     # --- prefill
@@ -266,8 +270,8 @@ class InFlightPolicy:
         """
         settings = self._settings
         times = self._slowest_s
-        way = float((self._overlapped_S3 @ np.array([1.0, 128.0, 128.0 * 64.0])).sum())
-        depth = (way + self._hops_s) / max(times.seconds(128.0, 128.0 * 64.0), 1e-9)
+        way_s = self._way_s.seconds(128.0, 128.0 * 64.0) + self._hops_s
+        depth = way_s / max(times.seconds(128.0, 128.0 * 64.0), 1e-9)
         stages = max(depth - 1.0, 0.1)
         rows = sqrt(backlog_rows * times.fixed_s / (stages * max(times.per_row_s, 1e-9)))
         rows = min(max(rows, 4.0 * settings.min_chunk_rows), float(max_rows))
@@ -299,6 +303,11 @@ class InFlightPolicy:
     def chunk_rows(self, budget_s: float, position: int) -> int:
         """Rows at `position` that fit `budget_s` on the slowest stage."""
         return self._slowest_s.rows_within(budget_s, position)
+
+
+def _sum(times_S3: Array) -> Coefficients:
+    """What stages take one after the other."""
+    return Coefficients(*(float(sum_s) for sum_s in times_S3.sum(axis=0)))
 
 
 @dataclass(frozen=True, slots=True)
