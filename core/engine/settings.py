@@ -16,7 +16,7 @@ class EngineSettings:
     """Sizes of an engine. Raises InvalidInput where one makes no sense."""
 
     number_format: (
-        str  # of weights and KV cache: "fp32", "bf16", or "int8" or "int4" with a bf16 cache
+        str  # of weights and KV cache: "fp32", "bf16", "int8", or "int4" with the cache of int8
     )
     num_kv_blocks: int  # of 16 positions each
     num_slots: int = 256  # most sequences at a time

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.engine.settings import EngineSettings
 from core.kernels.ahead import AHEAD_SIZE
-from core.kernels.arithmetic import LANES, PANEL_COLUMNS, Arithmetic
+from core.kernels.arithmetic import LANES, PANEL_COLUMNS, host_arithmetic
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
 from core.kernels.linear.cpu import PanelScratch
 from core.kernels.memory import aligned_zeros
@@ -116,7 +116,7 @@ def kv_bytes_per_block(
     config: LlamaConfig, stage_slice: StageSlice, settings: EngineSettings
 ) -> int:
     """Bytes of one KV block of 16 positions over all layers of the stage, and in its log."""
-    layout = StageLayout(config, Arithmetic(settings.number_format, "portable"))
+    layout = StageLayout(config, host_arithmetic(settings.number_format))
     num_layers = stage_slice.end_layer - stage_slice.first_layer
     kv_bytes = num_layers * config.num_kv_heads * layout.block_words * 4
     if not settings.keeps_log or stage_slice.is_last:
@@ -169,13 +169,14 @@ def allocate_attention(layout: StageLayout, *, num_positions: int) -> AttentionW
     """Buffers for one tile of queries over the longest sequence."""
     group = layout.config.num_heads // layout.config.num_kv_heads
     queries = max(TILE_QUERIES, group)
+    kind = layout.arithmetic.of_cache
     positions = -(-num_positions // LANES) * LANES + 2 * LANES
     return AttentionWorkspace(
-        queries_QW=aligned_zeros(
-            (queries, layout.attention_input_words(layout.head_width)), np.uint32
-        ),
+        queries_QW=aligned_zeros((queries, kind.query_bytes(layout.head_width) // 4), np.uint32),
         scores_QP=aligned_zeros((queries, positions), np.float32),
-        weights_QP=aligned_zeros((queries, layout.attention_input_words(positions)), np.uint32),
+        weights_QP=aligned_zeros(
+            (queries, positions // LANES * kind.weight_block_bytes // 4), np.uint32
+        ),
         outputs_QD=aligned_zeros((queries, layout.head_width), np.float32),
         scales_Q=aligned_zeros((queries,), np.float32),
     )

@@ -6,9 +6,10 @@ a word and adds to float32 sums; so kernels of both formats differ only in what 
 does. The other operand, the *inputs* (activations, queries, attention weights), is float32,
 but pairs of bfloat16 for the instruction that multiplies such pairs.
 
-int8 is a format for the products with a model's weights only, the rest is bf16 there. Each column
-of weights has a scale, and each group of 64 inputs of a row; a word holds four of either; see
-`core.kernels.linear.integer_tiles`.
+int8 is a format for the products with a model's weights, and, where an instruction multiplies
+bytes, for attention and its cache; the rest is bf16 there. Each column of weights has a scale, and
+each group of 64 inputs of a row; a word holds four of either; see
+`core.kernels.linear.integer_tiles`, and for attention `core.kernels.attention.integer_tiles`.
 
 int4 is int8 with weights as a file of 4 bits has them; matrices that have no 4 bits there are int8
 beside it. See `core.kernels.linear.nibble_tiles` and `core.kernels.mixed`.
@@ -101,6 +102,31 @@ class Arithmetic:
         if not self.is_integer:
             return self
         return Arithmetic("bf16", self.bf16_instructions or self.instructions)
+
+    @property
+    def of_cache(self) -> Arithmetic:
+        """The arithmetic of attention and of the KV cache."""
+        if self.is_integer and self.instructions == "avx512vnni":
+            return self.of_bytes
+        return self.unquantised
+
+    @property
+    def cache_scale_bytes(self) -> int:
+        """Bytes of the scales behind a head's keys, or values, of a block of the cache."""
+        return 4 * LANES if self.is_integer else 0
+
+    def cache_bytes(self, width: int) -> int:
+        """Bytes of a head's keys, or values, in a block of the cache."""
+        return LANES * width * self.element_bytes + self.cache_scale_bytes
+
+    def query_bytes(self, width: int) -> int:
+        """Bytes of a head of a query; of integers with their scale and their correction."""
+        return width + 8 if self.is_integer else width * self.input_bytes
+
+    @property
+    def weight_block_bytes(self) -> int:
+        """Bytes of a query's weights of a block of positions; of integers with their scale."""
+        return LANES + 4 if self.is_integer else LANES * self.input_bytes
 
     @property
     def elements_per_word(self) -> int:
@@ -270,6 +296,18 @@ def input_bytes(typing_context, arithmetic):
 
 
 @intrinsic
+def cache_scale_bytes(typing_context, arithmetic):
+    """Bytes of the scales of a head's keys, or values, in a block: a constant of the kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.cache_scale_bytes)
+
+
+@intrinsic
+def weight_block_bytes(typing_context, arithmetic):
+    """Bytes of a query's weights of a block of positions: a constant of the compiled kernel."""
+    return types.intp(arithmetic), _constant(arithmetic.arithmetic.weight_block_bytes)
+
+
+@intrinsic
 def input_group_bytes(typing_context, arithmetic):
     """Bytes of 64 inputs of a product: a constant of the compiled kernel."""
     return types.intp(arithmetic), _constant(arithmetic.arithmetic.input_group_bytes)
@@ -297,6 +335,12 @@ def is_integer(typing_context, arithmetic):
 def unquantised(typing_context, arithmetic):
     """The arithmetic of all but the products with weights."""
     return _other_arithmetic(arithmetic, arithmetic.arithmetic.unquantised)
+
+
+@intrinsic
+def of_cache(typing_context, arithmetic):
+    """The arithmetic of attention and of the KV cache."""
+    return _other_arithmetic(arithmetic, arithmetic.arithmetic.of_cache)
 
 
 @intrinsic

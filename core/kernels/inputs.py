@@ -44,7 +44,7 @@ UNSIGNED_OFFSET = 128  # added to weights, see `core.kernels.linear.integer_tile
 # Groups and columns below are all zero: the inverse of their scale may not be finite.
 LEAST_MAGNITUDE = 1e-30
 # A float32 of this size has no fraction: adding it rounds, and leaves an integer in the low bits.
-_ROUNDER = float(3 << 22)
+ROUNDER = float(3 << 22)
 _ROUNDER_BITS = 0x4B400000
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 # Of four bytes in a word, the first and the third are one pair of 16 bits, the others one.
@@ -136,7 +136,7 @@ def _emit_rounded(
     wholes = []
     for number, floats in enumerate(vectors):
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
-        rounded = builder.bitcast(builder.fadd(scaled, splat_constant(_ROUNDER)), WORDS)
+        rounded = builder.bitcast(builder.fadd(scaled, splat_constant(ROUNDER)), WORDS)
         wholes.append(builder.sub(rounded, splat_word(_ROUNDER_BITS)))
         if in_pairs:
             integers = builder.trunc(rounded, HALVES)

@@ -76,6 +76,21 @@ def emit_dot(
     return sums
 
 
+def emit_byte_dot(
+    builder: Any, arithmetic: Arithmetic, sums: Any, weights: Any, inputs: Any
+) -> Any:
+    """sums + weights . inputs, where a word of weights is four unsigned bytes, one of inputs four
+    signed ones."""
+    if arithmetic.instructions == "avx512vnni":
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return emit_call(builder, name, WORDS, [sums, weights, inputs])
+    for shift in (0, 8, 16, 24):
+        weight = builder.and_(builder.lshr(weights, splat_word(shift)), splat_word(0xFF))
+        value = builder.ashr(builder.shl(inputs, splat_word(24 - shift)), splat_word(24))
+        sums = builder.add(sums, builder.mul(weight, value))
+    return sums
+
+
 def emit_loop(
     builder: Any, count: Any, initial: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:

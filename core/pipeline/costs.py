@@ -48,7 +48,7 @@ class DecoderShape:
     bytes_per_weight: float
     bytes_per_head_weight: float | None = None  # None: as the layers'
     bytes_per_embedding: int = 2  # of one element
-    bytes_per_kv: int = 2  # of one element
+    bytes_per_kv: float = 2  # of one element
     kv_block_size: int = 16
 
 
@@ -67,7 +67,7 @@ def estimate_costs(shape: DecoderShape) -> ModelCosts:
     vocabulary_weights = shape.vocab_size * shape.hidden_size
     layer_work = layer_weights + _ATTENTION_WEIGHTS_PER_QUERY_ELEMENT * shape.query_size
     head_bytes = shape.bytes_per_head_weight or shape.bytes_per_weight
-    kv_block_bytes = 2 * shape.kv_size * shape.bytes_per_kv * shape.kv_block_size
+    kv_block_bytes = int(2 * shape.kv_size * shape.bytes_per_kv * shape.kv_block_size)
     return ModelCosts(
         layer_s=(layer_work * _LAYER_S_PER_WEIGHT,) * shape.num_layers,
         layer_bytes=(int(layer_weights * shape.bytes_per_weight),) * shape.num_layers,

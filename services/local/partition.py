@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from core.kernels.host_cpu import has_vnni
 from core.models.llama.config import LlamaConfig
 from core.pipeline.costs import DecoderShape, ModelCosts, estimate_costs
 from core.pipeline.partitioner import Node, parse_split, partition, plan_split
@@ -22,9 +23,10 @@ _LAYER_BYTES = {"int8": _INT8_WEIGHT_BYTES, "int4": _INT4_WEIGHT_BYTES}
 
 def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     """Estimated time and memory of each layer."""
-    # Beside weights of integers, everything else is bf16.
+    # Beside weights of integers, everything else is bf16, and the cache int8 where that is fast.
     is_integer = number_format in _LAYER_BYTES
     size = _ELEMENT_BYTES["bf16" if is_integer else number_format]
+    has_byte_cache = is_integer and has_vnni()
     return estimate_costs(
         DecoderShape(
             num_layers=config.num_layers,
@@ -36,7 +38,7 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
             bytes_per_weight=_LAYER_BYTES.get(number_format, size),
             bytes_per_head_weight=_INT8_WEIGHT_BYTES if is_integer else size,
             bytes_per_embedding=size,
-            bytes_per_kv=size,
+            bytes_per_kv=1 + 4 / config.head_dim if has_byte_cache else size,
             kv_block_size=POSITIONS_PER_BLOCK,
         )
     )

@@ -27,6 +27,14 @@ def host_arithmetics() -> list[Arithmetic]:
     return found
 
 
+def cache_arithmetics() -> list[Arithmetic]:
+    """All that attention and the KV cache may have; of integers the portable one and the host's."""
+    found = [*host_arithmetics(), Arithmetic("int8", "portable", "portable")]
+    if has_vnni():
+        found.append(host_arithmetic("int8").of_cache)
+    return found
+
+
 def integer_arithmetics() -> list[Arithmetic]:
     """int8 in every kind of instructions."""
     found = [Arithmetic("int8", "portable")]

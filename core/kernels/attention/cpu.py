@@ -14,7 +14,6 @@ Letters: T rows, C columns of the q/k/v product, S slots, B blocks of a sequence
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,32 +22,26 @@ import numpy.typing as npt
 from core.kernels.arithmetic import (
     LANES,
     MAX_TILE_ROWS,
+    cache_scale_bytes,
     element_bytes,
     elements_per_word,
     input_bytes,
+    unquantised,
 )
+from core.kernels.attention.operands import keys_of_block, load_queries, weigh_positions
 from core.kernels.attention.tiles import scores_tile, values_tile
 from core.kernels.compile import kernel
 from core.kernels.elements import store_inputs
-from core.kernels.exponential import power_of_two
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
-    add,
     address,
-    fused_multiply_add,
-    largest_lane,
     load_float,
     load_floats,
-    load_word,
-    maximum,
     multiply,
     splat,
-    store_float,
-    sum_of_lanes,
 )
 
 TILE_QUERIES = 12  # rows x heads of a group that share a pass over keys and values
-LOG2_E = np.float32(math.log2(math.e))
 
 
 class HeadSizes(NamedTuple):
@@ -112,57 +105,15 @@ class Blocks(NamedTuple):
 
 
 @kernel
+def half_bytes(arithmetic, heads):
+    """Bytes of the keys, or the values, of one head in a block."""
+    return LANES * heads.width * element_bytes(arithmetic) + cache_scale_bytes(arithmetic)
+
+
+@kernel
 def block_bytes(arithmetic, heads):
     """Bytes of the keys and values of all heads in a block of a layer."""
-    return heads.num_kv_heads * 2 * LANES * heads.width * element_bytes(arithmetic)
-
-
-@kernel
-def keys_of_block(blocks, index):
-    """Address of the keys of a block, counted from the first that is seen."""
-    number = np.int64(load_word(blocks.table + index * 4))
-    return blocks.keys + number * blocks.block_stride
-
-
-@kernel
-def softmax_weights(arithmetic, scores, num_blocks, weights):
-    """Writes exp(score - largest) as inputs of a product; returns 1 / their sum.
-
-    By address. Minus infinity gives an exact 0.
-    """
-    # Two chains, since each step of one waits for the step before.
-    largest = even = odd = splat(np.float32(-np.inf))
-    for block in range(0, num_blocks - 1, 2):
-        even = maximum(even, load_floats(scores + block * BYTES_OF_FLOATS))
-        odd = maximum(odd, load_floats(scores + (block + 1) * BYTES_OF_FLOATS))
-    if num_blocks % 2 == 1:
-        largest = load_floats(scores + (num_blocks - 1) * BYTES_OF_FLOATS)
-    scale = splat(LOG2_E)
-    largest = splat(-LOG2_E * largest_lane(maximum(largest, maximum(even, odd))))
-    total = splat(np.float32(0.0))
-    for block in range(num_blocks):
-        floats = load_floats(scores + block * BYTES_OF_FLOATS)
-        floats = power_of_two(fused_multiply_add(floats, scale, largest))
-        total = add(total, floats)
-        store_inputs(arithmetic, weights + block * LANES * input_bytes(arithmetic), floats)
-    return np.float32(1.0) / sum_of_lanes(total)
-
-
-@kernel
-def load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers):
-    """Packs the queries of a tile, row by row, as inputs of a product.
-
-    By address: `queries` are a group's heads of the first row, `query_stride` bytes apart from row
-    to row.
-    """
-    group = heads.num_heads // heads.num_kv_heads
-    for i in range(num_rows):
-        for head in range(group):
-            source = queries + i * query_stride + head * heads.width * 4
-            target = buffers.queries + (i * group + head) * buffers.query_stride
-            for vector in range(heads.width // LANES):
-                floats = load_floats(source + vector * BYTES_OF_FLOATS)
-                store_inputs(arithmetic, target + vector * LANES * input_bytes(arithmetic), floats)
+    return heads.num_kv_heads * 2 * half_bytes(arithmetic, heads)
 
 
 @kernel
@@ -198,7 +149,7 @@ def sum_values(arithmetic, num_queries, blocks, ahead, num_positions, width, buf
 
     Meanwhile the keys of the blocks `ahead` are fetched.
     """
-    values = blocks.keys + LANES * width * element_bytes(arithmetic)
+    values = blocks.keys + LANES * width * element_bytes(arithmetic) + cache_scale_bytes(arithmetic)
     per_word = elements_per_word(arithmetic)
     num_words = (num_positions + per_word - 1) // per_word
     for first in range(0, num_queries, MAX_TILE_ROWS):
@@ -222,25 +173,6 @@ def sum_values(arithmetic, num_queries, blocks, ahead, num_positions, width, buf
                     buffers.output_stride, ahead.table, ahead.keys + offset, ahead.num_blocks - 1,
                 )  # fmt: skip
                 element += LANES
-
-
-@kernel
-def weigh_positions(
-    arithmetic, group, num_rows, first_position, first_block, num_blocks, window, buffers
-):
-    """Hides from each row what it must not see, and turns its scores into weights."""
-    minus_infinity = np.float32(-np.inf)
-    base = first_block * LANES
-    for query in range(num_rows * group):
-        position = first_position + query // group
-        scores = buffers.scores + query * buffers.score_stride
-        for p in range(position + 1 - base, num_blocks * LANES):
-            store_float(scores + p * 4, minus_infinity)
-        for p in range(position + 1 - window - base):
-            store_float(scores + p * 4, minus_infinity)
-        weights = buffers.weights + query * buffers.weight_stride
-        scale = softmax_weights(arithmetic, scores, num_blocks, weights)
-        store_float(buffers.scales + query * 4, scale)
 
 
 @kernel
@@ -305,15 +237,15 @@ def attend_tile(
     group = heads.num_heads // heads.num_kv_heads
     num_words = heads.width // elements_per_word(arithmetic)
     num_positions = position + num_rows - blocks.first_block * LANES
-    half_bytes = LANES * heads.width * element_bytes(arithmetic)
+    size = half_bytes(arithmetic, heads)
     load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers)
-    score_blocks(arithmetic, num_rows * group, blocks, half_bytes, num_words, buffers)
+    score_blocks(arithmetic, num_rows * group, blocks, size, num_words, buffers)
     weigh_positions(
-        arithmetic, group, num_rows, position, blocks.first_block, blocks.num_blocks, window,
-        buffers,
+        arithmetic, group, num_rows, position, blocks, 2 * size - cache_scale_bytes(arithmetic),
+        window, buffers,
     )  # fmt: skip
     sum_values(arithmetic, num_rows * group, blocks, ahead, num_positions, heads.width, buffers)
-    store_outputs(arithmetic, heads, num_rows, buffers, out, out_stride)
+    store_outputs(unquantised(arithmetic), heads, num_rows, buffers, out, out_stride)
 
 
 @kernel
@@ -329,7 +261,8 @@ def attend_run(
     """
     group = heads.num_heads // heads.num_kv_heads
     most_rows = max(1, TILE_QUERIES // group)
-    head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
+    head_bytes = 2 * half_bytes(arithmetic, heads)
+    output_bytes = input_bytes(unquantised(arithmetic))
     cache, block_stride = following.keys, following.block_stride
     for kv_head in range(num_kv_heads):
         keys = cache + kv_head * head_bytes
@@ -347,7 +280,7 @@ def attend_run(
             attend_tile(
                 arithmetic, heads, position + row, count, blocks, ahead, window,
                 queries + row * query_stride + first_head * 4, query_stride, buffers,
-                out + row * out_stride + first_head * input_bytes(arithmetic), out_stride,
+                out + row * out_stride + first_head * output_bytes, out_stride,
             )  # fmt: skip
 
 
@@ -369,12 +302,12 @@ def attend(arithmetic, heads, mine, rows, qkv_TC, cache, window, work, out, out_
         address(work.outputs_QD), work.outputs_QD.shape[1] * 4,
         address(work.scales_Q),
     )  # fmt: skip
-    head_bytes = 2 * LANES * heads.width * element_bytes(arithmetic)
+    head_bytes = 2 * half_bytes(arithmetic, heads)
     block_stride = block_bytes(arithmetic, heads)
     query_stride = qkv_TC.shape[1] * 4
     first_element = mine.first * (heads.num_heads // heads.num_kv_heads) * heads.width
     queries = address(qkv_TC) + first_element * 4
-    out += first_element * input_bytes(arithmetic)
+    out += first_element * input_bytes(unquantised(arithmetic))
     cache += mine.first * head_bytes
     row = 0
     while row < rows.num_rows:

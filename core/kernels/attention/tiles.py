@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from numba import types
 
 from core.kernels.arithmetic import LANES, Arithmetic
+from core.kernels.attention.integer_tiles import emit_integer_scores, emit_integer_values
 from core.kernels.compile import intrinsic
 from core.kernels.tiles import (
     emit_dot,
@@ -67,6 +68,10 @@ def scores_tile(
             query_rows = emit_row_addresses(builder, queries, query_stride, rows)
             score_rows = emit_row_addresses(builder, scores, score_stride, rows)
             blocks = list(zip((keys_0, keys_1), fetched, (0, 1), strict=True))
+            if kind.is_integer:
+                rows_of_tile = list(zip(query_rows, score_rows, strict=True))
+                emit_integer_scores(builder, kind, num_pairs, rows_of_tile, blocks)
+                return
             for some_rows in _shares(list(zip(query_rows, score_rows, strict=True)), kind, most=3):
                 for some_blocks in _shares(blocks, kind, most=1):
                     _emit_scores(builder, kind, num_pairs, some_rows, some_blocks)
@@ -100,7 +105,7 @@ def values_tile(
 
     `weights` has rows in the input format, an element for each position from the first of the
     block that `block_table` points at; `num_words` words of values belong to them. A block's
-    values are 16 (fp32) or 8 (bf16) rows of words, `value_stride` bytes apart. From each block
+    values are 16 (fp32), 8 (bf16) or 4 (int8) rows of words, `value_stride` apart. From each block
     of another table, as far as number `last_fetched`, as many bytes are fetched.
     """
     kind = arithmetic.arithmetic
@@ -117,9 +122,23 @@ def values_tile(
             block = builder.sext(emit_load(builder, where, I32), I64)
             return builder.add(start, builder.mul(block, block_stride))
 
+        def values_of(entry: Any) -> Any:
+            return block_address(block_table, entry, values)
+
+        def fetched_beside(entry: Any) -> Any:
+            is_last = builder.icmp_signed(">", entry, last_fetched)
+            entry = builder.select(is_last, last_fetched, entry)
+            return block_address(fetched_table, entry, fetched_values)
+
         def emit(rows: int) -> None:
             weight_rows = emit_row_addresses(builder, weights, weight_stride, rows)
             output_rows = emit_row_addresses(builder, outputs, output_stride, rows)
+            if kind.is_integer:
+                emit_integer_values(
+                    builder, kind, list(zip(weight_rows, output_rows, strict=True)), count,
+                    num_words, value_stride, values_of, fetched_beside,
+                )  # fmt: skip
+                return
             for some_rows in _shares(
                 list(zip(weight_rows, output_rows, strict=True)), kind, most=3
             ):
@@ -133,11 +152,8 @@ def values_tile(
                 entry = builder.lshr(step, index(words_per_block.bit_length() - 1))
                 in_block = builder.and_(step, index(words_per_block - 1))
                 offset = builder.mul(in_block, value_stride)
-                is_last = builder.icmp_signed(">", entry, last_fetched)
-                entry_fetched = builder.select(is_last, last_fetched, entry)
-                ahead = block_address(fetched_table, entry_fetched, fetched_values)
-                ahead = builder.add(ahead, offset)
-                row = builder.add(block_address(block_table, entry, values), offset)
+                ahead = builder.add(fetched_beside(entry), offset)
+                row = builder.add(values_of(entry), offset)
                 elements = []
                 for vector in offsets:
                     emit_prefetch(builder, builder.add(ahead, vector), 1)

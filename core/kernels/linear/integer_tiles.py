@@ -24,6 +24,7 @@ from core.kernels.arithmetic import GROUP, LANES, Arithmetic
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
     Fetches,
+    emit_byte_dot,
     emit_for_rows,
     emit_loop,
     emit_row_addresses,
@@ -147,7 +148,7 @@ def _emit_bytes(
         at = builder.add(group, builder.mul(number, index(4)))
         values = emit_splat(builder, emit_load(builder, at, I32))
         for weight in weights:
-            results.append(_emit_dot(builder, kind, sums[len(results)], weight, values))
+            results.append(emit_byte_dot(builder, kind, sums[len(results)], weight, values))
     return results
 
 
@@ -183,19 +184,6 @@ def _emit_pair_products(builder: Any, a: Any, b: Any) -> Any:
         ]
         halves.append(emit_call(builder, "llvm.x86.avx2.pmadd.wd", _HALF, pair))
     return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
-
-
-def _emit_dot(builder: Any, kind: Arithmetic, sums: Any, weights: Any, inputs: Any) -> Any:
-    """sums + weights . inputs, where a word of weights is four unsigned bytes, one of inputs four
-    signed ones."""
-    if kind.instructions == "avx512vnni":
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        return emit_call(builder, name, WORDS, [sums, weights, inputs])
-    for shift in (0, 8, 16, 24):
-        weight = builder.and_(builder.lshr(weights, splat_word(shift)), splat_word(0xFF))
-        value = builder.ashr(builder.shl(inputs, splat_word(24 - shift)), splat_word(24))
-        sums = builder.add(sums, builder.mul(weight, value))
-    return sums
 
 
 def _emit_scaled(

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.kernels.ahead import begin_layer, end_layer
-from core.kernels.arithmetic import PANEL_COLUMNS, input_bytes, is_integer, unquantised
+from core.kernels.arithmetic import PANEL_COLUMNS, input_bytes, is_integer, of_cache, unquantised
 from core.kernels.attention.cpu import AttentionWorkspace, HeadSizes, RowTable, attend
 from core.kernels.compile import kernel
 from core.kernels.linear.cpu import PanelScratch, tiles_of_panel
@@ -203,8 +203,8 @@ def run_attention(
     meet(team)
     attended_bytes = sizes.attention_size * input_bytes(beside)
     attend_share(
-        beside, heads, team, rows, weights, layer, head_norms, address(cache_L[layer]), work,
-        attention_work, attended, attended_bytes,
+        of_cache(arithmetic), heads, team, rows, weights, layer, head_norms,
+        address(cache_L[layer]), work, attention_work, attended, attended_bytes,
     )  # fmt: skip
     meet(team)
     fetch_for_layer(arithmetic, team, sizes, num_rows, layer + 1, cache_L, work)
@@ -339,9 +339,7 @@ def run_layers(
             unquantised(arithmetic), weights.embedding_VG, inputs.token_ids_T[mine.first :],
             mine.end - mine.first, work.hidden_TG[mine.first :],
         )  # fmt: skip
-    list_share(
-        unquantised(arithmetic), heads, team, rows, weights.windows_L.max(), work.scratch.ahead
-    )
+    list_share(of_cache(arithmetic), heads, team, rows, weights.windows_L.max(), work.scratch.ahead)
     fetch_for_layer(arithmetic, team, sizes, rows.num_rows, 0, cache_L, work)
     for layer in range(sizes.num_layers):
         run_attention(

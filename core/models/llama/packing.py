@@ -80,7 +80,7 @@ class StageLayout:
         return num_elements // GROUP * max(kind.input_group_bytes for kind in kinds) // 4
 
     def attention_input_words(self, num_elements: int) -> int:
-        """Words of queries, of attention's weights, or of its results."""
+        """Words of a row of attention's results."""
         return num_elements * self.arithmetic.unquantised.input_bytes // 4
 
     @property
@@ -111,7 +111,7 @@ class StageLayout:
     @property
     def block_words(self) -> int:
         """Words of keys and values of one KV head in one block."""
-        return 2 * LANES * self.head_width // self.arithmetic.unquantised.elements_per_word
+        return 2 * self.arithmetic.of_cache.cache_bytes(self.head_width) // 4
 
     def stage_sizes(self, num_layers: int, *, rounds_residual: bool) -> StageSizes:
         return StageSizes(

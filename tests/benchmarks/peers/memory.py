@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from core.kernels.host_cpu import has_vnni
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from tests.benchmarks.peers.work import Work
@@ -15,7 +16,7 @@ PROCESS_BYTES = 400_000_000
 NUM_SERVICES = 2  # gateway and coordinator, beside the stages
 # Of quantised formats, without their scales.
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5}
-KV_BYTES = 2  # one number of the cache, in bf16
+KV_BYTES = 2.0  # one number of the cache, in bf16
 
 
 def memory_limit(model: Path, system: str, works: Sequence[Work], *, stages: int = 2) -> int | None:
@@ -29,9 +30,11 @@ def memory_limit(model: Path, system: str, works: Sequence[Work], *, stages: int
         num_weights = sum(prod(checkpoint.shape(name)) for name in checkpoint.tensor_names)
     finally:
         checkpoint.close()
-    kv_bytes = most_tokens(works) * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    numbers = most_tokens(works) * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    # Of int8 where that is fast, a byte and its share of the scale that a head's numbers have.
+    kv_bytes = 1 + 4 / config.head_dim if has_vnni() else KV_BYTES
     weights = WEIGHT_FACTOR * each * num_weights
-    return int(weights + kv_bytes * KV_BYTES + PROCESS_BYTES * (stages + NUM_SERVICES))
+    return int(weights + numbers * kv_bytes + PROCESS_BYTES * (stages + NUM_SERVICES))
 
 
 def most_tokens(works: Sequence[Work]) -> int:
