@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from core.engine.engine import EngineSettings, kv_bytes_per_block
 from core.errors import InvalidInput, NotFound, PlanImpossible
 from core.models.llama.config import LlamaConfig
-from core.pipeline.plan import StageSlice
 from services.coordinator.roster import parse_roster
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.memory import (
@@ -256,14 +254,6 @@ def test_the_rows_that_a_stage_sent_take_room_beside_its_cache() -> None:
     for wire, row_bytes in (("f32", 576 * 4), ("bf16", 576 * 2), ("int8", 576 + 576 // 32 * 2)):
         first, last = stage_block_bytes(SMOLLM2, plan.slices, costs, wire=wire)
         assert (first, last) == (18 * layer + 16 * row_bytes, 12 * layer)
-
-
-@pytest.mark.parametrize("number_format", ["fp32", "bf16", "int8", "int4"])
-def test_a_kv_block_takes_what_is_planned_for_it(number_format: str) -> None:
-    costs = model_costs(SMOLLM2, number_format=number_format)
-    settings = EngineSettings(number_format=number_format, num_kv_blocks=1)
-    whole = StageSlice(first_layer=0, end_layer=30, num_layers=30)
-    assert kv_bytes_per_block(SMOLLM2, whole, settings) == sum(costs.kv_block_bytes)
 
 
 def test_all_stages_are_told_the_wire_and_one_that_does_not_fit_is_refused(lay: Lay) -> None:
