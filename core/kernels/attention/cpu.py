@@ -105,15 +105,15 @@ class Blocks(NamedTuple):
 
 
 @kernel
-def half_bytes(arithmetic, heads):
+def half_bytes(arithmetic, width):
     """Bytes of the keys, or the values, of one head in a block."""
-    return LANES * heads.width * element_bytes(arithmetic) + cache_scale_bytes(arithmetic)
+    return LANES * width * element_bytes(arithmetic) + cache_scale_bytes(arithmetic)
 
 
 @kernel
 def block_bytes(arithmetic, heads):
     """Bytes of the keys and values of all heads in a block of a layer."""
-    return heads.num_kv_heads * 2 * half_bytes(arithmetic, heads)
+    return heads.num_kv_heads * 2 * half_bytes(arithmetic, heads.width)
 
 
 @kernel
@@ -149,7 +149,7 @@ def sum_values(arithmetic, num_queries, blocks, ahead, num_positions, width, buf
 
     Meanwhile the keys of the blocks `ahead` are fetched.
     """
-    values = blocks.keys + LANES * width * element_bytes(arithmetic) + cache_scale_bytes(arithmetic)
+    values = blocks.keys + half_bytes(arithmetic, width)
     per_word = elements_per_word(arithmetic)
     num_words = (num_positions + per_word - 1) // per_word
     for first in range(0, num_queries, MAX_TILE_ROWS):
@@ -237,7 +237,7 @@ def attend_tile(
     group = heads.num_heads // heads.num_kv_heads
     num_words = heads.width // elements_per_word(arithmetic)
     num_positions = position + num_rows - blocks.first_block * LANES
-    size = half_bytes(arithmetic, heads)
+    size = half_bytes(arithmetic, heads.width)
     load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers)
     score_blocks(arithmetic, num_rows * group, blocks, size, num_words, buffers)
     weigh_positions(
@@ -261,7 +261,7 @@ def attend_run(
     """
     group = heads.num_heads // heads.num_kv_heads
     most_rows = max(1, TILE_QUERIES // group)
-    head_bytes = 2 * half_bytes(arithmetic, heads)
+    head_bytes = 2 * half_bytes(arithmetic, heads.width)
     output_bytes = input_bytes(unquantised(arithmetic))
     cache, block_stride = following.keys, following.block_stride
     for kv_head in range(num_kv_heads):
@@ -302,7 +302,7 @@ def attend(arithmetic, heads, mine, rows, qkv_TC, cache, window, work, out, out_
         address(work.outputs_QD), work.outputs_QD.shape[1] * 4,
         address(work.scales_Q),
     )  # fmt: skip
-    head_bytes = 2 * half_bytes(arithmetic, heads)
+    head_bytes = 2 * half_bytes(arithmetic, heads.width)
     block_stride = block_bytes(arithmetic, heads)
     query_stride = qkv_TC.shape[1] * 4
     first_element = mine.first * (heads.num_heads // heads.num_kv_heads) * heads.width

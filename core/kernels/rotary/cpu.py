@@ -107,7 +107,7 @@ def rotate_and_write(
     group = heads.num_heads // heads.num_kv_heads
     first_query, num_kv_heads = mine.first * group * heads.width, mine.end - mine.first
     first_own_key = first_key + mine.first * heads.width
-    size = half_bytes(arithmetic, heads)
+    size = half_bytes(arithmetic, heads.width)
     for t in range(rows.num_rows):
         row = address(qkv_TC[t])
         position = rows.positions_T[t]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from core.kernels.host_cpu import has_vnni
 from core.models.registry import load_config
 from core.weights.open import open_checkpoint
+from services.local.memory import POSITIONS_PER_BLOCK
+from services.local.partition import model_costs
 from tests.benchmarks.peers.work import Work
 
 WEIGHT_FACTOR = 1.5
@@ -16,12 +17,12 @@ PROCESS_BYTES = 400_000_000
 NUM_SERVICES = 2  # gateway and coordinator, beside the stages
 # Of quantised formats, without their scales.
 BYTES_PER_WEIGHT = {"int8": 1.0, "int4": 0.5}
-KV_BYTES = 2.0  # one number of the cache, in bf16
 
 
 def memory_limit(model: Path, system: str, works: Sequence[Work], *, stages: int = 2) -> int | None:
     """Bytes, or None for systems without such a goal."""
-    each = BYTES_PER_WEIGHT.get(system.removeprefix("penstock "))
+    number_format = system.removeprefix("penstock ")
+    each = BYTES_PER_WEIGHT.get(number_format)
     if each is None:
         return None
     checkpoint = open_checkpoint(model)
@@ -30,11 +31,10 @@ def memory_limit(model: Path, system: str, works: Sequence[Work], *, stages: int
         num_weights = sum(prod(checkpoint.shape(name)) for name in checkpoint.tensor_names)
     finally:
         checkpoint.close()
-    numbers = most_tokens(works) * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    # Of int8 where that is fast, a byte and its share of the scale that a head's numbers have.
-    kv_bytes = 1 + 4 / config.head_dim if has_vnni() else KV_BYTES
+    block_bytes = sum(model_costs(config, number_format=number_format).kv_block_bytes)
+    kv_bytes = most_tokens(works) * block_bytes / POSITIONS_PER_BLOCK
     weights = WEIGHT_FACTOR * each * num_weights
-    return int(weights + numbers * kv_bytes + PROCESS_BYTES * (stages + NUM_SERVICES))
+    return int(weights + kv_bytes + PROCESS_BYTES * (stages + NUM_SERVICES))
 
 
 def most_tokens(works: Sequence[Work]) -> int:

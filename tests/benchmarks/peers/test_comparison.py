@@ -176,7 +176,7 @@ def test_the_memory_limit_follows_the_weights_the_kv_and_the_processes(
 ) -> None:
     from tests.support.models import TINY_MODELS, write_gguf
 
-    monkeypatch.setattr("tests.benchmarks.peers.memory.has_vnni", lambda: has_vnni)
+    monkeypatch.setattr("services.local.partition.has_vnni", lambda: has_vnni)
     tiny = TINY_MODELS["llama-tied"]
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny)
