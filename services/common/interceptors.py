@@ -112,10 +112,11 @@ class _Call:
                     status = self._status_of(error)
                     code = status.code
                     _mark(span, code)
-            # Outside the span, which would record gRPC's own AbortError.
-            await self._context.abort(status.code, status.message, status.trailing_metadata)
         finally:
             self._record(time.perf_counter() - started, code)
+        # Outside the span, which would record gRPC's own AbortError, and counted already when the
+        # caller sees it.
+        return await self._context.abort(status.code, status.message, status.trailing_metadata)
 
     def _check_caller(self) -> None:
         if self._interceptor._policy is not None:

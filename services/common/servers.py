@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NoReturn
 
 import grpc
+import uvloop
 
 from core.errors import InvalidInput, PenstockError
 from services.common.addresses import is_loopback
@@ -157,7 +158,7 @@ async def run_until_stopped(
 def run_process(main: Coroutine[Any, Any, None]) -> None:
     """Runs a process's main coroutine; an error of ours is one line on stderr and exit code 1."""
     try:
-        asyncio.run(main)
+        uvloop.run(main)
     except PenstockError as error:
         exit_with(error)
 

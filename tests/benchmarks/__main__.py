@@ -9,7 +9,6 @@ of that rate.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 
 from services.cli.console import out as console
 from services.cli.console import say
@@ -99,7 +99,7 @@ def main(
     with running as system:
         if system.start_s is not None:
             say(f"from the command to the first token: {system.start_s:.2f} s")
-        number_format, figures = asyncio.run(measure(system, plan, say=say))
+        number_format, figures = uvloop.run(measure(system, plan, say=say))
     show(figures, number_format)
     if json_path is not None:
         json_path.write_text(

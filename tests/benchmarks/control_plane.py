@@ -19,6 +19,7 @@ from typing import Annotated
 
 import grpc.aio
 import typer
+import uvloop
 from penstock.v1 import generation_pb2 as pb
 from penstock.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -50,7 +51,7 @@ def main(
         streams=counts, seconds=seconds, requests=None, open_loop_seconds=0.0, one_call=one_call
     )
     with _started() as system:
-        figures = asyncio.run(_measured(system, plan))
+        figures = uvloop.run(_measured(system, plan))
     console.print(latency_table(figures, number_format="none"))
     console.print(process_table(figures))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
+import uvloop
 
 from services.cli.console import out as console
 from services.cli.console import say
@@ -38,7 +39,7 @@ def main(
     figures = []
     for cache in ("--no-prefix-cache", "--prefix-cache"):
         with started_mesh([cache]) as system:
-            number_format, measured = asyncio.run(_measure(system, cache, seconds=seconds))
+            number_format, measured = uvloop.run(_measure(system, cache, seconds=seconds))
             figures += measured
     console.print(latency_table(figures, number_format))
 

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 
 import grpc
 import psutil
+import uvloop
 
 from services.common.channels import open_channel
 from tests.benchmarks.load import LoadGenerator, Request, answers_of, encode_grpc
@@ -111,7 +112,7 @@ def mesh_turn(options: Sequence[str], *, one_call: bool) -> Iterator[MeshTurn]:
             system = stack.enter_context(started_mesh(options))
         except AssertionError as error:
             raise PeerFailed(str(error).strip().splitlines()[-1]) from error
-        runner = stack.enter_context(asyncio.Runner())
+        runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
         channel = runner.run(_connect(system.address))
         stack.callback(lambda: runner.run(channel.close()))
         yield MeshTurn(
