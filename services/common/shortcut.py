@@ -91,6 +91,11 @@ class Shortcut:
             if num_sent < len(message) + _LENGTH.size:
                 self._keep(memoryview(b"".join(parts))[num_sent:])
 
+    def take_arrived(self) -> None:
+        """Takes what the peer has sent before it ended the stream."""
+        if not self._is_closed:
+            self._read()
+
     def close(self) -> None:
         """Ends the conversation; the peer's `on_end` is called."""
         if self._ending is not None:

@@ -33,7 +33,7 @@ async def serve(settings: CoordinatorSettings) -> None:
         register_metrics(telemetry, conductor)
         server = create_server(telemetry, credentials=credentials)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-            CoordinatorServicer(conductor), server
+            CoordinatorServicer(conductor, offers_shortcuts=settings.offers_shortcuts), server
         )
         await health.add_to(server)
         service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"]
@@ -84,6 +84,9 @@ def main(
     tenant_weights: Annotated[
         str, typer.Option(help="shares of tenants in what is admitted, gold=4,free=0.5; 1 else")
     ] = "",
+    shortcuts: Annotated[
+        bool, typer.Option(help="sockets beside the gRPC streams, for gateways on the same host")
+    ] = True,
     open_timeout_s: Annotated[
         float, typer.Option(help="seconds that a stage has for loading its weights")
     ] = 600.0,
@@ -111,6 +114,7 @@ def main(
             pulse_timeout_s=pulse_timeout_s,
             prefix_cache=prefix_cache,
             tenant_weights=parse_tenant_weights(tenant_weights),
+            offers_shortcuts=shortcuts,
             open_timeout_s=open_timeout_s,
             audit=audit,
             log_level=log_level,

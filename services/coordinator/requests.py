@@ -74,6 +74,7 @@ class Requests:
     def disconnect(self, gateway: GatewayStream) -> None:
         """Lets a gateway go; its open requests are cancelled."""
         self._gateways.discard(gateway)
+        gateway.leave()
         for request_id in gateway.request_ids.values():
             self._post(RequestCancelled(request_id=request_id))
 

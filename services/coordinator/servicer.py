@@ -16,8 +16,10 @@ from services.coordinator.gateway_stream import GatewayStream
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """See coordinator.proto."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor, *, offers_shortcuts: bool = True) -> None:
+        """Without `offers_shortcuts` all news travel over gRPC."""
         self._conductor = conductor
+        self._offers_shortcuts = offers_shortcuts
         self._requests = conductor.requests
         self._administration = Administration(conductor)
 
@@ -25,6 +27,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, requests: AsyncIterator[coordinator_pb2.ConnectRequest], context: Any
     ) -> AsyncIterator[coordinator_pb2.ConnectResponse]:
         gateway = self._conductor.connect()
+        if self._offers_shortcuts:
+            gateway.offer_shortcut()
         reader = asyncio.ensure_future(self._read(gateway, requests))
         try:
             while (message := await gateway.next_message()) is not None:

@@ -32,6 +32,7 @@ class CoordinatorSettings:
     prefix_cache: bool = True  # prompts that begin alike are computed once
     # Shares of tenants in what is admitted; 1 for those that are not named.
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    offers_shortcuts: bool = True  # sockets beside the streams, for gateways on the same host
     open_timeout_s: float = 600.0  # for a stage to load its weights and open
     log_level: str = "INFO"
     audit: Path | None = None  # file of the audit log; None: none

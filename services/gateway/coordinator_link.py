@@ -20,6 +20,8 @@ from services.common.cancellation import in_own_task
 from services.common.channels import open_channel
 from services.common.credentials import Credentials
 from services.common.identity import COORDINATOR
+from services.common.shortcut import enter
+from services.gateway.news_shortcut import NewsShortcut
 from services.gateway.open_requests import OpenRequests
 
 _LOG = logging.getLogger(__name__)
@@ -101,23 +103,34 @@ class CoordinatorLink:
         ) as channel:
             # No deadline: the stream lives as long as both ends, and is heard of.
             call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Connect()
+            shortcut = None
             try:
                 async with asyncio.timeout(_FIRST_MESSAGE_TIMEOUT_S):
                     if takes_over:
                         await _write(call, coordinator_pb2.ConnectRequest(take_over=True))
-                    await self._read(call, may_wait=takes_over)
+                    first = await self._read(call, may_wait=takes_over)
+                    connection = enter(first.shortcut, first.shortcut_token)
+                    if connection is not None:
+                        shortcut = NewsShortcut(connection, self._requests.deliver)
+                        await shortcut.greeting()
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write_all(call))
                     tasks.create_task(self._read_all(call))
                     tasks.create_task(self._listen_for_silence())
+                    if shortcut is not None:
+                        tasks.create_task(shortcut.watch())
             finally:
                 call.cancel()
+                if shortcut is not None:
+                    shortcut.close()
 
     async def _read_all(self, call: grpc.aio.StreamStreamCall) -> None:
         while True:
             await self._read(call)
 
-    async def _read(self, call: grpc.aio.StreamStreamCall, *, may_wait: bool = True) -> None:
+    async def _read(
+        self, call: grpc.aio.StreamStreamCall, *, may_wait: bool = True
+    ) -> coordinator_pb2.ConnectResponse:
         response = await call.read()
         if not isinstance(response, coordinator_pb2.ConnectResponse):
             raise Unavailable("the coordinator ended the stream")
@@ -127,6 +140,7 @@ class CoordinatorLink:
                 raise Unavailable("the coordinator waits for others to fail")
             await self._take_mesh(response.mesh)
         self._requests.deliver(response)
+        return response
 
     async def _listen_for_silence(self) -> None:
         num_silent = 0

@@ -208,7 +208,10 @@ class MeshLayout:
                 "--audit": str(self.audit_path),
             }
             | self._identity(COORDINATOR),
-            flags=("--prefix-cache" if self.prefix_cache else "--no-prefix-cache",),
+            flags=(
+                "--prefix-cache" if self.prefix_cache else "--no-prefix-cache",
+                "--shortcuts" if self.shortcuts else "--no-shortcuts",
+            ),
         )
 
     def gateway_command(self) -> ProcessCommand:

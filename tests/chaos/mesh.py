@@ -289,6 +289,7 @@ class ChaosMesh:
             *("--spares", ",".join(one.address for one in self._staying if one.is_spare)),
             *("--max-sequences", str(self.shape.max_sequences)),
             *("--max-waiting", str(self.shape.max_waiting)),
+            "--no-shortcuts",
         )
 
     # --- processes

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+import pytest
 from penstock.v1 import coordinator_pb2
 
+from core.errors import ProtocolViolation, Unavailable
 from core.pipeline.actions import EmitTokens
 from core.pipeline.cut import Cut, Part
+from services.common.shortcut import Shortcut, enter
 from services.common.telemetry import start_telemetry
 from services.coordinator.gateway_stream import GatewayStream
 from services.coordinator.requests import Requests
@@ -58,6 +63,71 @@ async def test_a_beat_sends_an_empty_message_once() -> None:
     message = await next_message(stream)
     assert message is not None
     assert list(message.token_ids) == [1]
+
+
+@asynccontextmanager
+async def entered(
+    stream: GatewayStream,
+) -> AsyncIterator[tuple[Shortcut, asyncio.Queue[bytes]]]:
+    """The gateway's end of the shortcut, and what it hears."""
+    stream.offer_shortcut()
+    stream.set_mesh(coordinator_pb2.MeshState())
+    first = await next_message(stream)
+    assert first is not None
+    connection = enter(first.shortcut, first.shortcut_token)
+    assert connection is not None
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+    end = Shortcut(connection, on_message=heard.put_nowait, on_end=lambda error: None)
+    async with asyncio.timeout(10):
+        assert await heard.get() == b""
+        yield end, heard
+    end.close()
+    stream.leave()
+
+
+async def test_news_leave_over_the_shortcut_and_the_mesh_over_the_stream() -> None:
+    stream = GatewayStream()
+    async with entered(stream) as (_, heard):
+        stream.add_tokens(7, [1])
+        stream.set_mesh(coordinator_pb2.MeshState(waiting=True))
+        stream.wake()
+        news = coordinator_pb2.ConnectResponse.FromString(await heard.get())
+        assert (list(news.token_request_ids), list(news.token_ids)) == ([7], [1])
+        assert not news.HasField("mesh")
+        message = await next_message(stream)
+        assert message is not None
+        assert (message.mesh.waiting, list(message.token_ids)) == (True, [])
+        stream.beat()
+        assert await next_message(stream) == coordinator_pb2.ConnectResponse()
+
+
+async def test_a_gateway_that_leaves_the_shortcut_ends_the_stream() -> None:
+    stream = GatewayStream()
+    async with entered(stream) as (end, _):
+        end.close()
+        with pytest.raises(Unavailable):
+            await next_message(stream)
+
+
+async def test_a_gateway_that_speaks_where_it_only_listens_ends_the_stream() -> None:
+    stream = GatewayStream()
+    async with entered(stream) as (end, _):
+        end.send(b"hello")
+        with pytest.raises(ProtocolViolation):
+            await next_message(stream)
+
+
+async def test_a_gateway_that_does_not_read_its_shortcut_ends_the_stream() -> None:
+    stream = GatewayStream()
+    async with entered(stream) as (end, _):
+        asyncio.get_running_loop().remove_reader(end._connection)
+        update = stream.add_update(7)
+        update.refusal.message = "a" * (4 << 20)
+        while stream._error is None:
+            stream.wake()
+            stream.add_update(7).CopyFrom(update)
+        with pytest.raises(Unavailable):
+            await next_message(stream)
 
 
 async def test_what_computes_a_request_is_told_beside_its_first_tokens() -> None:

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from penstock.v1 import generation_pb2 as penstock_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"\x83\x01\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\x12\x11\n\ttake_over\x18\x03 \x01(\x08\"\x9c\x02\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\"\n\x08\x62\x65gan_on\x18\n \x01(\x0b\x32\x10.penstock.v1.Cut\"0\n\x03\x43ut\x12\x12\n\nend_layers\x18\x01 \x03(\r\x12\x15\n\rlayer_digests\x18\x02 \x03(\t\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x92\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\"\x87\x02\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\x12\"\n\x08\x62\x65gan_on\x18\x07 \x01(\x0b\x32\x10.penstock.v1.Cut\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"l\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\x08\"\x10\n\x0eGetMeshRequest\"\x8d\x03\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\x12\x17\n\x0fsequences_moved\x18\x0b \x01(\x04\x12\x1a\n\x12positions_restored\x18\x0c \x01(\x04\x12\r\n\x05split\x18\r \x01(\t\x12\x0c\n\x04term\x18\x0e \x01(\x04\"\xdd\x04\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x12\x0f\n\x07replica\x18\x14 \x01(\r\x12\r\n\x05spare\x18\x15 \x01(\x08\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x11\n\tsequences\x18\x17 \x01(\r\x12\x16\n\x0eweights_digest\x18\x18 \x01(\t\x12\x13\n\x0bpassed_over\x18\x19 \x01(\x08\x12\x0f\n\x07resting\x18\x1a \x01(\x08\"W\n\x11\x41\x64\x64ReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\x12\r\n\x05split\x18\x04 \x01(\t\"\x14\n\x12\x41\x64\x64ReplicaResponse\"\\\n\x13ProbeReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05split\x18\x04 \x01(\t\";\n\x14ProbeReplicaResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"C\n\x14\x43hooseWeightsRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\"\x17\n\x15\x43hooseWeightsResponse\"!\n\x10\x43hooseCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"\x13\n\x11\x43hooseCutResponse\"5\n\x13\x44rainReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05moves\x18\x02 \x01(\x08\")\n\x14\x44rainReplicaResponse\x12\x11\n\tsequences\x18\x01 \x01(\r2\xc3\x04\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponse\x12M\n\nAddReplica\x12\x1e.penstock.v1.AddReplicaRequest\x1a\x1f.penstock.v1.AddReplicaResponse\x12S\n\x0cProbeReplica\x12 .penstock.v1.ProbeReplicaRequest\x1a!.penstock.v1.ProbeReplicaResponse\x12V\n\rChooseWeights\x12!.penstock.v1.ChooseWeightsRequest\x1a\".penstock.v1.ChooseWeightsResponse\x12J\n\tChooseCut\x12\x1d.penstock.v1.ChooseCutRequest\x1a\x1e.penstock.v1.ChooseCutResponse\x12U\n\x0c\x44rainReplica\x12 .penstock.v1.DrainReplicaRequest\x1a!.penstock.v1.DrainReplicaResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/generation.proto\"\x83\x01\n\x0e\x43onnectRequest\x12,\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x17.penstock.v1.Submission\x12\x30\n\rcancellations\x18\x02 \x03(\x0b\x32\x19.penstock.v1.Cancellation\x12\x11\n\ttake_over\x18\x03 \x01(\x08\"\x9c\x02\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.penstock.v1.SamplingParameters\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\"\n\x08\x62\x65gan_on\x18\n \x01(\x0b\x32\x10.penstock.v1.Cut\"0\n\x03\x43ut\x12\x12\n\nend_layers\x18\x01 \x03(\r\x12\x15\n\rlayer_digests\x18\x02 \x03(\t\"\"\n\x0c\x43\x61ncellation\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xbc\x01\n\x0f\x43onnectResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.penstock.v1.RequestUpdate\x12$\n\x04mesh\x18\x02 \x01(\x0b\x32\x16.penstock.v1.MeshState\x12\x19\n\x11token_request_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x10\n\x08shortcut\x18\x05 \x01(\t\x12\x16\n\x0eshortcut_token\x18\x06 \x01(\x0c\"\x87\x02\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.penstock.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.penstock.v1.Usage\x12%\n\x07refusal\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Refusal\x12\"\n\x08\x62\x65gan_on\x18\x07 \x01(\x0b\x32\x10.penstock.v1.Cut\"X\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"l\n\tMeshState\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\x14\n\x0cstages_ready\x18\x02 \x03(\x08\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\x08\"\x10\n\x0eGetMeshRequest\"\x8d\x03\n\x0fGetMeshResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.penstock.v1.Model\x12\'\n\x06stages\x18\x02 \x03(\x0b\x32\x17.penstock.v1.StageState\x12\x18\n\x10requests_waiting\x18\x03 \x01(\r\x12\x18\n\x10requests_running\x18\x04 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x05 \x01(\x02\x12)\n\x06uptime\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x16\n\x0etokens_guessed\x18\t \x01(\x04\x12\x1c\n\x14tokens_guessed_right\x18\n \x01(\x04\x12\x17\n\x0fsequences_moved\x18\x0b \x01(\x04\x12\x1a\n\x12positions_restored\x18\x0c \x01(\x04\x12\r\n\x05split\x18\r \x01(\t\x12\x0c\n\x04term\x18\x0e \x01(\x04\"\xdd\x04\n\nStageState\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x11\n\tend_layer\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x15\n\rweights_bytes\x18\x06 \x01(\x04\x12\x12\n\nbytes_read\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x08 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\t \x01(\r\x12\x15\n\rbusy_fraction\x18\n \x01(\x02\x12\x18\n\x10starved_fraction\x18\x0b \x01(\x02\x12\x17\n\x0frows_per_second\x18\x0c \x01(\x02\x12\x0f\n\x07problem\x18\r \x01(\t\x12\x30\n\rload_duration\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fstolen_fraction\x18\x0f \x01(\x02\x12\x1c\n\x14starved_for_schedule\x18\x10 \x01(\x02\x12\x1c\n\x14starved_for_upstream\x18\x11 \x01(\x02\x12\x17\n\x0fstarved_by_wire\x18\x12 \x01(\x02\x12\x1e\n\x16starved_by_serialising\x18\x13 \x01(\x02\x12\x0f\n\x07replica\x18\x14 \x01(\r\x12\r\n\x05spare\x18\x15 \x01(\x08\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x11\n\tsequences\x18\x17 \x01(\r\x12\x16\n\x0eweights_digest\x18\x18 \x01(\t\x12\x13\n\x0bpassed_over\x18\x19 \x01(\x08\x12\x0f\n\x07resting\x18\x1a \x01(\x08\"W\n\x11\x41\x64\x64ReplicaRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05spare\x18\x03 \x01(\x08\x12\r\n\x05split\x18\x04 \x01(\t\"\x14\n\x12\x41\x64\x64ReplicaResponse\"\\\n\x13ProbeReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\r\n\x05split\x18\x04 \x01(\t\";\n\x14ProbeReplicaResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"C\n\x14\x43hooseWeightsRequest\x12\x13\n\x0bstage_index\x18\x01 \x01(\r\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\"\x17\n\x15\x43hooseWeightsResponse\"!\n\x10\x43hooseCutRequest\x12\r\n\x05split\x18\x01 \x01(\t\"\x13\n\x11\x43hooseCutResponse\"5\n\x13\x44rainReplicaRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05moves\x18\x02 \x01(\x08\")\n\x14\x44rainReplicaResponse\x12\x11\n\tsequences\x18\x01 \x01(\r2\xc3\x04\n\x12\x43oordinatorService\x12H\n\x07\x43onnect\x12\x1b.penstock.v1.ConnectRequest\x1a\x1c.penstock.v1.ConnectResponse(\x01\x30\x01\x12\x44\n\x07GetMesh\x12\x1b.penstock.v1.GetMeshRequest\x1a\x1c.penstock.v1.GetMeshResponse\x12M\n\nAddReplica\x12\x1e.penstock.v1.AddReplicaRequest\x1a\x1f.penstock.v1.AddReplicaResponse\x12S\n\x0cProbeReplica\x12 .penstock.v1.ProbeReplicaRequest\x1a!.penstock.v1.ProbeReplicaResponse\x12V\n\rChooseWeights\x12!.penstock.v1.ChooseWeightsRequest\x1a\".penstock.v1.ChooseWeightsResponse\x12J\n\tChooseCut\x12\x1d.penstock.v1.ChooseCutRequest\x1a\x1e.penstock.v1.ChooseCutResponse\x12U\n\x0c\x44rainReplica\x12 .penstock.v1.DrainReplicaRequest\x1a!.penstock.v1.DrainReplicaResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,39 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELLATION']._serialized_start=579
   _globals['_CANCELLATION']._serialized_end=613
   _globals['_CONNECTRESPONSE']._serialized_start=616
-  _globals['_CONNECTRESPONSE']._serialized_end=762
-  _globals['_REQUESTUPDATE']._serialized_start=765
-  _globals['_REQUESTUPDATE']._serialized_end=1028
-  _globals['_REFUSAL']._serialized_start=1030
-  _globals['_REFUSAL']._serialized_end=1118
-  _globals['_MESHSTATE']._serialized_start=1120
-  _globals['_MESHSTATE']._serialized_end=1228
-  _globals['_GETMESHREQUEST']._serialized_start=1230
-  _globals['_GETMESHREQUEST']._serialized_end=1246
-  _globals['_GETMESHRESPONSE']._serialized_start=1249
-  _globals['_GETMESHRESPONSE']._serialized_end=1646
-  _globals['_STAGESTATE']._serialized_start=1649
-  _globals['_STAGESTATE']._serialized_end=2254
-  _globals['_ADDREPLICAREQUEST']._serialized_start=2256
-  _globals['_ADDREPLICAREQUEST']._serialized_end=2343
-  _globals['_ADDREPLICARESPONSE']._serialized_start=2345
-  _globals['_ADDREPLICARESPONSE']._serialized_end=2365
-  _globals['_PROBEREPLICAREQUEST']._serialized_start=2367
-  _globals['_PROBEREPLICAREQUEST']._serialized_end=2459
-  _globals['_PROBEREPLICARESPONSE']._serialized_start=2461
-  _globals['_PROBEREPLICARESPONSE']._serialized_end=2520
-  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_start=2522
-  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_end=2589
-  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_start=2591
-  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_end=2614
-  _globals['_CHOOSECUTREQUEST']._serialized_start=2616
-  _globals['_CHOOSECUTREQUEST']._serialized_end=2649
-  _globals['_CHOOSECUTRESPONSE']._serialized_start=2651
-  _globals['_CHOOSECUTRESPONSE']._serialized_end=2670
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=2672
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=2725
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=2727
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=2768
-  _globals['_COORDINATORSERVICE']._serialized_start=2771
-  _globals['_COORDINATORSERVICE']._serialized_end=3350
+  _globals['_CONNECTRESPONSE']._serialized_end=804
+  _globals['_REQUESTUPDATE']._serialized_start=807
+  _globals['_REQUESTUPDATE']._serialized_end=1070
+  _globals['_REFUSAL']._serialized_start=1072
+  _globals['_REFUSAL']._serialized_end=1160
+  _globals['_MESHSTATE']._serialized_start=1162
+  _globals['_MESHSTATE']._serialized_end=1270
+  _globals['_GETMESHREQUEST']._serialized_start=1272
+  _globals['_GETMESHREQUEST']._serialized_end=1288
+  _globals['_GETMESHRESPONSE']._serialized_start=1291
+  _globals['_GETMESHRESPONSE']._serialized_end=1688
+  _globals['_STAGESTATE']._serialized_start=1691
+  _globals['_STAGESTATE']._serialized_end=2296
+  _globals['_ADDREPLICAREQUEST']._serialized_start=2298
+  _globals['_ADDREPLICAREQUEST']._serialized_end=2385
+  _globals['_ADDREPLICARESPONSE']._serialized_start=2387
+  _globals['_ADDREPLICARESPONSE']._serialized_end=2407
+  _globals['_PROBEREPLICAREQUEST']._serialized_start=2409
+  _globals['_PROBEREPLICAREQUEST']._serialized_end=2501
+  _globals['_PROBEREPLICARESPONSE']._serialized_start=2503
+  _globals['_PROBEREPLICARESPONSE']._serialized_end=2562
+  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_start=2564
+  _globals['_CHOOSEWEIGHTSREQUEST']._serialized_end=2631
+  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_start=2633
+  _globals['_CHOOSEWEIGHTSRESPONSE']._serialized_end=2656
+  _globals['_CHOOSECUTREQUEST']._serialized_start=2658
+  _globals['_CHOOSECUTREQUEST']._serialized_end=2691
+  _globals['_CHOOSECUTRESPONSE']._serialized_start=2693
+  _globals['_CHOOSECUTRESPONSE']._serialized_end=2712
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=2714
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=2767
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=2769
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=2810
+  _globals['_COORDINATORSERVICE']._serialized_start=2813
+  _globals['_COORDINATORSERVICE']._serialized_end=3392
 # @@protoc_insertion_point(module_scope)

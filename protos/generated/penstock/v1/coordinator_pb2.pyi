@@ -59,16 +59,20 @@ class Cancellation(_message.Message):
     def __init__(self, request_id: _Optional[int] = ...) -> None: ...
 
 class ConnectResponse(_message.Message):
-    __slots__ = ("updates", "mesh", "token_request_ids", "token_ids")
+    __slots__ = ("updates", "mesh", "token_request_ids", "token_ids", "shortcut", "shortcut_token")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     MESH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SHORTCUT_FIELD_NUMBER: _ClassVar[int]
+    SHORTCUT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[RequestUpdate]
     mesh: MeshState
     token_request_ids: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, updates: _Optional[_Iterable[_Union[RequestUpdate, _Mapping]]] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., token_request_ids: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    shortcut: str
+    shortcut_token: bytes
+    def __init__(self, updates: _Optional[_Iterable[_Union[RequestUpdate, _Mapping]]] = ..., mesh: _Optional[_Union[MeshState, _Mapping]] = ..., token_request_ids: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., shortcut: _Optional[str] = ..., shortcut_token: _Optional[bytes] = ...) -> None: ...
 
 class RequestUpdate(_message.Message):
     __slots__ = ("request_id", "token_ids", "logprobs", "finish_reason", "usage", "refusal", "began_on")
