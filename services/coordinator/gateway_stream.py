@@ -69,7 +69,7 @@ class GatewayStream:
         """Lets what was added be sent."""
         if self._shortcut is None:
             self._has_news.set()
-        elif self._token_ids or self._pending.updates:
+        elif self._has_request_news:
             try:
                 self._shortcut.send(self._take_news().SerializeToString())
             except Unavailable as error:
@@ -134,7 +134,11 @@ class GatewayStream:
     def _has_pending(self) -> bool:
         if self._mesh is not None or self._is_pulse_due:
             return True
-        return self._shortcut is None and bool(self._token_ids or self._pending.updates)
+        return self._shortcut is None and self._has_request_news
+
+    @property
+    def _has_request_news(self) -> bool:
+        return bool(self._token_ids or self._pending.updates)
 
 
 def _refuse(message: bytes) -> None:

@@ -133,9 +133,8 @@ async def test_a_coordinator_that_ends_the_shortcut_alone_is_dialled_again() -> 
 async def test_news_that_cannot_be_read_end_the_stream() -> None:
     async with linked(offers_shortcut=True) as all_of_it:
         stream = all_of_it.coordinator.stream
-        stream.add_update(9)  # the message has two token ids for one request
         stream.add_tokens(9, [1])
-        stream._token_ids.append(2)
+        stream._token_ids.append(2)  # two tokens for one request: what no coordinator says
         stream.wake()
         assert await all_of_it.states.get() is LOST
         assert await all_of_it.states.get() is not LOST
