@@ -5,6 +5,10 @@ are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the 
 -128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`. For "avx2" the
 integers have 16 bits, and of each four the second and the third change places. Instead of the last,
 int4 has the scale x the sum of the integers (float32) of each half of the group.
+
+A great input makes the scale of its group coarse for all others. Those of int8 are *spread* first:
+each four of a group that lie 16 apart are multiplied by a Hadamard matrix, and so are the weights,
+divided by four, which leaves their product as it is ("QuaRot": Ashkboos et al., arXiv 2404.00456).
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -59,6 +63,7 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
         _, where, *vectors = args
         if kind.is_integer:
+            vectors = vectors if kind.has_nibbles else _emit_spread(builder, vectors)
             in_pairs = kind.widens_integers
             scale, inverse = _emit_scale(builder, vectors)
             wholes = _emit_rounded(builder, where, vectors, inverse, in_pairs=in_pairs)
@@ -72,6 +77,34 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
         return context.get_dummy_value()
 
     return types.void(arithmetic, types.intp, *[float32x16] * 4), codegen
+
+
+@intrinsic
+def spread_weights(typing_context, where):
+    """Replaces 64 neighbouring weights of a column, at an address, by what belongs to inputs that
+    were spread."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        places = [builder.add(args[0], index(n * BYTES_OF_FLOATS)) for n in range(4)]
+        vectors = [emit_load(builder, at, FLOATS) for at in places]
+        for at, floats in zip(places, _emit_spread(builder, vectors), strict=True):
+            emit_store(builder, builder.fmul(floats, splat_constant(0.25)), at)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+def _emit_spread(builder: Any, vectors: list[Any]) -> list[Any]:
+    """Four vectors times the Hadamard matrix of that size, which is four times its own inverse."""
+    first, second, third, fourth = vectors
+    sums = builder.fadd(first, second), builder.fadd(third, fourth)
+    differences = builder.fsub(first, second), builder.fsub(third, fourth)
+    return [
+        builder.fadd(*sums),
+        builder.fadd(*differences),
+        builder.fsub(*sums),
+        builder.fsub(*differences),
+    ]
 
 
 @intrinsic

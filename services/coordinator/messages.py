@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from penstock.v1 import coordinator_pb2, generation_pb2, stage_pb2
@@ -38,8 +38,11 @@ _NOTHING = SequenceUpdates()
 
 def micro_batch_requests(
     action: RunMicroBatch, link_id: Callable[[int, int], int]
-) -> list[stage_pb2.ControlRequest]:
-    """One order for each replica of the path; `link_id` tells the link between two of them."""
+) -> Iterator[stage_pb2.ControlRequest]:
+    """One order for each replica of the path, made one by one: the first stage waits for its own.
+
+    `link_id` tells the link between two of them.
+    """
     common = stage_pb2.MicroBatch(
         id=action.micro_batch_id,
         slots=action.slots_R,
@@ -49,12 +52,15 @@ def micro_batch_requests(
         sent_unix_ns=time.time_ns(),
         is_alone=action.is_alone,
     )
-    requests = []
     upstream_link = 0
     last = len(action.path) - 1
     for number, updates in enumerate(action.updates_P):
         request = stage_pb2.ControlRequest(micro_batch=common)
         batch = request.micro_batch
+        if number == 0 and action.replays:
+            batch.replays = True
+        elif number == 0 and action.first_stage == 0:
+            batch.token_ids.extend(action.token_ids_T)
         if upstream_link:
             batch.upstream_link = upstream_link
         if number < last:
@@ -62,13 +68,7 @@ def micro_batch_requests(
             batch.downstream_link = upstream_link
         if updates is not _NOTHING and updates != _NOTHING:
             _write_updates(batch.updates, updates)
-        requests.append(request)
-    first = requests[0].micro_batch
-    if action.replays:
-        first.replays = True
-    elif action.first_stage == 0:
-        first.token_ids.extend(action.token_ids_T)
-    return requests
+        yield request
 
 
 def updates_request(updates: SequenceUpdates) -> stage_pb2.ControlRequest:

@@ -53,7 +53,7 @@ def test_logits_are_bit_equal_over_all_splits(
 
 @pytest.mark.parametrize(
     ("number_format", "least_agreement"),
-    [("fp32", 0.999), ("bf16", 0.99), ("int8", 0.94), ("int4", 0.95)],
+    [("fp32", 0.999), ("bf16", 0.99), ("int8", 0.95), ("int4", 0.95)],
 )
 def test_smollm2_agrees_with_transformers(
     number_format: str,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic, host_arithmetic
 from core.kernels.host_cpu import has_vnni
-from core.kernels.linear.reference import quantise
+from core.kernels.linear.reference import quantise, spread
 from tests.support.models import bf16_bits
 
 FloatArray = npt.NDArray[np.float32]
@@ -66,7 +66,9 @@ def to_inputs(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32
 
 def quantised_words(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.uint32]:
     """Every group as `core.kernels.inputs` says: 64 integers, its scale, and what follows from the
-    sums of the integers."""
+    sums of the integers; those of int8 are spread before."""
+    if not arithmetic.has_nibbles:
+        rows = spread(rows, group=GROUP)
     quantised = quantise(rows, group=GROUP)
     integers_TGE = quantised.integers_TK.reshape(len(rows), -1, GROUP)
     stored_TGE = integers_TGE
@@ -102,7 +104,7 @@ def inputs_to_floats(arithmetic: Arithmetic, words: npt.NDArray[np.uint32]) -> F
             return integers * scales
         corrections = np.ascontiguousarray(groups[:, -1]).view(np.int32)
         np.testing.assert_array_equal(corrections, -128 * integers.sum(axis=1, dtype=np.int32))
-        return integers * scales
+        return spread(integers * scales, group=GROUP) * np.float32(0.25)
     if arithmetic.dots_pairs:
         return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return words.view(np.float32)

@@ -36,7 +36,13 @@ from core.kernels.arithmetic import (
 )
 from core.kernels.compile import kernel
 from core.kernels.elements import store_elements, widen_words
-from core.kernels.inputs import LARGEST, LEAST_MAGNITUDE, largest_magnitude, store_bytes
+from core.kernels.inputs import (
+    LARGEST,
+    LEAST_MAGNITUDE,
+    largest_magnitude,
+    spread_weights,
+    store_bytes,
+)
 from core.kernels.linear.tiles import product_tile
 from core.kernels.tiles import PANEL_ROW_BYTES
 from core.kernels.vectors import (
@@ -101,7 +107,10 @@ def pack_column(arithmetic, floats, num_inputs, where):
 
 @kernel
 def pack_integer_column(arithmetic, floats, num_inputs, where):
-    """As `pack_column`, for int8: words with 128 added to each byte, then the column's scale."""
+    """As `pack_column`, for int8: words with 128 added to each byte, then the column's scale. The
+    weights are spread as the inputs will be (see `core.kernels.inputs`)."""
+    for group in range(num_inputs // GROUP):
+        spread_weights(floats + group * GROUP * 4)
     magnitude = largest_magnitude(floats, num_inputs // LANES)
     inverse = np.float32(0.0)
     if magnitude > np.float32(LEAST_MAGNITUDE):

@@ -50,13 +50,26 @@ def quantise(x_TK: FloatArray, *, group: int) -> Quantised:
     return Quantised(integers_TGE.reshape(x_TK.shape), largest_TG * np.float32(1 / 127))
 
 
+def spread(x_TK: FloatArray, *, group: int) -> FloatArray:
+    """Multiplies the quarters of each group by the Hadamard matrix of size four (which is four
+    times its own inverse), so that great numbers are shared out."""
+    first, second, third, fourth = x_TK.reshape(len(x_TK), -1, 4, group // 4).transpose(2, 0, 1, 3)
+    sums, differences = (first + second, third + fourth), (first - second, third - fourth)
+    quarters = [
+        *(sums[0] + sums[1], differences[0] + differences[1]),
+        *(sums[0] - sums[1], differences[0] - differences[1]),
+    ]
+    return np.stack(quarters, axis=2).reshape(x_TK.shape)
+
+
 def quantised_linear(
     x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray, *, group: int
 ) -> FloatArray:
-    """As `linear`, with both operands quantised, weights with one scale for each output: the
-    groups' sums are exact integers, and those, scaled, are added in float32 in the order of the
+    """As `linear`, with both operands spread and quantised, weights with one scale for each output:
+    the groups' sums are exact integers, and those, scaled, are added in float32 in the order of the
     groups."""
-    rows = quantise(x_TK, group=group)
+    rows = quantise(spread(x_TK, group=group), group=group)
+    weight_NK = spread(weight_NK, group=group) * np.float32(0.25)
     columns = quantise(weight_NK, group=weight_NK.shape[1])
     result_TN = np.zeros((len(x_TK), len(weight_NK)), np.float32)
     for index in range(rows.scales_TG.shape[1]):

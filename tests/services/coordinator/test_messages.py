@@ -50,8 +50,8 @@ def test_all_replicas_hear_whether_a_micro_batch_is_alone() -> None:
 
 @pytest.mark.parametrize("first_stage", [0, 1])
 def test_a_part_of_the_path_replays_at_its_head_only(first_stage: int) -> None:
-    requests = micro_batch_requests(run((2, 5), first_stage=first_stage, replays=True), link_id)
-    batches = [request.micro_batch for request in requests]
+    action = run((2, 5), first_stage=first_stage, replays=True)
+    batches = [request.micro_batch for request in micro_batch_requests(action, link_id)]
     assert [b.replays for b in batches] == [True, False]
     assert [(b.upstream_link, b.downstream_link) for b in batches] == [(0, 25), (25, 0)]
     assert not any(b.token_ids for b in batches)
