@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import pytest
 from tests.support.fault_proxy import FaultProxy, Faults
 
 DEADLINE_S = 20.0
-TICK_S = 0.001  # of the event loop's clock
 TEXT = bytes(range(256)) * 40
 
 
@@ -69,19 +69,17 @@ async def test_a_good_wire_changes_nothing() -> None:
 async def test_a_delay_holds_every_byte_up_in_both_directions() -> None:
     async with echo_behind_a_proxy() as wire:
         wire.proxy.faults = Faults(delay_s=0.1)
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        began_s = time.monotonic()
         assert await wire.send(TEXT) == TEXT
-        assert loop.time() - began_s >= 0.2 - 3 * TICK_S
+        assert time.monotonic() - began_s >= 0.2
 
 
 async def test_little_bandwidth_takes_time() -> None:
     async with echo_behind_a_proxy() as wire:
         wire.proxy.faults = Faults(bytes_per_s=10 * len(TEXT))
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        began_s = time.monotonic()
         assert await wire.send(TEXT) == TEXT
-        assert loop.time() - began_s >= 0.1 - 3 * TICK_S
+        assert time.monotonic() - began_s >= 0.1
 
 
 async def test_a_stalled_wire_takes_connections_and_gives_nothing_until_it_flows_again() -> None:
@@ -139,10 +137,9 @@ async def test_corruption_depends_on_the_seed_and_not_on_the_packets() -> None:
 async def test_lost_packets_hold_up_what_is_behind_them_and_come_at_last() -> None:
     async with echo_behind_a_proxy() as wire:
         wire.proxy.faults = Faults(loses_every_bytes=len(TEXT) / 20, resend_s=0.1)
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
+        began_s = time.monotonic()
         assert await wire.send(TEXT) == TEXT
-        assert loop.time() - began_s >= 0.1 - 3 * TICK_S
+        assert time.monotonic() - began_s >= 0.1
 
 
 async def test_where_nobody_listens_connections_are_reset() -> None:

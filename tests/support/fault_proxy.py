@@ -10,6 +10,7 @@ import asyncio
 import random
 import socket
 import struct
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ _CHUNK_BYTES = 64 * 1024
 _CHUNKS_ON_THE_WIRE = 16
 # Where the call that a connection is made for is named.
 _BEGINNING_BYTES = 4096
+# uvloop counts whole milliseconds, and rounds to them: it may wake that much too soon.
+_COARSENESS_S = 0.002
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -137,14 +140,13 @@ class FaultProxy:
     async def _send(
         self, wire: asyncio.Queue[tuple[float, bytes]], reader: asyncio.StreamReader
     ) -> None:
-        loop = asyncio.get_running_loop()
         data = b"more"
         while data:
             try:
                 data = await reader.read(_CHUNK_BYTES)
             except ConnectionError:
                 data = b""
-            await wire.put((loop.time(), data))
+            await wire.put((time.monotonic(), data))
 
     async def _receive(
         self,
@@ -152,17 +154,16 @@ class FaultProxy:
         writer: asyncio.StreamWriter,
         direction: _Direction,
     ) -> None:
-        loop = asyncio.get_running_loop()
         seed, calls = f"{self._seed} {direction.name}", direction.calls
         corrupted, lost = _Events(f"{seed} corrupted"), _Events(f"{seed} lost")
         while True:
             sent_s, data = await wire.get()
             faults = self._faults
-            await asyncio.sleep(max(0.0, sent_s + faults.delay_s - loop.time()))
+            await _until(sent_s + faults.delay_s)
             if lost.within(len(data), every=faults.loses_every_bytes):
-                await asyncio.sleep(faults.resend_s)
+                await _until(time.monotonic() + faults.resend_s)
             if faults.bytes_per_s is not None:
-                await asyncio.sleep(len(data) / faults.bytes_per_s)
+                await _until(time.monotonic() + len(data) / faults.bytes_per_s)
             if not direction.is_back and len(calls) < _BEGINNING_BYTES:
                 calls += data
             while self._faults.stalls and self._faults.stalls_calls in calls:
@@ -177,6 +178,12 @@ class FaultProxy:
                 damaged[index] ^= 0xFF
             writer.write(damaged)
             await writer.drain()
+
+
+async def _until(due_s: float) -> None:
+    """Sleeps until `time.monotonic()` says so, and never wakes before."""
+    left_s = due_s - time.monotonic()
+    await asyncio.sleep(left_s + _COARSENESS_S if left_s > 0.0 else 0.0)
 
 
 class _Direction(NamedTuple):
