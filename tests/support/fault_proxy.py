@@ -176,6 +176,8 @@ class FaultProxy:
             damaged = bytearray(data)
             for index in corrupted.within(len(data), every=every):
                 damaged[index] ^= 0xFF
+            if writer.is_closing():  # uvloop takes a write to it for a mistake of ours
+                raise ConnectionResetError
             writer.write(damaged)
             await writer.drain()
 

@@ -42,6 +42,8 @@ async def test_one_that_is_prepared_and_abandoned_has_changed_the_sequences_once
         await until_prepared(coordinator, stages[1], 1)
         for index in (0, 1):
             await coordinator.abandon(index, 1)
+        while (await coordinator.controls[1].report()).performed_id < 1:  # passed over
+            pass
         stages[0].engine.gate.set()
         batch = micro_batch(2, {0: [8]})
         batch.updates.ended_slots.append(0)  # refused of a sequence that is not live
