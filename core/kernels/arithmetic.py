@@ -40,7 +40,7 @@ from numba.extending import (
 
 from core.errors import InvalidInput
 from core.kernels.compile import intrinsic
-from core.kernels.host_cpu import integer_instructions
+from core.kernels.host_cpu import caches_bytes, integer_instructions
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
@@ -106,7 +106,7 @@ class Arithmetic:
     @property
     def of_cache(self) -> Arithmetic:
         """The arithmetic of attention and of the KV cache."""
-        if self.is_integer and self.instructions == "avx512vnni":
+        if self.is_integer and caches_bytes(self.instructions):
             return self.of_bytes
         return self.unquantised
 
@@ -121,12 +121,12 @@ class Arithmetic:
 
     def query_bytes(self, width: int) -> int:
         """Bytes of a head of a query; of integers with their scale and their correction."""
-        return width + 8 if self.is_integer else width * self.input_bytes
+        return width * self.input_bytes + (8 if self.is_integer else 0)
 
     @property
     def weight_block_bytes(self) -> int:
         """Bytes of a query's weights of a block of positions; of integers with their scale."""
-        return LANES + 4 if self.is_integer else LANES * self.input_bytes
+        return LANES * self.input_bytes + (4 if self.is_integer else 0)
 
     @property
     def elements_per_word(self) -> int:
@@ -148,7 +148,9 @@ class Arithmetic:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of an element of the inputs of a product."""
+        """Bytes of an element of the inputs of a product, attention's among them."""
+        if self.is_integer:
+            return 2 if self.widens_integers else 1
         return 2 if self.dots_pairs else 4
 
     @property
@@ -163,7 +165,7 @@ class Arithmetic:
         if self.has_nibbles:
             return GROUP + 4 + 4 * (GROUP // NIBBLE_GROUP)
         if self.is_integer:
-            return (2 * GROUP if self.widens_integers else GROUP) + 8
+            return GROUP * self.input_bytes + 8
         return GROUP * self.input_bytes
 
     @property

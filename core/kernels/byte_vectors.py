@@ -16,7 +16,7 @@ from numba import types
 
 from core.kernels.arithmetic import LANES
 from core.kernels.compile import inlined, intrinsic
-from core.kernels.inputs import LEAST_MAGNITUDE, ROUNDER
+from core.kernels.inputs import LEAST_MAGNITUDE, ROUNDER, emit_store_integers
 from core.kernels.vectors import (
     I8,
     I32,
@@ -55,6 +55,20 @@ def store_bytes_of(typing_context, where, floats):
         return context.get_dummy_value()
 
     return types.void(types.intp, float32x16), codegen
+
+
+@intrinsic
+def store_integers_of(typing_context, arithmetic, where, floats):
+    """As `store_bytes_of`, but as `core.kernels.inputs` writes the integers of a product's inputs
+    in this arithmetic."""
+    in_pairs = arithmetic.arithmetic.widens_integers
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        _, where, floats = args
+        emit_store_integers(builder, _emit_rounded(builder, floats), where, in_pairs=in_pairs)
+        return context.get_dummy_value()
+
+    return types.void(arithmetic, types.intp, float32x16), codegen
 
 
 @intrinsic

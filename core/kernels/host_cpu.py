@@ -13,6 +13,12 @@ def integer_instructions() -> str:
     return "avx2" if llvm.get_host_cpu_features().get("avx2") else "portable"
 
 
+def caches_bytes(instructions: str) -> bool:
+    """Whether keys and values beside weights of integers have 8 bits: where products of integers
+    are fast."""
+    return instructions != "portable"
+
+
 def has_vnni() -> bool:
     """Whether this host multiplies four pairs of bytes in each lane of 16."""
     features = llvm.get_host_cpu_features()

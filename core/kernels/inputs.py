@@ -171,14 +171,19 @@ def _emit_rounded(
         scaled = builder.fmul(floats, emit_splat(builder, inverse))
         rounded = builder.bitcast(builder.fadd(scaled, splat_constant(ROUNDER)), WORDS)
         wholes.append(builder.sub(rounded, splat_word(_ROUNDER_BITS)))
-        if in_pairs:
-            integers = builder.trunc(rounded, HALVES)
-            integers = builder.shuffle_vector(integers, integers, ir.Constant(WORDS, _IN_PAIRS))
-            emit_store(builder, integers, builder.add(where, index(2 * number * LANES)))
-        else:
-            integers = builder.trunc(rounded, _BYTES)
-            emit_store(builder, integers, builder.add(where, index(number * LANES)))
+        offset = index(number * LANES * (2 if in_pairs else 1))
+        emit_store_integers(builder, rounded, builder.add(where, offset), in_pairs=in_pairs)
     return wholes
+
+
+def emit_store_integers(builder: Any, words: Any, where: Any, *, in_pairs: bool) -> None:
+    """Stores the lowest byte of each of 16 words; or the lowest two, as pairs are multiplied."""
+    if in_pairs:
+        halves = builder.trunc(words, HALVES)
+        integers = builder.shuffle_vector(halves, halves, ir.Constant(WORDS, _IN_PAIRS))
+    else:
+        integers = builder.trunc(words, _BYTES)
+    emit_store(builder, integers, where, align=1)
 
 
 def _emit_correction(builder: Any, where: Any, scale: Any, wholes: list[Any]) -> None:

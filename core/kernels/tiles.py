@@ -21,6 +21,7 @@ from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
     FLOATS,
+    I16,
     I32,
     I64,
     WORDS,
@@ -37,6 +38,9 @@ PANEL_ROW_BYTES = PANEL_COLUMNS * WORD_BYTES
 
 
 _PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
+_WIDE_PAIRS = ir.VectorType(I16, 2 * LANES)
+_HALF = ir.VectorType(I32, LANES // 2)  # what a register without AVX-512 holds
+_HALF_PAIRS = ir.VectorType(I16, LANES)
 
 
 def emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
@@ -76,19 +80,90 @@ def emit_dot(
     return sums
 
 
-def emit_byte_dot(
-    builder: Any, arithmetic: Arithmetic, sums: Any, weights: Any, inputs: Any
+def emit_word_products(
+    builder: Any,
+    arithmetic: Arithmetic,
+    rows: list[Any],
+    number: Any,
+    words: list[Any],
+    sums: list[Any],
+    *,
+    signed: bool = False,
+) -> list[Any]:
+    """Adds to `sums`, row by row, the products of words of four bytes with word `number` of each
+    row's integers.
+
+    `rows` are addresses, of integers as `core.kernels.inputs` writes them. The words' bytes are
+    unsigned and the rows' integers signed; where the words' are `signed`, the rows' are not.
+    """
+    if arithmetic.widens_integers:
+        return _emit_pairs(builder, rows, number, words, sums, signed=signed)
+    results: list[Any] = []
+    for row in rows:
+        at = builder.add(row, builder.mul(number, index(WORD_BYTES)))
+        values = emit_splat(builder, emit_load(builder, at, I32))
+        for word in words:
+            operands = (values, word) if signed else (word, values)
+            results.append(_emit_byte_dot(builder, arithmetic, sums[len(results)], *operands))
+    return results
+
+
+def _emit_byte_dot(
+    builder: Any, arithmetic: Arithmetic, sums: Any, unsigned: Any, signed: Any
 ) -> Any:
-    """sums + weights . inputs, where a word of weights is four unsigned bytes, one of inputs four
-    signed ones."""
+    """sums + unsigned . signed, of four bytes in each lane."""
     if arithmetic.instructions == "avx512vnni":
         name = "llvm.x86.avx512.vpdpbusd.512"
-        return emit_call(builder, name, WORDS, [sums, weights, inputs])
+        return emit_call(builder, name, WORDS, [sums, unsigned, signed])
     for shift in (0, 8, 16, 24):
-        weight = builder.and_(builder.lshr(weights, splat_word(shift)), splat_word(0xFF))
-        value = builder.ashr(builder.shl(inputs, splat_word(24 - shift)), splat_word(24))
+        weight = builder.and_(builder.lshr(unsigned, splat_word(shift)), splat_word(0xFF))
+        value = builder.ashr(builder.shl(signed, splat_word(24 - shift)), splat_word(24))
         sums = builder.add(sums, builder.mul(weight, value))
     return sums
+
+
+def _emit_pairs(
+    builder: Any, rows: list[Any], number: Any, words: list[Any], sums: list[Any], *, signed: bool
+) -> list[Any]:
+    """As `emit_word_products`, with pairs of 16 bits: of a word the first and third bytes, then
+    the others."""
+    parts = zip(*(_emit_widened(builder, word, signed=signed) for word in words), strict=True)
+    for offset, pairs in zip((0, 4), parts, strict=True):
+        results: list[Any] = []
+        for row in rows:
+            at = builder.add(row, builder.add(builder.mul(number, index(8)), index(offset)))
+            values = emit_splat(builder, emit_load(builder, at, I32))
+            for pair in pairs:
+                product = _emit_pair_products(builder, pair, values)
+                results.append(builder.add(sums[len(results)], product))
+        sums = results
+    return sums
+
+
+def _emit_widened(builder: Any, word: Any, *, signed: bool) -> tuple[Any, Any]:
+    """The first and third bytes of each word, and the others, as pairs of 16 bits."""
+    if not signed:
+        mask = splat_word(0x00FF00FF)
+        odd = builder.lshr(word, splat_word(8))
+        return builder.and_(word, mask), builder.and_(odd, mask)
+    halves = builder.bitcast(word, _WIDE_PAIRS)
+    eight = ir.Constant(_WIDE_PAIRS, [8] * 2 * LANES)
+    even = builder.ashr(builder.shl(halves, eight), eight)
+    odd = builder.ashr(halves, eight)
+    return builder.bitcast(even, WORDS), builder.bitcast(odd, WORDS)
+
+
+def _emit_pair_products(builder: Any, a: Any, b: Any) -> Any:
+    """In each lane a.low x b.low + a.high x b.high, of signed 16 bits."""
+    halves = []
+    for first in (0, LANES // 2):
+        lanes = ir.Constant(_HALF, list(range(first, first + LANES // 2)))
+        pair = [
+            builder.bitcast(builder.shuffle_vector(value, value, lanes), _HALF_PAIRS)
+            for value in (a, b)
+        ]
+        halves.append(emit_call(builder, "llvm.x86.avx2.pmadd.wd", _HALF, pair))
+    return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
 
 
 def emit_loop(

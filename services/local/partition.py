@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from core.kernels.host_cpu import has_vnni
+from core.kernels.host_cpu import caches_bytes, integer_instructions
 from core.models.llama.config import LlamaConfig
 from core.pipeline.costs import DecoderShape, ModelCosts, estimate_costs
 from core.pipeline.partitioner import Node, parse_split, partition, plan_split
@@ -26,7 +26,7 @@ def model_costs(config: LlamaConfig, *, number_format: str) -> ModelCosts:
     # Beside weights of integers, everything else is bf16, and the cache int8 where that is fast.
     is_integer = number_format in _LAYER_BYTES
     size = _ELEMENT_BYTES["bf16" if is_integer else number_format]
-    has_byte_cache = is_integer and has_vnni()
+    has_byte_cache = is_integer and caches_bytes(integer_instructions())
     return estimate_costs(
         DecoderShape(
             num_layers=config.num_layers,

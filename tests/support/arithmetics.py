@@ -28,11 +28,10 @@ def host_arithmetics() -> list[Arithmetic]:
 
 
 def cache_arithmetics() -> list[Arithmetic]:
-    """All that attention and the KV cache may have; of integers the portable one and the host's."""
-    found = [*host_arithmetics(), Arithmetic("int8", "portable", "portable")]
-    if has_vnni():
-        found.append(host_arithmetic("int8").of_cache)
-    return found
+    """All that attention and the KV cache may have."""
+    beside = host_arithmetic("bf16").instructions
+    integers = [Arithmetic("int8", kind.instructions, beside) for kind in integer_arithmetics()]
+    return [*host_arithmetics(), *integers]
 
 
 def integer_arithmetics() -> list[Arithmetic]:

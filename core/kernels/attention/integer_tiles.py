@@ -6,7 +6,9 @@ lost. Sums of products within a head's elements, and within a block's positions,
 integers. (Scores as in SageAttention, Zhang et al. 2024.)
 
 The instruction that multiplies bytes wants one operand unsigned: keys are stored with 128 added,
-which the correction of a query takes back, and weights are never negative.
+which the correction of a query takes back, and weights are never negative. AVX2 multiplies pairs of
+16 bits: queries and weights lie so (see `core.kernels.inputs`), keys and values become so in
+registers, in tiles of as few sums as those have room for.
 """
 
 # numba infers the types of kernels and intrinsics.
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from core.kernels.arithmetic import LANES, Arithmetic
-from core.kernels.tiles import WORD_BYTES, emit_byte_dot, emit_loop, emit_prefetch
+from core.kernels.tiles import WORD_BYTES, emit_loop, emit_prefetch, emit_word_products
 from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
@@ -49,7 +51,9 @@ def emit_integer_scores(
     """Scores of queries with blocks: addresses of a query and its scores, and of a block's keys,
     what is fetched meanwhile, and the block's number. A head has `num_pairs` pairs of words."""
     num_words = builder.shl(num_pairs, index(1))
-    ends = [builder.add(row, builder.mul(num_words, index(WORD_BYTES))) for row, _ in rows]
+    queries = [row for row, _ in rows]
+    size = builder.mul(num_words, index(WORD_BYTES * kind.input_bytes))
+    ends = [builder.add(row, size) for row in queries]
 
     def body(step: Any, sums: list[Any]) -> list[Any]:
         for parity in range(2):
@@ -58,13 +62,7 @@ def emit_integer_scores(
             for _, fetched, _ in blocks:
                 emit_prefetch(builder, builder.add(fetched, offset), 1)
             keys = [emit_load(builder, builder.add(at, offset), WORDS) for at, _, _ in blocks]
-            results: list[Any] = []
-            for query_row, _ in rows:
-                at = builder.add(query_row, builder.mul(word, index(WORD_BYTES)))
-                query = emit_splat(builder, emit_load(builder, at, I32))
-                for key in keys:
-                    results.append(emit_byte_dot(builder, kind, sums[len(results)], key, query))
-            sums = results
+            sums = emit_word_products(builder, kind, queries, word, keys, sums)
         return sums
 
     corrections = [
@@ -98,7 +96,7 @@ def emit_integer_values(
     """Weighted sums of values: addresses of a row's weights and of its outputs, the number of
     vectors of elements; where the values of a block begin, and where what is fetched beside it."""
     num_blocks = builder.lshr(builder.add(num_words, index(_WORDS_PER_BLOCK - 1)), index(2))
-    most = max(1, _MOST_SUMS // len(rows))
+    most = max(1, _MOST_SUMS // len(rows)) if kind.has_many_registers else 1
     for first in range(0, vectors, most):
         offsets = [
             index(BYTES_OF_FLOATS * vector) for vector in range(first, min(first + most, vectors))
@@ -130,19 +128,15 @@ def _emit_some_values(
                 place = builder.add(down, offset)
                 emit_prefetch(builder, builder.add(fetched, place), 1)
                 elements.append(emit_load(builder, builder.add(values, place), WORDS))
-            results: list[Any] = []
-            for at in weights:
-                where = builder.add(at, index(word * WORD_BYTES))
-                weight = emit_splat(builder, emit_load(builder, where, I32))
-                for element in elements:
-                    before = wholes[len(results)]
-                    results.append(emit_byte_dot(builder, kind, before, weight, element))
-            wholes = results
+            wholes = emit_word_products(
+                builder, kind, weights, index(word), elements, wholes, signed=True
+            )
         behind = builder.mul(value_stride, index(_WORDS_PER_BLOCK))
         emit_prefetch(builder, builder.add(fetched, behind), 1)
-        results = []
+        results: list[Any] = []
         for at in weights:
-            scale = emit_splat(builder, emit_load(builder, builder.add(at, index(LANES)), F32))
+            end = builder.add(at, index(LANES * kind.input_bytes))
+            scale = emit_splat(builder, emit_load(builder, end, F32))
             for _ in offsets:
                 whole = builder.sitofp(wholes[len(results)], FLOATS)
                 results.append(emit_fma(builder, whole, scale, sums[len(results)]))

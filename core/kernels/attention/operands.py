@@ -12,12 +12,17 @@ import math
 
 import numpy as np
 
-from core.kernels.arithmetic import LANES, input_bytes, is_integer, weight_block_bytes
+from core.kernels.arithmetic import (
+    LANES,
+    input_bytes,
+    is_integer,
+    weight_block_bytes,
+)
 from core.kernels.byte_vectors import (
     inverse_of,
     product_where_nonzero,
     scale_of,
-    store_bytes_of,
+    store_integers_of,
     whole,
 )
 from core.kernels.compile import kernel
@@ -64,7 +69,7 @@ def load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers):
             source = queries + i * query_stride + head * heads.width * 4
             target = buffers.queries + (i * group + head) * buffers.query_stride
             if is_integer(arithmetic):
-                store_query(source, heads.width // LANES, target)
+                store_query(arithmetic, source, heads.width // LANES, target)
                 continue
             for vector in range(heads.width // LANES):
                 floats = load_floats(source + vector * BYTES_OF_FLOATS)
@@ -72,17 +77,17 @@ def load_queries(arithmetic, heads, num_rows, queries, query_stride, buffers):
 
 
 @kernel
-def store_query(source, num_vectors, target):
-    """Writes a head of a query as signed bytes; behind them its scale, and what corrects a sum with
-    keys that have 128 added."""
+def store_query(arithmetic, source, num_vectors, target):
+    """Writes a head of a query as signed integers; behind them its scale, and what corrects a sum
+    with keys that have 128 added."""
     magnitude = largest_magnitude(source, num_vectors)
     inverse = splat(inverse_of(magnitude, _MOST_OF_QUERY))
     total = splat(np.float32(0.0))
     for vector in range(num_vectors):
         floats = multiply(load_floats(source + vector * BYTES_OF_FLOATS), inverse)
-        store_bytes_of(target + vector * LANES, floats)
+        store_integers_of(arithmetic, target + vector * LANES * input_bytes(arithmetic), floats)
         total = add(total, whole(floats))
-    end = target + num_vectors * LANES
+    end = target + num_vectors * LANES * input_bytes(arithmetic)
     store_float(end, scale_of(magnitude, _MOST_OF_QUERY))
     store_word(end + 4, np.uint32(np.int64(np.float32(-128.0) * sum_of_lanes(total))))
 
@@ -131,17 +136,18 @@ def softmax_weights(arithmetic, scores, blocks, value_scales, weights):
         where = weights + block * weight_block_bytes(arithmetic)
         if is_integer(arithmetic):
             scales = load_floats(keys_of_block(blocks, block) + value_scales)
-            store_weights(scores + block * BYTES_OF_FLOATS, floats, scales, where)
+            store_weights(arithmetic, scores + block * BYTES_OF_FLOATS, floats, scales, where)
         else:
             store_inputs(arithmetic, where, floats)
     return np.float32(1.0) / sum_of_lanes(total)
 
 
 @kernel
-def store_weights(scratch, floats, scales, where):
-    """Writes a block's weights, times the scales of its values, as unsigned bytes."""
+def store_weights(arithmetic, scratch, floats, scales, where):
+    """Writes a block's weights, times the scales of its values, as unsigned integers."""
     floats = product_where_nonzero(floats, scales)
     store_floats(scratch, floats)
     magnitude = largest_magnitude(scratch, 1)
-    store_bytes_of(where, multiply(floats, splat(inverse_of(magnitude, _MOST_OF_WEIGHT))))
-    store_float(where + LANES, scale_of(magnitude, _MOST_OF_WEIGHT))
+    floats = multiply(floats, splat(inverse_of(magnitude, _MOST_OF_WEIGHT)))
+    store_integers_of(arithmetic, where, floats)
+    store_float(where + LANES * input_bytes(arithmetic), scale_of(magnitude, _MOST_OF_WEIGHT))

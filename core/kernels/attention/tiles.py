@@ -68,13 +68,10 @@ def scores_tile(
             query_rows = emit_row_addresses(builder, queries, query_stride, rows)
             score_rows = emit_row_addresses(builder, scores, score_stride, rows)
             blocks = list(zip((keys_0, keys_1), fetched, (0, 1), strict=True))
-            if kind.is_integer:
-                rows_of_tile = list(zip(query_rows, score_rows, strict=True))
-                emit_integer_scores(builder, kind, num_pairs, rows_of_tile, blocks)
-                return
+            emit_some = emit_integer_scores if kind.is_integer else _emit_scores
             for some_rows in _shares(list(zip(query_rows, score_rows, strict=True)), kind, most=3):
                 for some_blocks in _shares(blocks, kind, most=1):
-                    _emit_scores(builder, kind, num_pairs, some_rows, some_blocks)
+                    emit_some(builder, kind, num_pairs, some_rows, some_blocks)
 
         emit_for_rows(builder, num_rows, emit)
         return context.get_dummy_value()
@@ -133,15 +130,15 @@ def values_tile(
         def emit(rows: int) -> None:
             weight_rows = emit_row_addresses(builder, weights, weight_stride, rows)
             output_rows = emit_row_addresses(builder, outputs, output_stride, rows)
-            if kind.is_integer:
-                emit_integer_values(
-                    builder, kind, list(zip(weight_rows, output_rows, strict=True)), count,
-                    num_words, value_stride, values_of, fetched_beside,
-                )  # fmt: skip
-                return
             for some_rows in _shares(
                 list(zip(weight_rows, output_rows, strict=True)), kind, most=3
             ):
+                if kind.is_integer:
+                    emit_integer_values(
+                        builder, kind, some_rows, count, num_words, value_stride, values_of,
+                        fetched_beside,
+                    )  # fmt: skip
+                    continue
                 for some_vectors in _shares(list(range(count)), kind, most=2):
                     emit_some(some_rows, some_vectors)
 

@@ -18,32 +18,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
-from core.kernels.arithmetic import GROUP, LANES, Arithmetic
+from core.kernels.arithmetic import GROUP, Arithmetic
 from core.kernels.tiles import (
     PANEL_ROW_BYTES,
     Fetches,
-    emit_byte_dot,
     emit_for_rows,
     emit_loop,
     emit_row_addresses,
+    emit_word_products,
     vector_addresses,
 )
 from core.kernels.vectors import (
     F32,
     FLOATS,
-    I16,
     I32,
     WORDS,
-    emit_call,
     emit_fma,
     emit_load,
     emit_splat,
     emit_store,
     index,
     splat_constant,
-    splat_word,
 )
 
 STEPS = GROUP // 4  # words of a group
@@ -51,8 +46,6 @@ STEPS_AT_A_TIME = 4
 # Offsets of a group of inputs from its end.
 SCALE = -8
 CORRECTION = -4
-_HALF = ir.VectorType(I32, LANES // 2)
-_PAIRS = ir.VectorType(I16, LANES)
 
 
 def emit_integer_tiles(
@@ -130,60 +123,10 @@ def _emit_group(
             weights = [
                 emit_load(builder, at, WORDS) for at in vector_addresses(builder, row, vectors)
             ]
-            if kind.widens_integers:
-                sums = _emit_pairs(builder, groups, number, weights, sums)
-            else:
-                sums = _emit_bytes(builder, kind, groups, number, weights, sums)
+            sums = emit_word_products(builder, kind, groups, number, weights, sums)
         return sums
 
     return emit_loop(builder, index(STEPS // STEPS_AT_A_TIME), sums, add_words)
-
-
-def _emit_bytes(
-    builder: Any, kind: Arithmetic, groups: list[Any], number: Any, weights: list[Any], sums: Any
-) -> list[Any]:
-    """Adds the products of a word of each row, row by row."""
-    results: list[Any] = []
-    for group in groups:
-        at = builder.add(group, builder.mul(number, index(4)))
-        values = emit_splat(builder, emit_load(builder, at, I32))
-        for weight in weights:
-            results.append(emit_byte_dot(builder, kind, sums[len(results)], weight, values))
-    return results
-
-
-def _emit_pairs(
-    builder: Any, groups: list[Any], number: Any, weights: list[Any], sums: list[Any]
-) -> list[Any]:
-    """As `_emit_bytes`, with pairs of 16 bits: of a word the first and third bytes, then the
-    others."""
-    even = [builder.and_(weight, splat_word(0x00FF00FF)) for weight in weights]
-    odd = [
-        builder.and_(builder.lshr(weight, splat_word(8)), splat_word(0x00FF00FF))
-        for weight in weights
-    ]
-    for offset, pairs in ((0, even), (4, odd)):
-        results: list[Any] = []
-        for group in groups:
-            at = builder.add(group, builder.add(builder.mul(number, index(8)), index(offset)))
-            values = emit_splat(builder, emit_load(builder, at, I32))
-            for pair in pairs:
-                product = _emit_pair_products(builder, pair, values)
-                results.append(builder.add(sums[len(results)], product))
-        sums = results
-    return sums
-
-
-def _emit_pair_products(builder: Any, a: Any, b: Any) -> Any:
-    """In each lane a.low x b.low + a.high x b.high, of signed 16 bits."""
-    halves = []
-    for first in (0, LANES // 2):
-        lanes = ir.Constant(_HALF, list(range(first, first + LANES // 2)))
-        pair = [
-            builder.bitcast(builder.shuffle_vector(value, value, lanes), _PAIRS) for value in (a, b)
-        ]
-        halves.append(emit_call(builder, "llvm.x86.avx2.pmadd.wd", _HALF, pair))
-    return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
 
 
 def _emit_scaled(

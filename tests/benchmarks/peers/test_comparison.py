@@ -170,20 +170,20 @@ def test_the_estimate_counts_starts_and_work_of_every_round() -> None:
     )
 
 
-@pytest.mark.parametrize("has_vnni", [False, True])
+@pytest.mark.parametrize("caches_bytes", [False, True])
 def test_the_memory_limit_follows_the_weights_the_kv_and_the_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_vnni: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches_bytes: bool
 ) -> None:
     from tests.support.models import TINY_MODELS, write_gguf
 
-    monkeypatch.setattr("services.local.partition.has_vnni", lambda: has_vnni)
+    monkeypatch.setattr("services.local.partition.caches_bytes", lambda _: caches_bytes)
     tiny = TINY_MODELS["llama-tied"]
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny)
     works = [decode(4), replace(prefill(), streams=1)]
     assert most_tokens(works) == 1025
     int8, int4 = (memory_limit(path, f"penstock {one}", works) for one in ("int8", "int4"))
-    head_bytes = tiny.head_dim + 4 if has_vnni else 2 * tiny.head_dim
+    head_bytes = tiny.head_dim + 4 if caches_bytes else 2 * tiny.head_dim
     kv_bytes = 1025 * tiny.num_layers * 2 * tiny.num_kv_heads * head_bytes
     assert int8 - kv_bytes - 4 * 400_000_000 == pytest.approx(
         2 * (int4 - kv_bytes - 4 * 400_000_000), abs=2
