@@ -23,8 +23,9 @@ from core.engine.stage_memory import (
     allocate_workspaces,
     load_weights,
 )
-from core.kernels.arithmetic import Arithmetic, host_arithmetic
+from core.kernels.arithmetic import Arithmetic
 from core.kernels.fingerprint import kernel_cache_key
+from core.kernels.host_arithmetic import host_arithmetic
 from core.models.llama.config import LlamaConfig
 from core.models.llama.model import (
     BLOCK_TABLES,

@@ -11,8 +11,9 @@ import numpy as np
 
 from core.engine.settings import EngineSettings
 from core.kernels.ahead import AHEAD_SIZE
-from core.kernels.arithmetic import LANES, PANEL_COLUMNS, host_arithmetic
+from core.kernels.arithmetic import LANES, PANEL_COLUMNS
 from core.kernels.attention.cpu import TILE_QUERIES, AttentionWorkspace
+from core.kernels.host_arithmetic import host_arithmetic
 from core.kernels.linear.cpu import PanelScratch
 from core.kernels.memory import aligned_zeros
 from core.models.llama.config import LlamaConfig

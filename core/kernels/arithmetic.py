@@ -27,7 +27,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.extending import (
@@ -38,9 +37,8 @@ from numba.extending import (
     unbox,
 )
 
-from core.errors import InvalidInput
 from core.kernels.compile import intrinsic
-from core.kernels.host_cpu import caches_bytes, integer_instructions
+from core.kernels.host_cpu import caches_bytes
 
 LANES = 16  # float32 values in a vector, and positions in a KV block
 PANEL_COLUMNS = 64  # columns of a packed weight panel
@@ -73,11 +71,14 @@ class Arithmetic:
     instructions: str
     # Of what is bf16 beside int8 and int4 weights; empty: the same.
     bf16_instructions: str = ""
+    # Of int8, what the largest input of a group becomes: 64 beside matrices of 4 bits.
+    largest_input: int = 127
 
     @property
     def name(self) -> str:
         beside = f"-{self.bf16_instructions}" if self.bf16_instructions else ""
-        return f"{self.number_format}-{self.instructions}{beside}"
+        largest = "" if self.largest_input == 127 else f"-{self.largest_input}"
+        return f"{self.number_format}-{self.instructions}{beside}{largest}"
 
     @property
     def is_integer(self) -> bool:
@@ -94,7 +95,7 @@ class Arithmetic:
         """The arithmetic of matrices that have no 4 bits in the file."""
         if not self.has_nibbles:
             return self
-        return Arithmetic("int8", self.instructions, self.bf16_instructions)
+        return Arithmetic("int8", self.instructions, self.bf16_instructions, largest_input=64)
 
     @property
     def unquantised(self) -> Arithmetic:
@@ -107,7 +108,7 @@ class Arithmetic:
     def of_cache(self) -> Arithmetic:
         """The arithmetic of attention and of the KV cache."""
         if self.is_integer and caches_bytes(self.instructions):
-            return self.of_bytes
+            return Arithmetic("int8", self.instructions, self.bf16_instructions)
         return self.unquantised
 
     @property
@@ -155,8 +156,9 @@ class Arithmetic:
 
     @property
     def widens_integers(self) -> bool:
-        """Whether int8 inputs of a product lie as 16 bits each."""
-        return self.number_format == "int8" and self.instructions == "avx2"
+        """Whether int8 inputs of a product lie as 16 bits each: AVX2 sums products of bytes in
+        pairs, to 16 bits, which 2 x 255 x 64 fits and 2 x 255 x 127 does not."""
+        return (self.number_format, self.instructions, self.largest_input) == ("int8", "avx2", 127)
 
     @property
     def input_group_bytes(self) -> int:
@@ -212,27 +214,6 @@ class Arithmetic:
         if not self.has_nibbles:
             return self.tile_vectors(num_rows) * LANES
         return (*NIBBLE_TILE_COLUMNS, LANES)[min(num_rows - 1, len(NIBBLE_TILE_COLUMNS))]
-
-
-def host_arithmetic(number_format: str) -> Arithmetic:
-    """The fastest arithmetic of this host for a number format; raises InvalidInput for others.
-
-    Equal CPUs get equal arithmetic: nothing is timed. Intel's cores need two cycles for a
-    product of bfloat16 pairs and half a one for a float32 product (measured on Emerald Rapids:
-    87 against 150 GFLOP/s with widened weights), AMD's do not.
-    """
-    if number_format not in NUMBER_FORMATS:
-        raise InvalidInput("number_format", number_format, " or ".join(NUMBER_FORMATS))
-    features = llvm.get_host_cpu_features()
-    if number_format in ("int8", "int4"):
-        beside = host_arithmetic("bf16").instructions
-        return Arithmetic(number_format, integer_instructions(), beside)
-    if not features.get("avx512f"):
-        return Arithmetic(number_format, "portable")
-    pairs_pay = llvm.get_host_cpu_name().startswith("znver")
-    if number_format == "bf16" and features.get("avx512bf16") and pairs_pay:
-        return Arithmetic(number_format, "avx512bf16")
-    return Arithmetic(number_format, "avx512")
 
 
 class ArithmeticType(types.Opaque):

@@ -1,10 +1,11 @@
 """How float32 rows become the inputs of a product: as they are, as bfloat16, or as int8.
 
-int8 inputs have a scale for each group of 64: the largest magnitude becomes 127, the others
-are rounded to the nearest integer, ties to even. A group lies as 64 bytes, the scale (float32) and
--128 x the sum of the integers (int32): see `core.kernels.linear.integer_tiles`. For "avx2" the
-integers have 16 bits, and of each four the second and the third change places. Instead of the last,
-int4 has the scale x the sum of the integers (float32) of each half of the group.
+int8 inputs have a scale for each group of 64: the largest magnitude becomes 127 (64 beside matrices
+of 4 bits), the others are rounded to the nearest integer, ties to even. A group lies as 64 bytes,
+the scale (float32) and -128 x the sum of the integers (int32): see
+`core.kernels.linear.integer_tiles`. For "avx2", where the largest is 127, the integers have 16
+bits, and of each four the second and the third change places. Instead of the last, int4 has the
+scale x the sum of the integers (float32) of each half of the group.
 
 A great input makes the scale of its group coarse for all others. Those of int8 are *spread* first:
 each four of a group that lie 16 apart are multiplied by a Hadamard matrix, and so are the weights,
@@ -43,7 +44,7 @@ from core.kernels.vectors import (
     splat_word,
 )
 
-LARGEST = 127
+LARGEST = 127  # of weights
 UNSIGNED_OFFSET = 128  # added to weights, see `core.kernels.linear.integer_tiles`
 # Groups and columns below are all zero: the inverse of their scale may not be finite.
 LEAST_MAGNITUDE = 1e-30
@@ -65,7 +66,7 @@ def store_input_group(typing_context, arithmetic, where, first, second, third, f
         if kind.is_integer:
             vectors = vectors if kind.has_nibbles else _emit_spread(builder, vectors)
             in_pairs = kind.widens_integers
-            scale, inverse = _emit_scale(builder, vectors)
+            scale, inverse = _emit_scale(builder, vectors, kind.largest_input)
             wholes = _emit_rounded(builder, where, vectors, inverse, in_pairs=in_pairs)
             end = builder.add(where, index(2 * GROUP if in_pairs else GROUP))
             emit_end = _emit_scaled_sums if kind.has_nibbles else _emit_correction
@@ -146,16 +147,16 @@ def _emit_magnitude(builder: Any, largest: Any) -> Any:
     return builder.bitcast(largest, F32)
 
 
-def _emit_scale(builder: Any, vectors: list[Any]) -> tuple[Any, Any]:
+def _emit_scale(builder: Any, vectors: list[Any], most: int) -> tuple[Any, Any]:
     """What a group's integers are multiples of, which a NaN makes one, and its inverse."""
     largest = splat_word(0)
     for floats in vectors:
         largest = _emit_larger(builder, largest, floats)
     magnitude = _emit_magnitude(builder, largest)
-    scale = builder.fmul(magnitude, ir.Constant(F32, float(np.float32(1.0 / LARGEST))))
+    scale = builder.fmul(magnitude, ir.Constant(F32, float(np.float32(1.0 / most))))
     inverse = builder.select(
         builder.fcmp_ordered(">", magnitude, ir.Constant(F32, float(np.float32(LEAST_MAGNITUDE)))),
-        builder.fdiv(ir.Constant(F32, float(LARGEST)), magnitude),
+        builder.fdiv(ir.Constant(F32, float(most)), magnitude),
         ir.Constant(F32, 0.0),
     )
     return scale, inverse

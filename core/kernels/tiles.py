@@ -21,6 +21,7 @@ from core.kernels.vectors import (
     BYTES_OF_FLOATS,
     F32,
     FLOATS,
+    I8,
     I16,
     I32,
     I64,
@@ -41,6 +42,7 @@ _PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
 _WIDE_PAIRS = ir.VectorType(I16, 2 * LANES)
 _HALF = ir.VectorType(I32, LANES // 2)  # what a register without AVX-512 holds
 _HALF_PAIRS = ir.VectorType(I16, LANES)
+_HALF_BYTES = ir.VectorType(I8, 2 * LANES)
 
 
 def emit_weights(builder: Any, arithmetic: Arithmetic, where: Any) -> list[Any]:
@@ -111,7 +113,12 @@ def emit_word_products(
 def _emit_byte_dot(
     builder: Any, arithmetic: Arithmetic, sums: Any, unsigned: Any, signed: Any
 ) -> Any:
-    """sums + unsigned . signed, of four bytes in each lane."""
+    """sums + unsigned . signed, of four bytes in each lane; with AVX2 up to 64 signed."""
+    if arithmetic.instructions == "avx2":
+        pairs = _emit_halves(builder, "pmadd.ub.sw", _HALF_PAIRS, _HALF_BYTES, unsigned, signed)
+        ones = ir.Constant(_WIDE_PAIRS, [1] * 2 * LANES)
+        both = _emit_halves(builder, "pmadd.wd", _HALF, _HALF_PAIRS, pairs, ones)
+        return builder.add(sums, both)
     if arithmetic.instructions == "avx512vnni":
         name = "llvm.x86.avx512.vpdpbusd.512"
         return emit_call(builder, name, WORDS, [sums, unsigned, signed])
@@ -134,7 +141,7 @@ def _emit_pairs(
             at = builder.add(row, builder.add(builder.mul(number, index(8)), index(offset)))
             values = emit_splat(builder, emit_load(builder, at, I32))
             for pair in pairs:
-                product = _emit_pair_products(builder, pair, values)
+                product = _emit_halves(builder, "pmadd.wd", _HALF, _HALF_PAIRS, pair, values)
                 results.append(builder.add(sums[len(results)], product))
         sums = results
     return sums
@@ -153,16 +160,17 @@ def _emit_widened(builder: Any, word: Any, *, signed: bool) -> tuple[Any, Any]:
     return builder.bitcast(even, WORDS), builder.bitcast(odd, WORDS)
 
 
-def _emit_pair_products(builder: Any, a: Any, b: Any) -> Any:
-    """In each lane a.low x b.low + a.high x b.high, of signed 16 bits."""
+def _emit_halves(builder: Any, name: str, result: Any, operand: Any, a: Any, b: Any) -> Any:
+    """An instruction of AVX2 for each half of two vectors of 16 words; words again."""
     halves = []
     for first in (0, LANES // 2):
         lanes = ir.Constant(_HALF, list(range(first, first + LANES // 2)))
-        pair = [
-            builder.bitcast(builder.shuffle_vector(value, value, lanes), _HALF_PAIRS)
-            for value in (a, b)
+        parts = [builder.bitcast(value, WORDS) for value in (a, b)]
+        parts = [
+            builder.bitcast(builder.shuffle_vector(part, part, lanes), operand) for part in parts
         ]
-        halves.append(emit_call(builder, "llvm.x86.avx2.pmadd.wd", _HALF, pair))
+        half = emit_call(builder, f"llvm.x86.avx2.{name}", result, parts)
+        halves.append(builder.bitcast(half, _HALF))
     return builder.shuffle_vector(*halves, ir.Constant(WORDS, list(range(LANES))))
 
 

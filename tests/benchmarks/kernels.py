@@ -21,9 +21,10 @@ import numpy as np
 from rich.table import Table
 
 from core.engine.stage_memory import allocate_attention, allocate_cache
-from core.kernels.arithmetic import LANES, host_arithmetic
+from core.kernels.arithmetic import LANES
 from core.kernels.attention.cpu import RowTable, attend
 from core.kernels.compile import kernel
+from core.kernels.host_arithmetic import host_arithmetic
 from core.kernels.memory import aligned_zeros
 from core.kernels.rotary.cpu import rotate_and_write
 from core.kernels.rotary.reference import rotary_tables

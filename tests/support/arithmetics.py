@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 
-from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic, host_arithmetic
+from core.kernels.arithmetic import GROUP, NIBBLE_GROUP, Arithmetic
+from core.kernels.host_arithmetic import host_arithmetic
 from core.kernels.host_cpu import has_vnni
 from core.kernels.linear.reference import quantise, spread
 from tests.support.models import bf16_bits
@@ -29,24 +32,24 @@ def host_arithmetics() -> list[Arithmetic]:
 
 def cache_arithmetics() -> list[Arithmetic]:
     """All that attention and the KV cache may have."""
-    beside = host_arithmetic("bf16").instructions
-    integers = [Arithmetic("int8", kind.instructions, beside) for kind in integer_arithmetics()]
-    return [*host_arithmetics(), *integers]
+    return [*host_arithmetics(), *integer_arithmetics()]
 
 
-def integer_arithmetics() -> list[Arithmetic]:
-    """int8 in every kind of instructions."""
-    found = [Arithmetic("int8", "portable")]
+def integer_arithmetics(*, largest_input: int = 127) -> list[Arithmetic]:
+    """int8 in every kind of instructions; with bf16 as beside the host's, whose engines have been
+    compiled."""
+    kinds = ["portable"]
     if llvm.get_host_cpu_features().get("avx2"):
-        found.append(Arithmetic("int8", "avx2"))
+        kinds.append("avx2")
     if has_vnni():
-        found.append(host_arithmetic("int8"))
-    return found
+        kinds.append("avx512vnni")
+    beside = host_arithmetic("bf16").instructions
+    return [Arithmetic("int8", kind, beside, largest_input=largest_input) for kind in kinds]
 
 
 def nibble_arithmetics() -> list[Arithmetic]:
     """int4 in every kind of instructions."""
-    return [Arithmetic("int4", kind.instructions) for kind in integer_arithmetics()]
+    return [replace(kind, number_format="int4") for kind in integer_arithmetics()]
 
 
 def rounded(values: FloatArray, number_format: str) -> FloatArray:
@@ -68,7 +71,7 @@ def quantised_words(arithmetic: Arithmetic, rows: FloatArray) -> npt.NDArray[np.
     sums of the integers; those of int8 are spread before."""
     if not arithmetic.has_nibbles:
         rows = spread(rows, group=GROUP)
-    quantised = quantise(rows, group=GROUP)
+    quantised = quantise(rows, group=GROUP, largest=arithmetic.largest_input)
     integers_TGE = quantised.integers_TK.reshape(len(rows), -1, GROUP)
     stored_TGE = integers_TGE
     if arithmetic.widens_integers:
@@ -102,7 +105,8 @@ def inputs_to_floats(arithmetic: Arithmetic, words: npt.NDArray[np.uint32]) -> F
             np.testing.assert_array_equal(scaled, (sums * scales).astype(np.float32))
             return integers * scales
         corrections = np.ascontiguousarray(groups[:, -1]).view(np.int32)
-        np.testing.assert_array_equal(corrections, -128 * integers.sum(axis=1, dtype=np.int32))
+        sums = integers.sum(axis=1, dtype=np.int32)
+        np.testing.assert_array_equal(corrections, -128 * sums)
         return spread(integers * scales, group=GROUP) * np.float32(0.25)
     if arithmetic.dots_pairs:
         return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -37,17 +37,18 @@ def linear(x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray | None = 
     return product_TN.astype(np.float32)
 
 
-def quantise(x_TK: FloatArray, *, group: int) -> Quantised:
-    """Rounds to multiples of a scale, a 127th of the largest magnitude in each group.
+def quantise(x_TK: FloatArray, *, group: int, largest: int = 127) -> Quantised:
+    """Rounds to multiples of a scale, of which the largest magnitude in each group has `largest`.
 
     A group of numbers below 1e-30 becomes zero.
     """
+    most = np.float32(largest)
     x_TGE = x_TK.reshape(len(x_TK), -1, group)
     largest_TG = np.abs(x_TGE).max(axis=2)
     inverse_TG = np.zeros_like(largest_TG)
-    np.divide(np.float32(127), largest_TG, out=inverse_TG, where=largest_TG > np.float32(1e-30))
+    np.divide(most, largest_TG, out=inverse_TG, where=largest_TG > np.float32(1e-30))
     integers_TGE = np.rint(x_TGE * inverse_TG[:, :, None]).astype(np.int8)
-    return Quantised(integers_TGE.reshape(x_TK.shape), largest_TG * np.float32(1 / 127))
+    return Quantised(integers_TGE.reshape(x_TK.shape), largest_TG * (np.float32(1) / most))
 
 
 def spread(x_TK: FloatArray, *, group: int) -> FloatArray:
@@ -63,12 +64,17 @@ def spread(x_TK: FloatArray, *, group: int) -> FloatArray:
 
 
 def quantised_linear(
-    x_TK: FloatArray, weight_NK: FloatArray, bias_N: FloatArray, *, group: int
+    x_TK: FloatArray,
+    weight_NK: FloatArray,
+    bias_N: FloatArray,
+    *,
+    group: int,
+    largest_input: int = 127,
 ) -> FloatArray:
     """As `linear`, with both operands spread and quantised, weights with one scale for each output:
     the groups' sums are exact integers, and those, scaled, are added in float32 in the order of the
     groups."""
-    rows = quantise(spread(x_TK, group=group), group=group)
+    rows = quantise(spread(x_TK, group=group), group=group, largest=largest_input)
     weight_NK = spread(weight_NK, group=group) * np.float32(0.25)
     columns = quantise(weight_NK, group=weight_NK.shape[1])
     result_TN = np.zeros((len(x_TK), len(weight_NK)), np.float32)

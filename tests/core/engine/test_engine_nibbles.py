@@ -45,10 +45,13 @@ def test_inputs_of_padded_heads_have_8_bits(open_model: OpenOne) -> None:
     assert nibbles(open_model("qwen2-padded-nibbles"), 0) == [True, False, True, True]
 
 
-def test_without_weights_of_4_bits_int4_is_int8(open_model: OpenOne) -> None:
+def test_without_weights_of_4_bits_int4_is_int8_but_for_a_bit_of_the_inputs(
+    open_model: OpenOne,
+) -> None:
     model = open_model("mistral")
-    int8, int4 = (
+    exact, int8, int4 = (
         model.chain(num_stages=2, number_format=number_format).logits(TOKEN_IDS)
-        for number_format in ("int8", "int4")
+        for number_format in ("fp32", "int8", "int4")
     )
-    np.testing.assert_array_equal(int4, int8)
+    errors = [np.abs(logits - exact).mean() for logits in (int8, int4)]
+    assert errors[0] < errors[1] < 3 * errors[0]

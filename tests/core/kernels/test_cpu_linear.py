@@ -21,7 +21,9 @@ from core.kernels.memory import aligned_zeros
 from tests.support.arithmetics import host_arithmetics, integer_arithmetics, rounded, to_inputs
 
 each_arithmetic = pytest.mark.parametrize(
-    "arithmetic", host_arithmetics() + integer_arithmetics(), ids=lambda a: a.name
+    "arithmetic",
+    host_arithmetics() + integer_arithmetics() + integer_arithmetics(largest_input=64),
+    ids=lambda a: a.name,
 )
 FloatArray = npt.NDArray[np.float32]
 NOT_AHEAD = np.zeros(AHEAD_SIZE, np.int64)
@@ -50,7 +52,8 @@ class PackedMatrix:
             return linear(x_TK, self.weight_NK, bias_N)
         padding = [(0, 0), (0, self.padded_inputs - x_TK.shape[1])]
         x_TK, weight_NK = np.pad(x_TK, padding), np.pad(self.weight_NK, padding)
-        return quantised_linear(x_TK, weight_NK, bias_N, group=GROUP)
+        largest = self.arithmetic.largest_input
+        return quantised_linear(x_TK, weight_NK, bias_N, group=GROUP, largest_input=largest)
 
     def inputs(self, x_TK: FloatArray) -> npt.NDArray[np.uint32]:
         """Rows in the input format."""
@@ -171,18 +174,22 @@ def test_greedy_tokens_are_the_arg_max_of_the_logits_and_ties_go_to_the_lowest(
     assert tokens[4] == 0
 
 
-def test_integers_are_multiplied_alike_with_and_without_an_instruction_for_it() -> None:
+@pytest.mark.parametrize("largest_input", [64, 127])
+def test_integers_are_multiplied_alike_with_and_without_an_instruction_for_it(
+    largest_input: int,
+) -> None:
     x_TK = random_rows(integer_arithmetics()[0], 9, 321)
     outputs = []
-    for arithmetic in integer_arithmetics():
+    for arithmetic in integer_arithmetics(largest_input=largest_input):
         matrix = PackedMatrix(arithmetic, 129, 321)
         outputs.append(matrix.multiply(x_TK, np.full((9, 192), np.nan, np.float32)))
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
 
 
-def test_the_largest_integers_do_not_saturate() -> None:
-    for arithmetic in integer_arithmetics():
+@pytest.mark.parametrize("largest_input", [64, 127])
+def test_the_largest_integers_do_not_saturate(largest_input: int) -> None:
+    for arithmetic in integer_arithmetics(largest_input=largest_input):
         matrix = PackedMatrix(arithmetic, 64, 128)
         for sign in (-1, 1):
             matrix.weight_NK[:] = sign
