@@ -25,6 +25,7 @@ from services.local.background import start_in_background
 from services.local.background import stop as stop_mesh
 from services.local.catalogue import DEFAULT_MODEL
 from services.local.coordinators import Serving, open_coordinators
+from services.local.fork_server import launched
 from services.local.identities import authority_of, credentials_for
 from services.local.layout import MeshLayout
 from services.local.ports import HeldPorts
@@ -270,9 +271,13 @@ async def _start(
 
         listener = Listener(progress=display.update, ready=ready, say=_say)
         if detach:
-            await start_in_background(layout, run_folder=run_folder, listener=listener)
+            await start_in_background(
+                layout, run_folder=run_folder, listener=listener, fork_server=launched()
+            )
         else:
-            await supervise(layout, run_folder=run_folder, listener=listener)
+            await supervise(
+                layout, run_folder=run_folder, listener=listener, fork_server=launched()
+            )
 
 
 def _say(line: str) -> None:

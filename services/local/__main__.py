@@ -1,5 +1,7 @@
 """The supervisor of a mesh in the background: `python -m services.local RUN_FOLDER < layout`.
 
+Two more arguments, where there are such, are the socket and the process id of a fork server.
+
 Says how the start goes on stdout, one JSON object a line: {"progress": [...]}, then
 {"ready": true} or {"error": "..."}; then it closes stdout and goes on serving. Later
 lines for people go to stderr, which whoever starts this sends to a log file.
@@ -10,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from core.errors import PenstockError
+from services.local.fork_server import ForkServerHandle
 from services.local.layout import MeshLayout
 from services.local.progress import StageProgress
 from services.local.run_folder import RunFolder
@@ -44,10 +48,16 @@ def say(line: str) -> None:
 
 def main() -> None:
     run_folder = RunFolder(Path(sys.argv[1]))
+    fork_server = None
+    if len(sys.argv) > 2:
+        fd, pid = map(int, sys.argv[2:])
+        fork_server = ForkServerHandle(socket.socket(fileno=fd), pid)
     layout = MeshLayout.from_json(sys.stdin.read())
     listener = Listener(progress=report_progress, ready=report_ready, say=say)
     try:
-        asyncio.run(supervise(layout, run_folder=run_folder, listener=listener))
+        asyncio.run(
+            supervise(layout, run_folder=run_folder, listener=listener, fork_server=fork_server)
+        )
     except PenstockError as error:
         say(str(error))
         say_to_starter({"error": str(error)})

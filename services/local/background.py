@@ -15,6 +15,7 @@ from typing import IO
 import psutil
 
 from core.errors import Unavailable
+from services.local.fork_server import ForkServerHandle
 from services.local.layout import MeshLayout
 from services.local.mesh import STOP_GRACE_S
 from services.local.progress import StageProgress
@@ -32,15 +33,16 @@ async def start_in_background(
     *,
     run_folder: RunFolder,
     listener: Listener,
+    fork_server: ForkServerHandle | None = None,
     supervisor: Sequence[str] = SUPERVISOR,
 ) -> None:
     """Returns when the mesh is ready, and leaves it running.
 
-    `supervisor` is the command that runs it, and is given the folder. Raises Unavailable, saying
-    why, when it is not ready; then nothing is left running. A caller that is cancelled meanwhile
-    takes the mesh down with it.
+    `supervisor` is the command that runs it, and is given the folder and the fork server. Raises
+    Unavailable, saying why, when it is not ready; then nothing is left running. A caller that is
+    cancelled meanwhile takes the mesh down with it.
     """
-    process = _start(supervisor, run_folder)
+    process = _start(supervisor, run_folder, fork_server)
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
     assert stdout is not None
@@ -56,16 +58,20 @@ async def start_in_background(
         stdout.close()
 
 
-def _start(supervisor: Sequence[str], run_folder: RunFolder) -> subprocess.Popen[bytes]:
+def _start(
+    supervisor: Sequence[str], run_folder: RunFolder, fork_server: ForkServerHandle | None
+) -> subprocess.Popen[bytes]:
     """Not a process of asyncio's, which kills those that outlive the event loop."""
+    passed = () if fork_server is None else (fork_server.connection.fileno(), fork_server.pid)
     run_folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with run_folder.log_path("mesh").open("wb") as log:
         return subprocess.Popen(
-            [*supervisor, str(run_folder.path)],
+            [*supervisor, str(run_folder.path), *map(str, passed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,
+            pass_fds=passed[:1],
         )
 
 

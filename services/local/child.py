@@ -15,6 +15,18 @@ import threading
 import time
 
 GRACE_S = 5.0
+# Each process computes on one thread of its own: pools of threads larger than the cores that
+# a process really has make each other wait.
+ONE_THREAD = {
+    name: "1"
+    for name in (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+        "RAYON_NUM_THREADS",
+    )
+}
 
 
 def end_with_supervisor(lifeline_fd: int) -> None:
@@ -26,12 +38,13 @@ def end_with_supervisor(lifeline_fd: int) -> None:
     os._exit(1)
 
 
-def main() -> None:
-    lifeline_fd, module, *arguments = sys.argv[1:]
-    threading.Thread(target=end_with_supervisor, args=(int(lifeline_fd),), daemon=True).start()
+def run_child(lifeline_fd: int, module: str, arguments: list[str]) -> None:
+    """Runs the module in this process, until it or the supervisor ends."""
+    threading.Thread(target=end_with_supervisor, args=(lifeline_fd,), daemon=True).start()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main()
+    lifeline_fd, module, *arguments = sys.argv[1:]
+    run_child(int(lifeline_fd), module, arguments)

@@ -182,6 +182,7 @@ class MeshLayout:
             | self._identity(stage_role(index)),
             flags=() if self.shortcuts else ("--no-shortcuts",),
             role=stage_role(index),
+            can_be_forked=self.device == "cpu",
         )
 
     @property
@@ -272,6 +273,7 @@ def _command(
     *,
     flags: tuple[str, ...] = (),
     role: str = "",
+    can_be_forked: bool = True,
 ) -> ProcessCommand:
     shared = {"--listen": address, "--metrics-port": str(metrics_port)}
     arguments = [part for option in (shared | options).items() for part in option]
@@ -283,4 +285,5 @@ def _command(
         metrics_port=metrics_port,
         stop_turn=stop_turn,
         role=role,
+        can_be_forked=can_be_forked,
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from core.errors import NotFound, Unavailable, shown
 from services.common.logs import COMPILING
+from services.local.forking import ForkServer
 from services.local.ports import HeldPorts
 from services.local.process import MeshProcess, ProcessCommand, describe_exit
 from services.local.run_folder import RunFolder
@@ -53,9 +54,11 @@ class Mesh:
         run_folder: RunFolder,
         say: Callable[[str], None],
         patience: Patience = Patience(),
+        fork_server: ForkServer | None = None,
     ) -> None:
         self._say = say
         self._patience = patience
+        self._fork_server = fork_server
         self.ports = HeldPorts()  # of its processes, until they are removed
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._run_folder = run_folder
@@ -69,6 +72,7 @@ class Mesh:
             command,
             log_path=self._run_folder.log_path(command.name),
             lifeline_fd=self._lifeline_read,
+            fork_server=self._fork_server,
         )
 
     @asynccontextmanager
@@ -83,6 +87,8 @@ class Mesh:
             yield
         finally:
             await self._stop()
+            if self._fork_server is not None:
+                await self._fork_server.close()
             self.ports.close()
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)

@@ -9,21 +9,11 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from services.local.child import ONE_THREAD
+from services.local.forking import ForkedProcess, ForkServer, ForkServerLost
 from services.local.run_folder import ProcessRecord, record_process
-
-# Each process computes on one thread of its own: pools of threads larger than the cores that
-# a process really has make each other wait.
-ONE_THREAD = {
-    name: "1"
-    for name in (
-        "OMP_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "NUMBA_NUM_THREADS",
-        "RAYON_NUM_THREADS",
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +21,8 @@ class ProcessCommand:
     """What to run. `name` is for people: "gateway", "coordinator", "stage-0".
 
     Processes with a smaller `stop_turn` are ended first, those with the same together. Those of the
-    same `role`, unless it is "", can take each other's work.
+    same `role`, unless it is "", can take each other's work. Those that may compute on a GPU
+    are not forked: nothing of its driver may have begun before.
     """
 
     name: str
@@ -41,6 +32,7 @@ class ProcessCommand:
     metrics_port: int
     stop_turn: int = 0
     role: str = ""
+    can_be_forked: bool = True
 
     @property
     def ports(self) -> tuple[int, int]:
@@ -50,11 +42,20 @@ class ProcessCommand:
 class MeshProcess:
     """A process of the mesh, which may be started again after it has ended."""
 
-    def __init__(self, command: ProcessCommand, *, log_path: Path, lifeline_fd: int) -> None:
+    def __init__(
+        self,
+        command: ProcessCommand,
+        *,
+        log_path: Path,
+        lifeline_fd: int,
+        fork_server: ForkServer | None = None,
+    ) -> None:
+        """Without a fork server, or when that is lost, it starts as any process does."""
         self.command = command
         self.log_path = log_path
         self._lifeline_fd = lifeline_fd
-        self._process: asyncio.subprocess.Process | None = None
+        self._fork_server = fork_server if command.can_be_forked else None
+        self._process: asyncio.subprocess.Process | ForkedProcess | None = None
         self._record: ProcessRecord | None = None
 
     @property
@@ -68,26 +69,40 @@ class MeshProcess:
         ends the parts in order.
         """
         with self.log_path.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "services.local.child",
-                str(self._lifeline_fd),
-                self.command.module,
-                *self.command.arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(self._lifeline_fd,),
-                start_new_session=True,
-                env=os.environ | ONE_THREAD,
-            )
+            self._process = await self._fork(log) or await self._execute(log)
         self._record = record_process(
             self.name,
             self._process.pid,
             address=self.command.address,
             metrics_port=self.command.metrics_port,
             log=str(self.log_path),
+        )
+
+    async def _fork(self, log: BinaryIO) -> ForkedProcess | None:
+        if self._fork_server is None:
+            return None
+        module, arguments = self.command.module, self.command.arguments
+        try:
+            return await self._fork_server.start(
+                module, arguments, log_fd=log.fileno(), lifeline_fd=self._lifeline_fd
+            )
+        except ForkServerLost:
+            return None
+
+    async def _execute(self, log: BinaryIO) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.local.child",
+            str(self._lifeline_fd),
+            self.command.module,
+            *self.command.arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(self._lifeline_fd,),
+            start_new_session=True,
+            env=os.environ | ONE_THREAD,
         )
 
     @property

@@ -13,6 +13,8 @@ from core.errors import Exhausted, InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
 from services.common.audit import AuditLog, Detail, this_user
 from services.common.identity import SUPERVISOR
+from services.local.fork_server import ForkServerHandle
+from services.local.forking import ForkServer
 from services.local.identities import credentials_for, issue_missing
 from services.local.layout import MeshLayout, ReplicaLayout
 from services.local.mesh import Mesh
@@ -45,8 +47,16 @@ class Listener:
     say: Callable[[str], None]
 
 
-async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: Listener) -> None:
+async def supervise(
+    layout: MeshLayout,
+    *,
+    run_folder: RunFolder,
+    listener: Listener,
+    fork_server: ForkServerHandle | None = None,
+) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; all processes have ended when this returns.
+
+    Processes start sooner with a fork server, which ends with the mesh.
 
     Raises Exhausted when a mesh runs already, Unavailable when a part fails to start or fails
     too often.
@@ -54,7 +64,12 @@ async def supervise(layout: MeshLayout, *, run_folder: RunFolder, listener: List
     with run_folder.claim():
         stop = stop_on_signals()
         credentials = credentials_for(layout.certs, SUPERVISOR)
-        supervisor = Supervisor(layout, run_folder=run_folder, say=listener.say)
+        supervisor = Supervisor(
+            layout,
+            run_folder=run_folder,
+            say=listener.say,
+            fork_server=ForkServer(fork_server) if fork_server else None,
+        )
         mesh = supervisor.mesh
         supervisor.write_stages()
         async with _audited(layout), mesh.running():
@@ -104,10 +119,12 @@ class Supervisor:
         run_folder: RunFolder,
         say: Callable[[str], None],
         check_room: CheckRoom = _check_room,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """`check_room` raises PlanImpossible where a process for each slice does not fit."""
         layout = replace(layout, stages_file=str(run_folder.stages_path))
-        self.mesh = Mesh(layout.commands(), run_folder=run_folder, say=say)
+        self.mesh = Mesh(layout.commands(), run_folder=run_folder, say=say, fork_server=fork_server)
+        self._fork_server = fork_server
         self._layout = layout
         self._run_folder = run_folder
         self._check_room = check_room
@@ -235,7 +252,10 @@ class Supervisor:
         """Writes down the processes as they are now."""
         layout = self._layout
         log = str(self._run_folder.log_path("mesh"))
-        own = record_process("supervisor", os.getpid(), log=log)
+        processes = [record_process("supervisor", os.getpid(), log=log)]
+        processes += [process.record() for process in self.mesh.processes]
+        if self._fork_server is not None and not self._fork_server.is_lost:
+            processes.append(record_process("fork-server", self._fork_server.pid))
         self._run_folder.write(
             MeshRecord(
                 model=layout.model_name,
@@ -246,7 +266,7 @@ class Supervisor:
                 wire=layout.wire,
                 certs=layout.certs,
                 seal_keys=layout.seal_keys,
-                processes=(own, *(process.record() for process in self.mesh.processes)),
+                processes=tuple(processes),
             )
         )
 

@@ -26,13 +26,18 @@ def loaded_modules(program: str) -> set[str]:
         "services.coordinator.__main__",
         "services.stage.__main__",
         "services.local.__main__",
-        "services.cli.__main__",
+        "services.cli.app",
     ],
 )
 def test_no_process_imports_torch_or_transformers_to_start(module: str) -> None:
     loaded = loaded_modules(f"import {module}")
     assert module in loaded
     assert not {"torch", "transformers"} & loaded
+
+
+def test_what_is_imported_ahead_is_no_torch_either() -> None:
+    program = "from services.local.fork_server import preload; preload()"
+    assert not {"torch", "transformers"} & loaded_modules(program)
 
 
 @pytest.mark.parametrize("module", ["services.gateway.__main__", "services.coordinator.__main__"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from services.local.process import ONE_THREAD
+from services.local.child import ONE_THREAD
 
 ROOT = Path(__file__).parents[2]
 # As the local mesh does, which starts a process again after a short pause; one that another one

@@ -22,7 +22,7 @@ from penstock.v1.local_pb2_grpc import SupervisorServiceStub
 
 from services.common.credentials import Credentials
 from services.common.identity import name_of, stage_role
-from services.local.process import ONE_THREAD
+from services.local.child import ONE_THREAD
 from services.local.run_folder import MeshRecord
 from tests.fuzz.rpc.calls import Metadata, open_channel
 from tests.fuzz.rpc.methods import RpcMethod, World

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.common.audit_check import read_lines
 from services.common.credentials import Credentials
 from services.common.data_folder import AUDIT_NAME

@@ -14,7 +14,7 @@ import typer.main
 
 from core.errors import CorruptWeights, InvalidInput, NotFound, PlanImpossible, Unavailable
 from services.cli import asking, console
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.cli.how_to_call import how_to_call
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from core.errors import CorruptLog, InvalidInput, NotFound, PenstockError
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.common.audit_check import read_lines
 from services.common.data_folder import AUDIT_NAME, STORE_NAME
 from services.common.keys import ApiKey, hash_secret, read_key
