@@ -2,12 +2,17 @@
 
 A path takes the head of the queue in when it has time for its prompt. Where several paths share
 the work, it leaves the head to another one on which that would be served sooner.
+
+A prompt of thousands of tokens takes seconds, for which one of ten would wait. So what is short may
+pass what is long, whether that waits or is being computed; what is long is delayed by a bounded
+share of itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as List
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from core.pipeline.cut import Cut, Part
@@ -22,6 +27,11 @@ if TYPE_CHECKING:
 # Tokens that a request is taken to generate: weighs how fast a path generates against how
 # soon it has computed the prompt.
 _TYPICAL_OUTPUT = 64
+# A prompt lets later ones pass, each at most this share of what is left of it, until as much has
+# passed as this share of itself.
+_PASSING_SHARE = 0.5
+# So many of the queue are looked at.
+_MOST_PASSED = 32
 
 
 class Admission:
@@ -48,13 +58,20 @@ class Admission:
             return self.queue.num_rows
         return self.queue.num_rows if self._head_for(path) else 0
 
-    def admit(self, path: Path, now_s: float) -> Sequence | None:
-        """Takes the head of the queue in, if there are a slot and blocks for it.
+    def admit(
+        self, path: Path, now_s: float, *, passing: Sequence | None = None
+    ) -> Sequence | None:
+        """Takes the head of the queue in, if there are a slot and blocks for it; or else, `passing`
+        a prompt that is being computed, the first who may do so.
 
         Beyond the prompt's blocks every second running sequence keeps one to grow into, or
         the newcomer would be preempted at once.
         """
-        sequence = self._head_for(path)
+        passed: list[Sequence] = []
+        if passing is None:
+            sequence = self._head_for(path)
+        else:
+            sequence = self._who_passes(path, passing, passed)
         if sequence is None or path.has_newcomers:
             return None
         if self._traffic.carries(sequence):
@@ -64,6 +81,8 @@ class Admission:
         if not self._mirror.start(sequence, path.replicas, cut=path.cut, spare=_spare(path)):
             return None
         self.queue.remove(sequence)
+        for other in passed:
+            other.num_passed += len(sequence.token_ids)
         sequence.state = State.RUNNING
         path.take_in(sequence)
         if sequence.scheduled_s is None:
@@ -124,6 +143,24 @@ class Admission:
                 return sequence
         return None
 
+    def _who_passes(self, path: Path, prompt: Sequence, passed: list[Sequence]) -> Sequence | None:
+        """The first in the queue that is short enough to pass a prompt and all who wait before it,
+        who are added to `passed`."""
+        passed.append(prompt)
+        most_rows = _most_to_pass(prompt)
+        for sequence in islice(self.queue, _MOST_PASSED):
+            if most_rows < 1 or sequence.priority < prompt.priority:
+                break
+            if (
+                len(sequence.token_ids) <= most_rows
+                and path in self._lanes_for(sequence)
+                and _fits(path, sequence)
+            ):
+                return sequence
+            passed.append(sequence)
+            most_rows = min(most_rows, _most_to_pass(sequence))
+        return None
+
     def lanes_from(self, cut: Cut, *, probes: bool = False) -> List[Path]:
         """For sequences that began on a cut: those of the chosen one, where its weights are the
         same, or else, and where it has none, those of their own. Who `probes` stays on its own."""
@@ -173,6 +210,12 @@ class Admission:
         rows = lane.num_own_rows + len(sequence.token_ids) - found
         row_s = lane.policy.seconds(rows, 0.0)
         return _TYPICAL_OUTPUT * max(cycles_s) + row_s, sum(cycles_s)
+
+
+def _most_to_pass(sequence: Sequence) -> int:
+    """Tokens of a prompt that may be computed before the rest of this one."""
+    left = int(_PASSING_SHARE * sequence.num_prompt_tokens) - sequence.num_passed
+    return min(int(_PASSING_SHARE * sequence.num_unscheduled), left)
 
 
 def _spare(path: Path) -> int:

@@ -93,6 +93,7 @@ class BatchTimeCurve:
         self._log_scale = 0.0
         self._scale_weight = 0.0
         self._variance = 0.01
+        self._unfitted: tuple[list[float], list[float], list[float]] = ([], [], [])
         self._num_fitted = 0
         self.num_observations = 0
         self.coefficients = prior
@@ -100,16 +101,24 @@ class BatchTimeCurve:
 
     @property
     def variation(self) -> float:
-        """Standard deviation of observed time over predicted time."""
+        """Standard deviation of observed time over predicted time, as of the last fit."""
         return float(self._variance**0.5)
 
     def observe(
         self, rows: Sequence[float], pairs: Sequence[float], seconds: Sequence[float]
     ) -> None:
         """Takes in micro-batches, oldest first; they count from the next `fit` on."""
-        seconds_N = np.maximum(np.array(seconds, np.float64), 1e-9)
-        rows_N = np.array(rows, np.float64)
-        features_N3 = np.stack([np.ones(len(rows_N)), rows_N, np.array(pairs)], axis=1)
+        for kept, new in zip(self._unfitted, (rows, pairs, seconds), strict=True):
+            kept.extend(new)
+        self.num_observations += len(seconds)
+
+    def _digest(self) -> None:
+        """All at once what was observed since the last fit: reports are many, and short."""
+        rows_N, pairs_N, seconds_N = (np.array(kept, np.float64) for kept in self._unfitted)
+        for kept in self._unfitted:
+            kept.clear()
+        seconds_N = np.maximum(seconds_N, 1e-9)
+        features_N3 = np.stack([np.ones(len(rows_N)), rows_N, pairs_N], axis=1)
         self._scale_prior(features_N3, seconds_N)
         if self._num_fitted >= _TRUSTED:
             seconds_N = self._judge(features_N3, seconds_N)
@@ -117,7 +126,6 @@ class BatchTimeCurve:
         sizes_N = size_of(rows_N)
         for size in np.unique(sizes_N):
             self._remember(int(size), scaled_N3[sizes_N == size])
-        self.num_observations += len(seconds_N)
 
     def _remember(self, size: int, scaled_N3: Array) -> None:
         count = len(scaled_N3)
@@ -148,6 +156,7 @@ class BatchTimeCurve:
         """Brings the coefficients up to date, if anything was observed since the last time."""
         if self._num_fitted == self.num_observations:
             return
+        self._digest()
         self._num_fitted = self.num_observations
         prior = self._prior * np.exp(self._log_scale)
         points = _PRIOR_POINTS / _UNITS / (_PRIOR_POINTS @ prior)[:, None]

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 class Prefill:
-    """Takes sequences in from the queue and cuts prompts into chunks, one prompt after another."""
+    """Takes sequences in from the queue and cuts prompts into chunks, one prompt after another, but
+    that long ones let short ones pass."""
 
     def __init__(self, path: Path, *, min_chunk_rows: int) -> None:
-        # Admitted, and not wholly scheduled: one, unless others came from paths that were lost.
+        # Admitted, and not wholly scheduled. The first is gone on with; those behind it have let it
+        # pass, or came from paths that were lost.
         self.partial: deque[Sequence] = deque()
         self.promises: list[Promise] = []  # of the chunks taken last
         self._path = path
@@ -76,12 +78,11 @@ class Prefill:
 
     def _next(self, now_s: float) -> Sequence | None:
         """The prompt to go on with; it stays in `partial`."""
-        if not self.partial:
-            sequence = self._shared.admission.admit(self._path, now_s)
-            if sequence is None:
-                return None
-            self.partial.append(sequence)
-        return self.partial[0]
+        passing = self.partial[0] if self.partial else None
+        sequence = self._shared.admission.admit(self._path, now_s, passing=passing)
+        if sequence is not None:
+            self.partial.appendleft(sequence)
+        return self.partial[0] if self.partial else None
 
     def _add(self, chunks: list[Chunk], sequence: Sequence, rows: int) -> None:
         chunks.append(Chunk(sequence, rows))

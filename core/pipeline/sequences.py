@@ -87,6 +87,7 @@ class Sequence:
     num_published: int = 0  # of its blocks, since its latest start
     num_cached: int = 0  # positions that it found at its first start, all the prompt's
     num_scheduled: int = 0
+    num_passed: int = 0  # tokens of later prompts that were computed before the rest of its own
     pieces: deque[Piece] = field(default_factory=deque)  # to be restored before it goes on
     num_restores: int = 0  # micro-batches in flight that restore some of it
     last_micro_batch_id: int = -1  # the latest one that computes something new of it

@@ -53,8 +53,8 @@ class SimulatedRequest:
     arrival_s: float
     num_prompt: int
     num_output: int
-    # Where given, as long as `num_prompt`; else the prompt shares nothing with any other one.
-    token_ids: Sequence[int] = ()
+    priority: int = 0
+    token_ids: Sequence[int] = ()  # `num_prompt`; none: it has nothing in common with others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,7 @@ class SimulationReport:
     """What the simulated pipeline did after its warm-up."""
 
     seconds: float  # of virtual time
-    busy_S: tuple[
-        float, ...
-    ]  # share of time that each stage's replicas computed; the rest is bubble
+    busy_S: tuple[float, ...]  # share of time that replicas computed, by stage; the rest is bubble
     tokens_per_second: float
     time_to_first_token_s: tuple[float, ...]  # of each request that got one, in order of arrival
     longest_gap_s: float  # between two tokens of one request
@@ -177,6 +175,7 @@ class _Simulation:
                 request_id=number,
                 token_ids=request.token_ids or [number] * request.num_prompt,
                 sampling=SamplingParameters(max_tokens=request.num_output, ignore_eos=True),
+                priority=request.priority,
             )
             self._push(request.arrival_s, arrived)
         while self._events and self._num_ended < len(self._requests):

@@ -3,7 +3,8 @@
 All of a higher priority come first. Among equals, tenants share the admissions by weight: each
 request begins, in a virtual time that counts tokens, when its tenant's last one ends, or now where
 its tenant has been away; the earliest begin is next (start-time fair queueing: Goyal, Vin and
-Cheng, SIGCOMM 1996). Of one tenant, and so where there is but one, the oldest is next.
+Cheng, SIGCOMM 1996). Of one tenant, and so where there is but one, the oldest is next. (Short ones
+may pass a long one for all that: see `admission`.)
 
 Its places are shared by weight, too: when it is full, a newcomer takes that of a tenant with more
 than its share.

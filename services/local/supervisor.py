@@ -255,7 +255,7 @@ class Supervisor:
         processes = [record_process("supervisor", os.getpid(), log=log)]
         processes += [process.record() for process in self.mesh.processes]
         if self._fork_server is not None and not self._fork_server.is_lost:
-            processes.append(record_process("fork-server", self._fork_server.pid))
+            processes.append(record_process("fork-server", self._fork_server.pid, log=log))
         self._run_folder.write(
             MeshRecord(
                 model=layout.model_name,

@@ -92,13 +92,9 @@ class Bench:
         workers = [self._requests(itertools.cycle(traced), load)] * SATURATING_CLIENTS
         return await self._run(workers, load=load, seconds=seconds)
 
-    async def arriving(
-        self, traced: Sequence[TracedRequest], *, requests_per_s: float, seconds: float
-    ) -> Figures:
+    async def arriving(self, traced: Sequence[TracedRequest], *, requests_per_s: float) -> Figures:
         """The trace's lengths and pattern of arrivals, at this mean rate."""
-        # Scaled by themselves: of a longer piece the beginning may be far above or below the mean.
-        first = traced[: max(2, round(requests_per_s * seconds))]
-        due = scale(first, requests_per_s=requests_per_s)
+        due = scale(traced, requests_per_s=requests_per_s)
         load = f"trace, {requests_per_s:.2f} requests/s"
         requests = list(self._requests(due, load))
         generator = LoadGenerator(self.answers)
@@ -202,4 +198,6 @@ async def _trace(bench: Bench, seconds: float, say: Callable[[str], None]) -> li
     if not rate:
         say("no request of the trace ended in the time given: more seconds are needed")
         return [saturated]
-    return [saturated, await bench.arriving(traced, requests_per_s=rate, seconds=seconds)]
+    # Scaled by themselves: of a longer piece the beginning may be far above or below the mean.
+    first = traced[: max(2, round(rate * seconds))]
+    return [saturated, await bench.arriving(first, requests_per_s=rate)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +21,14 @@ from core.models.registry import load_config
 from core.weights.open import open_checkpoint
 from services.common.channels import open_channel
 from services.local.coordinators import Coordinators
+from services.local.fork_server import launch
+from services.local.forking import ForkServer
 from services.local.mesh import Patience
 from services.local.ports import HOST, HeldPorts
+from services.local.process import MeshProcess, ProcessCommand
 from services.local.settings import MeshSettings
 from services.local.threads import choose_threads
-from tests.chaos.parts import RESTART_PAUSE_S, Part, PartCommand
+from tests.chaos.parts import RESTART_PAUSE_S, Part
 from tests.support.client import is_idle
 from tests.support.fault_proxy import FaultProxy
 
@@ -103,6 +107,11 @@ class ChaosMesh:
     async def __aenter__(self) -> ChaosMesh:
         shape = self.shape
         try:
+            self._lifeline_fd, end = os.pipe()
+            self._stack.callback(os.close, self._lifeline_fd)
+            self._stack.callback(os.close, end)
+            self._fork_server = ForkServer(launch())
+            self._stack.push_async_callback(self._fork_server.close)
             for index in range(shape.num_stages):
                 for number in range(shape.num_replicas + shape.num_spares):
                     await self.add_replica(index, is_spare=number >= shape.num_replicas)
@@ -270,8 +279,7 @@ class ChaosMesh:
         """What they start with from now on; those that wait start again."""
         for name in self._coordinators:
             part = self.parts[name]
-            listen = part.command.arguments[:3]
-            part.command = replace(part.command, arguments=(*listen, *self._coordinator_options()))
+            part.restart_with((*part.command.arguments[:2], *self._coordinator_options()))
             if name != self.serving:
                 part.terminate()
 
@@ -302,16 +310,21 @@ class ChaosMesh:
     ) -> str:
         """Starts a part behind a wire; returns the wire's address."""
         address = f"{HOST}:{self._ports.take()}"
-        arguments = ("--listen", address, "--exit-with-parent", *options)
-        module = f"services.{name.split('-')[0]}"
-        command = PartCommand(
+        command = ProcessCommand(
             name=name,
-            module=module,
-            arguments=arguments,
+            module=f"services.{name.split('-')[0]}",
+            arguments=("--listen", address, *options),
             address=address,
-            restart_pause_s=restart_pause_s,
+            metrics_port=0,
+            can_be_forked=self.shape.device == "cpu",
         )
-        part = self.parts[name] = Part(command, folder=self._folder)
+        process = MeshProcess(
+            command,
+            log_path=self._folder / f"{name}.log",
+            lifeline_fd=self._lifeline_fd,
+            fork_server=self._fork_server,
+        )
+        part = self.parts[name] = Part(process, restart_pause_s=restart_pause_s)
         self._stack.push_async_callback(part.stop)
         await part.start()
         wire = self.wires[name] = FaultProxy(address, seed=self.shape.seed)

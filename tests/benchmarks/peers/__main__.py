@@ -26,7 +26,13 @@ from tests.benchmarks.peers.goals import Outcome, goals_table, outcomes
 from tests.benchmarks.peers.memory import memory_limit
 from tests.benchmarks.peers.results import Results, rates_table
 from tests.benchmarks.peers.systems import PEERS, Contestant, mesh_options, ours, vllm_server
-from tests.benchmarks.peers.trace_contest import Contest, contest, contest_table, mesh_server
+from tests.benchmarks.peers.trace_contest import (
+    ARRIVALS,
+    Contest,
+    contest,
+    contest_table,
+    mesh_server,
+)
 from tests.benchmarks.peers.turns import Done, PeerFailed, Turn
 from tests.benchmarks.peers.work import (
     Prompts,
@@ -38,8 +44,8 @@ from tests.benchmarks.peers.work import (
     warm_up,
 )
 
-# Each server saturated and at its own rate, one of them at the other's as well, and the starts.
-TRACE_LOADS = 6
+# At their own rates and the lower one servers get as many requests each, at about so many a second.
+TRACE_ARRIVALS_S = 3 * ARRIVALS / 0.5
 # How ours may be asked, and what its name then ends with.
 _CALLS = {"many": "", "each": ", a call each"}
 
@@ -65,7 +71,8 @@ def main(
     seconds: Annotated[
         float,
         typer.Option(
-            envvar="PENSTOCK_SECONDS", help="Length of each load of the trace; 0 leaves it out."
+            envvar="PENSTOCK_SECONDS",
+            help="How long the trace saturates each server; 0 leaves the trace out.",
         ),
     ] = 60.0,
     json_path: Annotated[
@@ -89,7 +96,9 @@ def main(
     logs = Path(tempfile.mkdtemp(prefix="penstock-peers-"))
     for name in peers.split():
         contestants += _prepare(name, path, logs, results)
-    minutes = _minutes(contestants, works, rounds) + TRACE_LOADS * seconds / 60
+    minutes = _minutes(contestants, works, rounds)
+    if seconds:
+        minutes += (2 * seconds + TRACE_ARRIVALS_S) / 60
     say(f"about {minutes:.0f} minutes; logs of the peers in {logs}")
     prompts = read_prompts(path)
     for turn in range(rounds):

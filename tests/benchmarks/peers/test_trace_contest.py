@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +13,10 @@ import pytest
 from tests.benchmarks.load import Request, RequestFailed
 from tests.benchmarks.peers.openai import count_tokens, encode_openai, openai_answers
 from tests.benchmarks.peers.test_comparison import mesh_figures
-from tests.benchmarks.peers.trace_contest import contest, contest_table
+from tests.benchmarks.peers.trace_contest import ARRIVALS, contest, contest_table
 from tests.benchmarks.peers.turns import PeerFailed
 from tests.benchmarks.report import Figures
+from tests.benchmarks.trace import TracedRequest
 
 
 @dataclass(kw_only=True)
@@ -27,13 +28,15 @@ class PacedBench:
     context_length: int = 2048
     starts: int = 0
     asked: list[float] = field(default_factory=list)
+    served: list[Sequence[TracedRequest]] = field(default_factory=list)
 
-    async def saturated(self, traced: object, seconds: float) -> Figures:
+    async def saturated(self, traced: Sequence[TracedRequest], seconds: float) -> Figures:
         return self._figures(seconds, self.requests_per_s)
 
-    async def arriving(self, traced: object, *, requests_per_s: float, seconds: float) -> Figures:
+    async def arriving(self, traced: Sequence[TracedRequest], *, requests_per_s: float) -> Figures:
         self.asked.append(requests_per_s)
-        return self._figures(seconds, requests_per_s)
+        self.served.append(traced)
+        return self._figures(100.0, requests_per_s)
 
     def _figures(self, seconds: float, rate: float) -> Figures:
         return replace(
@@ -61,6 +64,8 @@ async def test_each_serves_at_its_own_rate_and_both_at_the_lower() -> None:
     result = await compete(theirs, ours)
     assert theirs.asked == [pytest.approx(0.8)]
     assert ours.asked == [pytest.approx(1.6), pytest.approx(0.8)]
+    assert theirs.served + ours.served == [theirs.served[0]] * 3
+    assert len(theirs.served[0]) == ARRIVALS
     assert result.at_lower_rate["them"] == result.at_own_rate["them"]
     assert [(row.ratio, row.met) for row in result.outcomes()] == [(pytest.approx(2 / 3), True)] * 4
     assert len(list(contest_table(result).columns[0].cells)) == 6

@@ -1,7 +1,8 @@
 """A real trace against servers: latencies at a share of what each can take, and at the same rate.
 
-Each server is saturated first; then requests arrive as in the trace at 80 % of its own rate, and
-at 80 % of the lower of the two, so that both are seen under the same load as well.
+Each server is saturated first; then the trace's first requests arrive as in the trace, at 80 % of
+its own rate, and at 80 % of the lower of the two, so that both are seen under the same load as
+well. They are the same requests each time: a tail is made by the longest prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.benchmarks.report import Figures
 from tests.benchmarks.systems import System, started_mesh
 
 POLL_S = 0.5
+ARRIVALS = 60
 Server = Callable[[], AbstractAsyncContextManager[Bench]]
 
 
@@ -80,7 +82,7 @@ async def contest(
     seconds: float,
     say: Callable[[str], None],
 ) -> Contest:
-    """Lets each server in turn serve the trace; `seconds` is the length of each load.
+    """Lets each server in turn serve the trace; for `seconds` it is saturated.
 
     The slower one's rate is known after the first turns only, so the faster one gets another
     turn at it where it has come first.
@@ -90,11 +92,11 @@ async def contest(
         async with server() as bench:
             await _own_rate(name, bench, result, seconds=seconds, say=say)
             if len(result.saturated) == len(servers):
-                await _lower_rate(name, bench, result, seconds=seconds)
+                await _lower_rate(name, bench, result)
     for name, server in servers.items():
         if name not in result.at_lower_rate:
             async with server() as bench:
-                await _lower_rate(name, bench, result, seconds=seconds)
+                await _lower_rate(name, bench, result)
     return result
 
 
@@ -107,16 +109,16 @@ async def _own_rate(
     result.saturated[name] = figures
     rate = OPEN_LOOP_SHARE * request_rate(figures)
     say(f"  {name}: saturated at {request_rate(figures):.2f} requests/s; now {rate:.2f}")
-    result.at_own_rate[name] = await bench.arriving(traced, requests_per_s=rate, seconds=seconds)
+    result.at_own_rate[name] = await bench.arriving(traced[:ARRIVALS], requests_per_s=rate)
 
 
-async def _lower_rate(name: str, bench: Bench, result: Contest, *, seconds: float) -> None:
+async def _lower_rate(name: str, bench: Bench, result: Contest) -> None:
     rate = lower_rate(result.saturated)
     if rate == OPEN_LOOP_SHARE * request_rate(result.saturated[name]):
         result.at_lower_rate[name] = result.at_own_rate[name]
         return
     traced, _ = traced_requests(bench.context_length)
-    result.at_lower_rate[name] = await bench.arriving(traced, requests_per_s=rate, seconds=seconds)
+    result.at_lower_rate[name] = await bench.arriving(traced[:ARRIVALS], requests_per_s=rate)
 
 
 def _require_answers(name: str, figures: Figures) -> None:
