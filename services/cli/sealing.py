@@ -10,15 +10,14 @@ import typer
 
 from core.errors import InvalidInput
 from core.weights.sealed.header import SealHeader, read_header
-from core.weights.sealed.identity import read_public_identity, write_identity
-from core.weights.sealed.sealing import OWNER
+from core.weights.sealed.identity import OWNER, read_public_identity, write_identity
 from services.cli import console
 from services.cli.fetching import fetch_display
 from services.cli.options import SealKeysFolder
 from services.common import audit
 from services.local.fetch import resolve_model
+from services.local.key_files import public_key, stage_name
 from services.local.prepare import model_name
-from services.local.seal_keys import public_key, stage_name
 from services.local.sealing import SealWishes, parse_holder, rewrap_model, seal_model
 from services.local.settings import default_keys_folder
 

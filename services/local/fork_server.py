@@ -158,9 +158,10 @@ def _run(job: Job) -> None:
 def main() -> None:
     os.setsid()  # Ctrl-C reaches the supervisor alone
     connection = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()  # an eighth of the time that imports take
     preload()
-    gc.collect()
     gc.freeze()  # collections of the children pass over what they share
+    gc.enable()
     if job := serve(connection):
         _run(job)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import NotFound
 from services.common.credentials import AUTHORITIES, Credentials, load_credentials
@@ -16,7 +17,9 @@ from services.common.identity import (
     name_of,
     stage_role,
 )
-from services.local.settings import MeshSettings
+
+if TYPE_CHECKING:  # the supervisor imports what follows, and nothing that reads models
+    from services.local.settings import MeshSettings
 
 
 def settle_identities(settings: MeshSettings) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 from core.errors import InvalidInput, NotFound, shown
 from core.pipeline.plan import StageSlice
-from core.weights.sealed.sealing import OWNER
+from core.weights.sealed.identity import OWNER
 from services.common.data_folder import AUDIT_NAME
 from services.common.identity import COORDINATOR, GATEWAY, name_of, stage_role
 from services.coordinator.roster import Roster
+from services.local.key_files import private_key, public_key, stage_name
 from services.local.process import ProcessCommand
-from services.local.seal_keys import private_key, public_key, stage_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from core.errors import InvalidInput, PlanImpossible
 from core.pipeline.partitioner import parse_split
 from core.pipeline.plan import StageSlice
-from core.wire.codecs import codec_named
 from services.local.layout import MeshLayout, ReplicaLayout, StageLayout, replica_name
 from services.local.ports import HOST, HeldPorts
 
@@ -43,6 +42,8 @@ def plan_recut(
     Raises InvalidInput where `split` is no cut of the model, PlanImpossible where the layers of a
     stage come from several models, or the wire's codec allows no other cut.
     """
+    from core.wire.codecs import codec_named  # most meshes never change
+
     codec_named(layout.wire).refuse_other_cuts()
     slices = parse_split(split, num_layers=layout.stages[-1].end_layer)
     of_layers = {stage.layers: stage for stage in layout.stages}

@@ -1,8 +1,4 @@
-"""Where a local mesh finds the keys of sealed models: one folder for all identities.
-
-`owner.pub` is the sealer that is trusted, `stage-0.key` what every replica of stage 0 opens its
-layers with, and so on.
-"""
+"""What a local mesh opens sealed models with, and how they are cut."""
 
 from __future__ import annotations
 
@@ -13,25 +9,10 @@ from core.errors import InvalidInput
 from core.models.llama.parts import granted_layers
 from core.pipeline.partitioner import parse_split
 from core.weights.sealed.header import Holder, SealHeader, read_header
-from core.weights.sealed.identity import SealKeys, read_seal_keys
+from core.weights.sealed.identity import OWNER, SealKeys, read_seal_keys
 from core.weights.sealed.opening import is_sealed
-from core.weights.sealed.sealing import OWNER
+from services.local.key_files import private_key, public_key, stage_name
 from services.local.settings import MeshSettings
-
-
-def stage_name(stage_index: int) -> str:
-    """The holder of a stage's keys."""
-    return f"stage-{stage_index}"
-
-
-def private_key(folder: Path, name: str) -> Path:
-    """The file of an identity."""
-    return folder / f"{name}.key"
-
-
-def public_key(folder: Path, name: str) -> Path:
-    """The file that others may have of it."""
-    return folder / f"{name}.pub"
 
 
 def opened_layers(holder: Holder) -> str:

@@ -18,15 +18,17 @@ from core.weights.open import open_checkpoint
 from core.weights.sealed import sealing
 from core.weights.sealed.header import Holder, SealHeader, read_header
 from core.weights.sealed.identity import (
+    OWNER,
     PublicIdentity,
     SealKeys,
     read_identity,
     read_public_identity,
 )
-from core.weights.sealed.sealing import OWNER, Grant
+from core.weights.sealed.sealing import Grant
+from services.local.key_files import private_key, public_key, stage_name
 from services.local.partition import plan_stages
 from services.local.prepare import read_model
-from services.local.seal_keys import opened_layers, private_key, public_key, stage_name
+from services.local.seal_keys import opened_layers
 
 # Replicas may have keys of their own: stage-1-b, say.
 _HOLDER = re.compile(r"stage-(\d+)(-[A-Za-z0-9._-]+)?")

@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from core.errors import InvalidInput, NotFound
 
+# The holder of all keys of a model, who can wrap them for others.
+OWNER = "owner"
 _PRIVATE_TAG = "penstock-private-identity-1"
 _PUBLIC_TAG = "penstock-public-identity-1"
 _KEY_BYTES = 32

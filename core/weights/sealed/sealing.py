@@ -25,10 +25,7 @@ from core.weights.sealed.header import (
     read_header,
     write_header,
 )
-from core.weights.sealed.identity import Identity, PublicIdentity, check_name
-
-# The holder of all keys, who can wrap them for others.
-OWNER = "owner"
+from core.weights.sealed.identity import OWNER, Identity, PublicIdentity, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
