@@ -108,7 +108,10 @@ async def _own_rate(
     _require_answers(name, figures)
     result.saturated[name] = figures
     rate = OPEN_LOOP_SHARE * request_rate(figures)
-    say(f"  {name}: saturated at {request_rate(figures):.2f} requests/s; now {rate:.2f}")
+    say(
+        f"  {name}: saturated at {request_rate(figures):.2f} requests/s; now {rate:.2f}, "
+        f"{ARRIVALS / rate / 60:.0f} minutes"
+    )
     result.at_own_rate[name] = await bench.arriving(traced[:ARRIVALS], requests_per_s=rate)
 
 
