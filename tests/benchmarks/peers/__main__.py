@@ -85,6 +85,8 @@ def main(
     path = resolve_model(model or DEFAULT_MODEL)
     works = [decode(int(count)) for count in streams.split()] + [prefill()]
     results = Results()
+    if seconds and "64" not in streams.split():
+        raise typer.BadParameter("64 must be among the streams for the trace, or its seconds 0")
     if unknown := set(calls.split()) - set(_CALLS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known: {', '.join(_CALLS)}")
     options, contestants = {}, []
