@@ -139,9 +139,12 @@ class Admission:
     def _head_for(self, path: Path) -> Sequence | None:
         """The first that the path may take in."""
         for sequence in self.queue:
-            if path in self._lanes_for(sequence) and _fits(path, sequence):
+            if self._may_run(path, sequence):
                 return sequence
         return None
+
+    def _may_run(self, path: Path, sequence: Sequence) -> bool:
+        return path in self._lanes_for(sequence) and _fits(path, sequence)
 
     def _who_passes(self, path: Path, prompt: Sequence, passed: list[Sequence]) -> Sequence | None:
         """The first in the queue that is short enough to pass a prompt and all who wait before it,
@@ -151,11 +154,7 @@ class Admission:
         for sequence in islice(self.queue, _MOST_PASSED):
             if most_rows < 1 or sequence.priority < prompt.priority:
                 break
-            if (
-                len(sequence.token_ids) <= most_rows
-                and path in self._lanes_for(sequence)
-                and _fits(path, sequence)
-            ):
+            if len(sequence.token_ids) <= most_rows and self._may_run(path, sequence):
                 return sequence
             passed.append(sequence)
             most_rows = min(most_rows, _most_to_pass(sequence))

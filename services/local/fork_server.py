@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 from services.local.child import ONE_THREAD, run_child
 
 PROGRAMS = ("services.stage", "services.coordinator", "services.gateway")
-# Stages import these when they load a model.
+# Children import these later: the first when they begin, the others when a stage loads its model.
 LATER = (
+    "setproctitle",
     "core.engine.cpu_backend",
     "core.engine.devices",
     "core.engine.engine",
